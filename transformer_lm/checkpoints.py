@@ -1,0 +1,364 @@
+"""Save, restore, find: the checkpoints of a workdir (Orbax), and those of the original (msgpack).
+
+A workdir holds checkpoints/STEP/ with three items: params (all that generation needs), opt_state, and progress (step and
+running totals). The original's `checkpoint_N` is one msgpack file with step, params and opt_state; it is read here
+by a streaming reader that keeps the parameters alone and never unpickles or executes anything.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from typing import Any
+
+import jax
+import msgpack
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
+
+from transformer_lm import models
+from transformer_lm.errors import UserError
+from transformer_lm.files import write_atomically
+from transformer_lm.tokenizer import Tokenizer
+
+CHECKPOINTS_DIR = "checkpoints"
+DAMAGED_DIR = "damaged_checkpoints"
+CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "sentencepiece_model"
+
+
+class Checkpoints:
+    """The checkpoints of a workdir: atomic, written in the background, the latest `keep` retained."""
+
+    def __init__(self, workdir: os.PathLike | str, keep: int = 1):
+        self._directory = epath.Path(workdir) / CHECKPOINTS_DIR
+        self._manager = ocp.CheckpointManager(
+            _absolute(self._directory),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.LatestN(keep), cleanup_tmp_directories=True
+            ),
+            item_names=("params", "opt_state", "progress"),
+        )
+
+    def save(self, step: int, params: Any, opt_state: Any, progress: Any):
+        """Copies the arrays, then writes them in the background. Waits for an unfinished save before.
+
+        Raises:
+          UserError: this save, or the one before, failed (a full disk, say). Earlier checkpoints are as they were.
+        """
+        with _explained(self._directory):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(params),
+                    opt_state=ocp.args.StandardSave(opt_state),
+                    progress=ocp.args.StandardSave(progress),
+                ),
+                force=True,
+            )
+
+    def wait(self):
+        """Returns when nothing is being written any more; raises UserError as `save` does."""
+        with _explained(self._directory):
+            self._manager.wait_until_finished()
+
+    def restore(self, params: Any, opt_state: Any, progress: Any) -> tuple[Any, Any, Any] | None:
+        """The newest checkpoint that can be read, or None where there is none at all.
+
+        A damaged one is reported, set aside in workdir/damaged_checkpoints, and the one before it is used.
+
+        Args:
+          params, opt_state, progress: trees of `jax.ShapeDtypeStruct` with shardings, which the result takes.
+
+        Raises:
+          UserError: there are checkpoints, and none of them can be read.
+        """
+        args = ocp.args.Composite(
+            params=ocp.args.StandardRestore(params),
+            opt_state=ocp.args.StandardRestore(opt_state),
+            progress=ocp.args.StandardRestore(progress),
+        )
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                restored = self._manager.restore(step, args=args)
+            except Exception as error:  # whatever a damaged file makes Orbax raise
+                aside = self._directory.parent / DAMAGED_DIR / str(step)
+                logging.error("Checkpoint %d is damaged (%s); moved to %s.", step, _first_line(error), aside)
+                aside.parent.mkdir(parents=True, exist_ok=True)
+                if aside.exists():
+                    aside.rmtree()
+                (self._directory / str(step)).rename(aside)
+                self._manager.reload()
+                continue
+            return restored["params"], restored["opt_state"], restored["progress"]
+        if steps:
+            raise UserError(
+                f"None of the checkpoints {steps} in {self._directory} can be read; they were moved to {DAMAGED_DIR}/. "
+                "Start again without them to train from the beginning."
+            )
+        return None
+
+    def close(self):
+        """Waits for the last save and lets go of the folder."""
+        self.wait()
+        self._manager.close()
+
+
+class _explained:  # noqa: N801  (a context manager, named like a function)
+    """Turns a failed write into a UserError."""
+
+    def __init__(self, directory):
+        self._directory = directory
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is not None and isinstance(error, Exception):
+            free = shutil.disk_usage(self._directory).free / 2**20 if os.path.isdir(self._directory) else float("nan")
+            raise UserError(
+                f"A checkpoint could not be written to {self._directory} ({_first_line(error)}; {free:.0f} MiB free). "
+                "Earlier checkpoints are unharmed: make room and run the same command again."
+            ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+
+
+def _absolute(path: epath.Path) -> epath.Path:
+    return path if "://" in str(path) else epath.Path(os.path.abspath(path))
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model as it lies somewhere, ready for generation; no optimizer.
+
+    Attributes:
+      config: the network, dtype "float32" (what to compute in is the user's choice).
+      params: NumPy arrays, float32.
+      step: training steps behind it.
+      tokenizer_path: the SentencePiece model beside it.
+    """
+
+    config: models.TransformerConfig
+    params: models.Params
+    step: int
+    tokenizer_path: epath.Path
+
+
+def load_model(address: os.PathLike | str) -> LoadedModel:
+    """Loads a model for generation.
+
+    Args:
+      address: a workdir of this project, a folder with the original's `checkpoint_N` and `sentencepiece_model`, or
+        such a `checkpoint_N` itself.
+
+    Raises:
+      UserError: there is no model, or it cannot be read.
+    """
+    path = epath.Path(address).expanduser()
+    if not path.exists():
+        raise UserError(f"No model at {path}: no such file or folder.")
+    if path.is_file():
+        return _load_original(path)
+    if (path / CONFIG_FILE).exists() and (path / CHECKPOINTS_DIR).exists():
+        return _load_workdir(path)
+    numbered = [(int(match[1]), child) for child in path.iterdir() if (match := _ORIGINAL_NAME.fullmatch(child.name))]
+    if numbered:
+        return _load_original(max(numbered)[1])
+    raise UserError(
+        f"No model in {path}: neither a trained workdir ({CONFIG_FILE} and {CHECKPOINTS_DIR}/) "
+        "nor an original checkpoint (checkpoint_N)."
+    )
+
+
+def claim_workdir(workdir: epath.Path, recipe: dict, model: models.TransformerConfig, tokenizer: Tokenizer):
+    """Writes config.json (the recipe, the network as it is) and sentencepiece_model, before a run.
+
+    Raises:
+      UserError: the workdir holds checkpoints of another network or tokenizer, which a run would spoil.
+    """
+    if (workdir / CHECKPOINTS_DIR).exists() and (workdir / CONFIG_FILE).exists():
+        before, fingerprint = read_run_config(workdir)
+        for field in dataclasses.fields(model):
+            old, new = getattr(before, field.name), getattr(model, field.name)
+            if old != new and field.name in _SHAPING_FIELDS:
+                raise UserError(
+                    f"{workdir} holds a model with {field.name}={old}, but this run has {field.name}={new}; "
+                    "use its value, or another --workdir."
+                )
+        if fingerprint != tokenizer.fingerprint:
+            raise UserError(f"{workdir} holds a model of another tokenizer; restore that, or use another --workdir.")
+    content = {"recipe": recipe, "model": dataclasses.asdict(model), "tokenizer_sha256": tokenizer.fingerprint}
+    write_atomically(workdir / TOKENIZER_FILE, tokenizer.model)
+    write_atomically(workdir / CONFIG_FILE, json.dumps(content, ensure_ascii=False, indent=1).encode())
+
+
+_SHAPING_FIELDS = (
+    "vocab_size", "emb_dim", "num_heads", "num_layers", "qkv_dim", "mlp_dim", "logits_via_embedding",
+)  # fmt: skip
+
+
+def read_run_config(workdir: epath.Path) -> tuple[models.TransformerConfig, str]:
+    """The network and the tokenizer's hash in a workdir's config.json; raises UserError if it is not such a file."""
+    path = workdir / CONFIG_FILE
+    try:
+        content = json.loads(path.read_text())
+        return models.TransformerConfig(**content["model"]), content["tokenizer_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not the config.json of a workdir ({error!r}).") from error
+
+
+def _load_workdir(workdir: epath.Path) -> LoadedModel:
+    config, _ = read_run_config(workdir)
+    cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cpu), models.abstract_params(config)
+    )
+    manager = ocp.CheckpointManager(
+        _absolute(workdir / CHECKPOINTS_DIR),
+        options=ocp.CheckpointManagerOptions(read_only=True, create=False),
+        item_names=("params", "opt_state", "progress"),
+    )
+    steps = sorted(manager.all_steps(), reverse=True)
+    for step in steps:
+        try:
+            params = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(target)))["params"]
+        except Exception as error:
+            logging.error("Checkpoint %d is damaged (%s); trying the one before.", step, _first_line(error))
+            continue
+        return LoadedModel(
+            dataclasses.replace(config, dtype="float32"),
+            jax.tree.map(np.asarray, params),
+            step,
+            workdir / TOKENIZER_FILE,
+        )
+    raise UserError(f"No checkpoint in {workdir / CHECKPOINTS_DIR} can be read (steps: {steps or 'none'}).")
+
+
+# The original's checkpoints. ------------------------------------------------------------------------------------------
+
+_ORIGINAL_NAME = re.compile(r"checkpoint_(\d+)")
+_ARRAY_EXTENSION = 1  # flax.serialization's msgpack extension type for arrays
+_ARRAY_DTYPES = {b"float32", b"float16", b"float64"}
+
+# Our name -> the original's, below "decoder"; {i} is the layer.
+_ORIGINAL_NAMES = {
+    "embed.embedding": "Embed_0.embedding",
+    "norm.scale": "encoderdecoder_norm.scale",
+    "norm.bias": "encoderdecoder_norm.bias",
+    "logits.kernel": "logitdense.kernel",
+    "logits.bias": "logitdense.bias",
+    "blocks.attention_norm.scale": "encoderdecoderblock_{i}.LayerNorm_0.scale",
+    "blocks.attention_norm.bias": "encoderdecoderblock_{i}.LayerNorm_0.bias",
+    "blocks.attention.query.kernel": "encoderdecoderblock_{i}.SelfAttention_0.query.kernel",
+    "blocks.attention.key.kernel": "encoderdecoderblock_{i}.SelfAttention_0.key.kernel",
+    "blocks.attention.value.kernel": "encoderdecoderblock_{i}.SelfAttention_0.value.kernel",
+    "blocks.attention.out.kernel": "encoderdecoderblock_{i}.SelfAttention_0.out.kernel",
+    "blocks.mlp_norm.scale": "encoderdecoderblock_{i}.LayerNorm_1.scale",
+    "blocks.mlp_norm.bias": "encoderdecoderblock_{i}.LayerNorm_1.bias",
+    "blocks.mlp.wi.kernel": "encoderdecoderblock_{i}.MlpBlock_0.Dense_0.kernel",
+    "blocks.mlp.wi.bias": "encoderdecoderblock_{i}.MlpBlock_0.Dense_0.bias",
+    "blocks.mlp.wo.kernel": "encoderdecoderblock_{i}.MlpBlock_0.Dense_1.kernel",
+    "blocks.mlp.wo.bias": "encoderdecoderblock_{i}.MlpBlock_0.Dense_1.bias",
+}
+
+
+def _load_original(path: epath.Path) -> LoadedModel:
+    """The model in an original `checkpoint_N`; the network's sizes follow from the arrays' shapes."""
+    match = _ORIGINAL_NAME.fullmatch(path.name)
+    arrays = _flatten(read_msgpack_params(path).get("decoder", {}))
+    layers = len({name.split(".")[0] for name in arrays if name.startswith("encoderdecoderblock_")})
+    params: models.Params = {}
+    expected = set()
+    for ours, theirs in _ORIGINAL_NAMES.items():
+        names = [theirs.format(i=i) for i in range(layers)] if "{i}" in theirs else [theirs]
+        if ours.startswith("logits.") and names[0] not in arrays:
+            continue  # logits_via_embedding
+        if not layers or not set(names) <= arrays.keys():
+            raise UserError(f"{path} is not a checkpoint of the original's network: it has no {theirs}.")
+        expected.update(names)
+        values = [arrays.pop(name).astype(np.float32, copy=False) for name in names]
+        if any(value.shape != values[0].shape for value in values):
+            raise UserError(f"{path}: layers differ in the shape of {theirs}.")
+        _insert(params, ours, np.stack(values) if "{i}" in theirs else values[0])
+    if arrays:
+        raise UserError(f"{path} is not a checkpoint of the original's network: {sorted(arrays)[0]} is unknown.")
+    config = _original_config(path, params)
+    shapes = jax.tree.map(lambda x: x.shape, models.abstract_params(config))
+    if shapes != jax.tree.map(np.shape, params):
+        raise UserError(f"{path}: the shapes of its arrays do not belong together.")
+    return LoadedModel(config, params, int(match[1]) if match else 0, path.parent / TOKENIZER_FILE)
+
+
+def _original_config(path: epath.Path, params: models.Params) -> models.TransformerConfig:
+    query = params["blocks"]["attention"]["query"]["kernel"]  # [L, D, H, K]
+    mlp = params["blocks"]["mlp"]["wi"]["kernel"]  # [L, D, F]
+    embedding = params["embed"]["embedding"]  # [V, D]
+    if (query.ndim, mlp.ndim, embedding.ndim) != (4, 3, 2):
+        raise UserError(f"{path}: the shapes of its arrays do not belong together.")
+    return models.TransformerConfig(
+        vocab_size=embedding.shape[0],
+        emb_dim=embedding.shape[1],
+        num_heads=query.shape[2],
+        num_layers=query.shape[0],
+        qkv_dim=query.shape[2] * query.shape[3],
+        mlp_dim=mlp.shape[2],
+        logits_via_embedding="logits" not in params,
+    )
+
+
+def read_msgpack_params(path: epath.Path) -> dict:
+    """The tree under "params" of a Flax msgpack checkpoint, as NumPy arrays; everything else is skipped unread.
+
+    Raises:
+      UserError: the file is truncated, is no msgpack, or holds no such tree.
+    """
+    try:
+        with path.open("rb") as file:
+            unpacker = msgpack.Unpacker(file, ext_hook=_decode_array, max_buffer_size=2**31 - 1, raw=False)
+            for _ in range(unpacker.read_map_header()):
+                if unpacker.unpack() == "params":
+                    params = unpacker.unpack()
+                    if isinstance(params, dict):
+                        return params
+                    break
+                unpacker.skip()
+    except (msgpack.OutOfData, EOFError) as error:
+        raise UserError(f"{path} ends too early: the file is truncated; copy or download it again.") from error
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        raise UserError(f"{path} is not a checkpoint of the original: {_first_line(error)}.") from error
+    raise UserError(f"{path} is not a checkpoint of the original: it holds no params.")
+
+
+def _decode_array(code: int, data: bytes) -> np.ndarray:
+    """An array as flax.serialization packs it: (shape, dtype name, bytes)."""
+    if code != _ARRAY_EXTENSION:
+        raise ValueError(f"unknown msgpack extension {code}")
+    shape, dtype, buffer = msgpack.unpackb(data, raw=True)
+    if dtype not in _ARRAY_DTYPES:
+        raise ValueError(f"array of dtype {dtype!r}")
+    return np.frombuffer(buffer, np.dtype(dtype.decode())).reshape(shape)
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:
+    """{"a": {"b": x}} -> {"a.b": x}."""
+    if isinstance(tree, np.ndarray):
+        return {prefix[:-1]: tree}
+    if not isinstance(tree, dict):
+        raise UserError(f"{prefix[:-1] or 'params'} is a {type(tree).__name__}, not an array.")
+    return {name: leaf for key, child in tree.items() for name, leaf in _flatten(child, f"{prefix}{key}.").items()}
+
+
+def _insert(tree: dict, dotted_name: str, value: np.ndarray):
+    *parents, last = dotted_name.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[last] = value

@@ -1,0 +1,98 @@
+"""What the commands share: flags, recipes, errors as one line."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+from absl import app, flags
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+
+from transformer_lm import console, recipe
+from transformer_lm.errors import UserError
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder that holds all that a run is; local or gs://.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    os.path.join(os.path.dirname(__file__), "configs", "base.py"),
+    "Recipe: a path, absolute, from here, or from the package's folder (configs/japanese_0.1b_v1.py).",
+)
+_DEBUG = flags.DEFINE_bool("debug", False, "Show stack traces.")
+
+
+def run(main: Callable[[recipe.Recipe, str], None], *, needs_config: bool = True):
+    """Parses the command line, reads the recipe and calls main(recipe, workdir).
+
+    An error that the user can mend is one line on standard error and exit status 1; so is Ctrl-C, with status 130.
+
+    Args:
+      main: the command.
+      needs_config: whether --config must be given. Where it need not, the workdir's own recipe takes its place.
+    """
+
+    def start(_):
+        with _one_line_errors():
+            if not _WORKDIR.value:
+                raise UserError("--workdir is missing: name a folder for the run, like --workdir=logs/my_model.")
+            if needs_config and not flags.FLAGS["config"].present:
+                raise UserError("--config is missing: name a recipe, like --config=configs/japanese_0.1b_v1.py.")
+            main(recipe.read(_config(_WORKDIR.value)), _WORKDIR.value)
+
+    app.run(start, flags_parser=_parse_flags)
+
+
+def _config(workdir: str) -> ConfigDict:
+    """The recipe of the command line, or else the workdir's with the command line's overrides."""
+    config = _CONFIG.value
+    saved = epath.Path(workdir).expanduser() / "config.json"
+    if flags.FLAGS["config"].present or not saved.exists():
+        return config
+    overrides = flags.FLAGS["config"].override_values
+    saved_fields = recipe.read_saved(saved)
+    with config.unlocked():
+        config.update({name: value for name, value in saved_fields.items() if name in config})
+        config.update(overrides)
+    return config
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    console.set_up_logging()
+    argv = [_find_recipe(argument) for argument in argv]
+    sys.argv = argv  # config_flags reads the overrides from here
+    with _one_line_errors("--debug" in argv):
+        try:
+            rest = flags.FLAGS(argv)
+        except flags.Error as error:
+            raise UserError(str(error)) from error
+        except (AttributeError, KeyError) as error:  # an override of a field that the recipe does not have
+            message = " ".join(str(error).strip("'\"").replace("\\n", " ").split())
+            raise UserError(f"--config has no field {message}") from error
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error)) from error
+        if len(rest) > 1:
+            raise UserError(f"Unexpected argument {rest[1]!r}; options begin with --.")
+        return rest
+
+
+def _find_recipe(argument: str) -> str:
+    """--config=configs/X.py also works from outside the package's folder."""
+    name, equals, path = argument.partition("=")
+    if name.lstrip("-") != "config" or not equals or os.path.exists(path.split(":")[0]):
+        return argument
+    inside = os.path.join(os.path.dirname(__file__), path)
+    return f"{name}={inside}" if os.path.exists(inside) else argument
+
+
+@contextlib.contextmanager
+def _one_line_errors(debug: bool | None = None) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        if _DEBUG.value if debug is None else debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("Interrupted; run the same command to go on.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,83 @@
+"""What all recipes share: every field, its type, and its value in the original's `lm1b_default`.
+
+A recipe calls `get_config()` here and changes what is different; it cannot add a field.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The base recipe: 6 layers x 512 on lm1b."""
+    config = ml_collections.ConfigDict()
+
+    # Where the SentencePiece model lies, or is written when it is missing; None for workdir/sentencepiece_model.
+    config.vocab_path = config_dict.placeholder(str)
+    # Pieces of a tokenizer that is trained here, and how many characters of the corpus it learns from.
+    config.vocab_size = 30_000
+    config.max_corpus_chars = 5_000_000
+    # Further options for SentencePiece's trainer, as on its command line.
+    config.spm_train_options = "--character_coverage=1.0"
+
+    # Corpora ("mukashi", "text:GLOB", "jsonl:GLOB") and splits in the notation of TFDS ("train[:98%]").
+    config.dataset_name = "lm1b"
+    config.train_split = "train"
+    # None for the training corpus.
+    config.eval_dataset_name = config_dict.placeholder(str)
+    config.eval_split = "test"
+    # Where prepared rows lie, to be shared by several workdirs; None for workdir/prepared.
+    config.prepared_dir = config_dict.placeholder(str)
+    # Processes that tokenize; 0 for one a core.
+    config.prepare_processes = 0
+
+    # Rows of a batch on each device.
+    config.per_device_batch_size = 32
+    config.eval_per_device_batch_size = 32
+    # Tokens of a row.
+    config.max_target_length = 128
+    config.max_eval_target_length = 512
+
+    # Network.
+    config.num_layers = 6
+    config.emb_dim = 512
+    config.qkv_dim = 512
+    config.mlp_dim = 2048
+    config.num_heads = 8
+    # Logits by the transposed embedding in place of a dense layer of their own.
+    config.logits_via_embedding = False
+    config.dropout_rate = 0.1
+    config.attention_dropout_rate = 0.1
+    # Compute in bfloat16 rather than float32; parameters, logits and loss are float32 either way.
+    config.use_bfloat16 = True
+
+    # Optimizer: AdamW, linear warm-up, then inverse square root.
+    config.learning_rate = 0.0016
+    config.warmup_steps = 1000
+    config.weight_decay = 0.1
+    config.label_smoothing = 0.0
+
+    # Run.
+    config.num_train_steps = 500_000
+    config.log_every_steps = 100
+    config.eval_every_steps = 1_000
+    # Batches that an evaluation reads at most; -1 for all.
+    config.num_eval_steps = 2_000
+    # As in the original, whose commands set it, nothing reads it.
+    config.num_predict_steps = -1
+    config.save_checkpoints = True
+    config.restore_checkpoints = True
+    config.checkpoint_every_steps = 10_000
+    # How many of the latest checkpoints are kept.
+    config.keep_checkpoints = 2
+    config.seed = 0
+
+    # Generation: prompts one a line, tokens of prompt and continuation together.
+    config.prompts = "I love to "
+    config.max_predict_length = 50
+    config.sampling_temperature = 0.6
+    # Choose among the k likeliest tokens; 0 for all.
+    config.sampling_top_k = 20
+    # Choose among the likeliest tokens that reach this probability together; 1 for all.
+    config.sampling_top_p = 1.0
+
+    return config

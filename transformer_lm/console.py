@@ -1,0 +1,59 @@
+"""What a person sees while a command runs: log lines and progress bars, on standard error."""
+
+import contextlib
+import logging as python_logging
+import os
+from collections.abc import Callable, Iterator
+
+import rich.console
+import rich.logging
+import rich.progress
+from absl import logging
+
+CONSOLE = rich.console.Console(stderr=True)
+
+
+def set_up_logging():
+    """Shows this package's log lines, above a progress bar where there is one, and warnings of the libraries."""
+    handler = rich.logging.RichHandler(console=CONSOLE, show_path=False, markup=False, highlighter=None)
+    handler.setFormatter(python_logging.Formatter("%(message)s"))
+    handler.addFilter(_worth_showing)
+    logger = logging.get_absl_logger()
+    logger.handlers = [handler]
+    logger.propagate = False
+    logging.set_verbosity(logging.INFO)
+
+
+def _worth_showing(record: python_logging.LogRecord) -> bool:
+    here = os.path.dirname(os.path.abspath(__file__))
+    return record.levelno >= python_logging.WARNING or os.path.abspath(record.pathname).startswith(here)
+
+
+@contextlib.contextmanager
+def progress(title: str) -> Iterator[Callable[[int], None]]:
+    """A progress line that counts characters; gives the function to report the count with."""
+    columns = (
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.SpinnerColumn(),
+        rich.progress.TextColumn("{task.completed:,.0f} characters"),
+        rich.progress.TimeElapsedColumn(),
+    )
+    with rich.progress.Progress(*columns, console=CONSOLE, transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda count: bar.update(task, completed=count)
+
+
+@contextlib.contextmanager
+def training_progress(first_step: int, last_step: int) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar of training steps with time left; gives the function to report a step and a text with."""
+    columns = (
+        rich.progress.TextColumn("step {task.completed:,}/{task.total:,}"),
+        rich.progress.BarColumn(),
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("left"),
+        rich.progress.TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    with rich.progress.Progress(*columns, console=CONSOLE) as bar:
+        task = bar.add_task("", total=last_step, completed=first_step)
+        yield lambda step, text: bar.update(task, completed=step, description=text)

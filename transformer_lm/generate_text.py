@@ -1,0 +1,57 @@
+"""Generate text with a trained model.
+
+python3 generate_text.py --workdir=logs/japanese_0.1b_v1 --config=configs/japanese_0.1b_v1.py \
+    --config.sampling_temperature=0.6 --config.sampling_top_k=20 --config.seed=0 \
+    --config.prompts="夏目漱石は、" --num_generated_texts=10
+
+--workdir is a workdir of main.py, a folder with the original's checkpoint_N and sentencepiece_model, or such a
+checkpoint_N. The network is the one that lies there; of the recipe only sampling_*, max_predict_length, prompts (one a
+line), use_bfloat16 and seed count. Without --config, the workdir's own recipe is taken.
+"""
+
+import dataclasses
+import json
+
+import jax
+from absl import flags, logging
+
+from transformer_lm import checkpoints, cli, tokenizer, train
+from transformer_lm.errors import UserError
+from transformer_lm.recipe import Recipe
+
+_NUM_GENERATED_TEXTS = flags.DEFINE_integer("num_generated_texts", 10, "Texts to generate for each prompt.")
+_OUTPUT = flags.DEFINE_enum(
+    "output", "log", ["log", "jsonl"], "log: lines 'Sample: ...' in the log; jsonl: one JSON object a text on stdout."
+)
+
+
+def main(recipe: Recipe, workdir: str):
+    """Continues the recipe's prompts with the workdir's model."""
+    if _NUM_GENERATED_TEXTS.value < 1:
+        raise UserError(f"--num_generated_texts={_NUM_GENERATED_TEXTS.value} must be at least 1.")
+    loaded = checkpoints.load_model(workdir)
+    spm = tokenizer.Tokenizer.load(loaded.tokenizer_path)
+    if spm.vocab_size != loaded.config.vocab_size:
+        raise UserError(
+            f"{loaded.tokenizer_path} has {spm.vocab_size} pieces, but the model {loaded.config.vocab_size}: "
+            "they do not belong together."
+        )
+    logging.info("Generating text with the model of step %d.", loaded.step)
+    texts = train.generate_texts(
+        dataclasses.replace(loaded.config, dtype=recipe.model.dtype),
+        jax.device_put(loaded.params),
+        spm,
+        recipe.prompts,
+        recipe.sampling,
+        seed=recipe.seed,
+        num_samples=_NUM_GENERATED_TEXTS.value,
+    )
+    for text in texts:
+        if _OUTPUT.value == "jsonl":
+            print(json.dumps(text, ensure_ascii=False), flush=True)
+        else:
+            logging.info("Sample: %s", text["text"])
+
+
+if __name__ == "__main__":
+    cli.run(main, needs_config=False)

@@ -1,0 +1,16 @@
+"""Train a language model, preparing tokenizer and data first where they are missing.
+
+python3 main.py --workdir=logs/japanese_0.1b_v1 --config=configs/japanese_0.1b_v1.py [--config.field=value ...]
+"""
+
+from transformer_lm import cli, preparation, train
+from transformer_lm.recipe import Recipe
+
+
+def main(recipe: Recipe, workdir: str):
+    """Runs the recipe in the workdir."""
+    train.train_and_evaluate(recipe, preparation.prepare(recipe.data, workdir), workdir)
+
+
+if __name__ == "__main__":
+    cli.run(main)

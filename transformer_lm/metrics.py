@@ -1,0 +1,101 @@
+"""One writer for what a run reports: the console, TensorBoard, metrics.jsonl."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+from absl import logging
+from tensorboardX import SummaryWriter
+
+from transformer_lm.files import write_atomically
+
+METRICS_FILE = "metrics.jsonl"
+
+# Peak dense bfloat16 FLOP/s of one device, from the makers' data sheets; by jax.Device.device_kind.
+PEAK_FLOPS = {
+    "TPU v3": 123e12 / 2,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+class MetricWriter:
+    """Writes a run's events; a step that is done again after a restart stands there once."""
+
+    def __init__(self, workdir: os.PathLike | str, start_step: int, report: Callable[[int, str], None]):
+        """Drops what an interrupted run wrote after `start_step`; `report` shows a step and a text on the console."""
+        self._report = report
+        self._path = Path(workdir) / METRICS_FILE
+        _drop_after(self._path, start_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(workdir), purge_step=start_step + 1 if start_step else None)
+
+    def write(self, step: int, values: Mapping[str, float]):
+        """Adds one line to metrics.jsonl and the values to TensorBoard, and logs them."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
+        text = " ".join(f"{name.removeprefix('train_')} {_brief(value)}" for name, value in values.items())
+        logging.info("step %d: %s", step, text)
+
+    def write_samples(self, step: int, texts: list[str]):
+        """Adds generated texts to TensorBoard and logs them."""
+        self._board.add_text("samples", "\n\n".join(texts), step)
+        for text in texts:
+            logging.info("Sample: %s", text)
+
+    def write_recipe(self, fields: Mapping):
+        """Adds the hyperparameters to TensorBoard."""
+        text = "\n".join(f"    {name} = {value!r}" for name, value in fields.items())
+        self._board.add_text("recipe", text, 0)
+
+    def show(self, step: int, text: str):
+        """Moves the progress bar."""
+        self._report(step, text)
+
+    def close(self):
+        """Flushes everything."""
+        self._file.close()
+        self._board.close()
+
+
+def _drop_after(path: Path, step: int):
+    """Keeps the whole lines up to a step."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that was being written when the run was killed
+    write_atomically(path, "".join(kept).encode())
+
+
+def _brief(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss in nats a token), infinite where it overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Peak bfloat16 FLOP/s of a device, None where it is not known (a CPU)."""
+    return PEAK_FLOPS.get(device.device_kind)

@@ -1,0 +1,335 @@
+"""The network: a decoder-only Transformer language model in Flax NNX, and nothing else.
+
+It is, parameter for parameter, the network of Flax's lm1b example and of the original transformer-lm-japanese:
+pre-LayerNorm blocks of bias-free self-attention and a ReLU MLP, fixed sinusoidal positions, untied logits with a bias.
+
+Letters in shapes: B batch, T length, D emb_dim, H heads, K head size, F mlp_dim, V vocabulary, S cache slots, L layers.
+
+Parameters travel as a plain nested dict of arrays. The layers' parameters are stacked along a leading axis L and run
+under `jax.lax.scan`, so that a network of 24 layers compiles as fast as one of one layer.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from transformer_lm.errors import UserError
+
+LAYER_NORM_EPSILON = 1e-6
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """All that determines the network.
+
+    Attributes:
+      vocab_size: number of token ids, V.
+      emb_dim: width of the residual stream, D.
+      num_heads: attention heads, H; divides qkv_dim.
+      num_layers: blocks, L.
+      qkv_dim: width of queries, keys and values over all heads, H * K.
+      mlp_dim: hidden width of the MLP, F.
+      max_len: number of positions that the sinusoidal table holds.
+      dropout_rate: on embeddings, and on what attention and MLP write; in training only.
+      attention_dropout_rate: on attention weights; in training only.
+      logits_via_embedding: logits by the transposed embedding, divided by sqrt(D), in place of a dense layer.
+      dtype: "float32" or "bfloat16": what the blocks compute in. Parameters, logits and softmax are always float32.
+    """
+
+    vocab_size: int
+    emb_dim: int = 512
+    num_heads: int = 8
+    num_layers: int = 6
+    qkv_dim: int = 512
+    mlp_dim: int = 2048
+    max_len: int = 2048
+    dropout_rate: float = 0.1
+    attention_dropout_rate: float = 0.1
+    logits_via_embedding: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in ("vocab_size", "emb_dim", "num_heads", "num_layers", "qkv_dim", "mlp_dim", "max_len"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.qkv_dim % self.num_heads:
+            raise UserError(
+                f"qkv_dim={self.qkv_dim} does not divide by num_heads={self.num_heads}; change one of the two."
+            )
+        if self.emb_dim % 2 or self.emb_dim < 4:
+            raise UserError(f"emb_dim={self.emb_dim} must be even and at least 4: sinusoidal positions need pairs.")
+        for name in ("dropout_rate", "attention_dropout_rate"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise UserError(f"{name}={getattr(self, name)} must lie in [0, 1).")
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}.")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of the tokens read so far, for decoding; made by `empty_cache`.
+
+    Attributes:
+      keys: one array a layer, [B, S, H, K].
+      values: one array a layer, [B, S, H, K].
+      valid: [B, S] bool, which slots hold a token that may be attended to (padding of a prompt may not).
+      length: int32 scalar, number of slots filled.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    valid: jax.Array
+    length: jax.Array
+
+
+def empty_cache(config: TransformerConfig, batch_size: int, slots: int) -> Cache:
+    """A cache of `slots` tokens for each of `batch_size` rows."""
+    shape = (batch_size, slots, config.num_heads, config.qkv_dim // config.num_heads)
+    zeros = tuple(jnp.zeros(shape, DTYPES[config.dtype]) for _ in range(config.num_layers))
+    return Cache(zeros, zeros, jnp.zeros(shape[:2], bool), jnp.zeros((), jnp.int32))
+
+
+def sinusoidal_positions(max_len: int, emb_dim: int) -> np.ndarray:
+    """The fixed position table: [max_len, emb_dim] float32, first half sines, second half cosines.
+
+    Frequencies are exp(-ln(10000) / (emb_dim / 2 - 1) * i), as in tensor2tensor and Flax's lm1b example (Vaswani et
+    al. 2017, section 3.5, with sines and cosines side by side rather than interleaved).
+    """
+    half = emb_dim // 2
+    frequencies = np.exp(-np.log(10000.0) / (half - 1) * np.arange(half))
+    angles = np.arange(max_len)[:, None] * frequencies  # [max_len, half]
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+
+
+def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """uint32 bits for dropout: each element's index, mixed with the key by an integer hash.
+
+    Where `jax.random.bits` costs a sixth of a training step on CPU, this fuses into the multiplication that uses it,
+    and the result does not depend on how the array is sharded. The mixer is lowbias32 of Chris Wellons' hash
+    prospector (https://github.com/skeeto/hash-prospector): plenty for dropout, not for anything secret.
+    """
+    seed = jax.random.key_data(key)
+    x = jax.lax.iota(jnp.uint32, int(np.prod(shape))).reshape(shape)
+    x = (x ^ seed[0]) * np.uint32(0x9E3779B1) + seed[-1]
+    x = (x ^ (x >> 16)) * np.uint32(0x21F0AAAD)
+    x = (x ^ (x >> 15)) * np.uint32(0x735A2D97)
+    return x ^ (x >> 15)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes each element of x with probability `rate` and scales the rest; without a key, x as it is."""
+    if key is None or rate == 0.0:
+        return x
+    drop = random_bits(key, x.shape) < np.uint32(rate * 2**32)
+    return jnp.where(drop, jnp.zeros((), x.dtype), x / (1.0 - rate))
+
+
+def split_key(key: jax.Array | None, num: int):
+    """`jax.random.split` that passes None (no dropout) through."""
+    return [None] * num if key is None else jax.random.split(key, num)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention without biases (Vaswani et al. 2017, section 3.2)."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.dropout_rate = config.attention_dropout_rate
+        heads = (config.num_heads, config.qkv_dim // config.num_heads)  # (H, K)
+        dense = functools.partial(
+            nnx.LinearGeneral,
+            use_bias=False,
+            kernel_init=nnx.initializers.xavier_uniform(),
+            dtype=DTYPES[config.dtype],
+            rngs=rngs,
+        )
+        self.query = dense(config.emb_dim, heads)
+        self.key = dense(config.emb_dim, heads)
+        self.value = dense(config.emb_dim, heads)
+        self.out = dense(heads, config.emb_dim, axis=(-2, -1))
+
+    def __call__(self, x, mask, *, dropout_key=None, cache=None):
+        """x [B, T, D], mask [B, T, S] (S = T without a cache) -> [B, T, D] and the (keys, values) attended to.
+
+        `cache` is (keys, values, start): keys and values [B, S, H, K], into which this call's are written from slot
+        `start` on.
+        """
+        query, key, value = self.query(x), self.key(x), self.value(x)  # [B, T, H, K]
+        if cache is not None:
+            keys, values, start = cache
+            key = jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), start, axis=1)  # [B, S, H, K]
+            value = jax.lax.dynamic_update_slice_in_dim(values, value.astype(values.dtype), start, axis=1)
+        query = query / np.sqrt(query.shape[-1]).astype(query.dtype)
+        scores = jnp.einsum("bthk,bshk->bhts", query, key, preferred_element_type=jnp.float32)
+        scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)  # [B, H, T, S]
+        weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+        weights = dropout(weights, self.dropout_rate, dropout_key)
+        attended = jnp.einsum("bhts,bshk->bthk", weights, value)
+        return self.out(attended), (key, value)
+
+
+class MlpBlock(nnx.Module):
+    """Dense, ReLU, dropout, Dense."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.dropout_rate = config.dropout_rate
+        dense = functools.partial(
+            nnx.Linear,
+            kernel_init=nnx.initializers.xavier_uniform(),
+            bias_init=nnx.initializers.normal(1e-6),
+            dtype=DTYPES[config.dtype],
+            rngs=rngs,
+        )
+        self.wi = dense(config.emb_dim, config.mlp_dim)
+        self.wo = dense(config.mlp_dim, config.emb_dim)
+
+    def __call__(self, x, *, dropout_key=None):
+        """x [B, T, D] -> [B, T, D]."""
+        hidden = jax.nn.relu(self.wi(x))  # [B, T, F]
+        return self.wo(dropout(hidden, self.dropout_rate, dropout_key))
+
+
+def layer_norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(config.emb_dim, epsilon=LAYER_NORM_EPSILON, dtype=DTYPES[config.dtype], rngs=rngs)
+
+
+class Block(nnx.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.dropout_rate = config.dropout_rate
+        self.attention_norm = layer_norm(config, rngs)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = layer_norm(config, rngs)
+        self.mlp = MlpBlock(config, rngs=rngs)
+
+    def __call__(self, x, mask, *, dropout_key=None, cache=None):
+        """x [B, T, D], mask [B, T, S] -> x [B, T, D] and the keys and values, as in `Attention`."""
+        keys = split_key(dropout_key, 4)
+        attended, keys_values = self.attention(self.attention_norm(x), mask, dropout_key=keys[0], cache=cache)
+        x = x + dropout(attended, self.dropout_rate, keys[1])
+        x = x + dropout(self.mlp(self.mlp_norm(x), dropout_key=keys[2]), self.dropout_rate, keys[3])
+        return x, keys_values
+
+
+class TransformerLM(nnx.Module):
+    """Token ids in, logits for the next token out."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = nnx.Embed(
+            config.vocab_size, config.emb_dim, embedding_init=nnx.initializers.normal(1.0), rngs=rngs
+        )
+        make_block = nnx.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))
+        self.blocks = make_block(jax.random.split(rngs.params(), config.num_layers))  # parameters stacked: [L, ...]
+        self.norm = layer_norm(config, rngs)
+        if not config.logits_via_embedding:
+            self.logits = nnx.Linear(
+                config.emb_dim,
+                config.vocab_size,
+                kernel_init=nnx.initializers.xavier_uniform(),
+                bias_init=nnx.initializers.normal(1e-6),
+                dtype=DTYPES[config.dtype],
+                preferred_element_type=jnp.float32,
+                rngs=rngs,
+            )
+
+    def __call__(self, inputs, positions, segments, *, dropout_key=None):
+        """Logits for every position of packed rows.
+
+        Args:
+          inputs: [B, T] int32, the targets shifted right within their segment; id 0 begins a segment.
+          positions: [B, T] int32, position within the segment, from 0.
+          segments: [B, T] int32, which text of the row a token belongs to, from 1; 0 is padding.
+          dropout_key: a PRNG key in training; None switches dropout off.
+
+        Returns:
+          logits [B, T, V] float32. A token sees itself and what stands before it in its own segment.
+        """
+        embed_key, blocks_key = split_key(dropout_key, 2)
+        x = self._embed(inputs, positions, embed_key)
+        causal = jnp.tril(jnp.ones((inputs.shape[1],) * 2, bool))
+        mask = causal & (segments[:, :, None] == segments[:, None, :])  # [B, T, T]
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def run_layer(x, layer):
+            params, key = layer
+            return nnx.merge(graphdef, params)(x, mask, dropout_key=key)[0], None
+
+        keys = None if blocks_key is None else jax.random.split(blocks_key, self.config.num_layers)
+        x, _ = jax.lax.scan(run_layer, x, (stacked, keys))
+        return self._logits(x)
+
+    def extend(self, inputs, positions, valid, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Reads T more tokens into the cache: a whole prompt (T = its length) or one token (T = 1).
+
+        Layers are unrolled here: a decoding step is bound by reading the weights, which scan would copy first.
+
+        Args:
+          inputs: [B, T] int32 ids. Rows of different lengths are padded on the left.
+          positions: [B, T] int32.
+          valid: [B, T] bool, False on padding.
+          cache: as made by `empty_cache`, with at least T free slots.
+
+        Returns:
+          logits [B, V] float32 for the token after the last, and the cache with the T tokens in it.
+        """
+        length = inputs.shape[1]
+        valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, valid, cache.length, axis=1)  # [B, S]
+        slots = jnp.arange(valid.shape[1])
+        mask = (slots <= cache.length + jnp.arange(length)[:, None]) & valid[:, None, :]  # [B, T, S]
+        x = self._embed(inputs, positions)
+        graphdef, stacked = nnx.split(self.blocks)
+        keys_values = []
+        for i, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
+            block = nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], stacked))
+            x, layer_keys_values = block(x, mask, cache=(keys, values, cache.length))
+            keys_values.append(layer_keys_values)
+        keys, values = zip(*keys_values, strict=True)
+        return self._logits(x[:, -1]), Cache(keys, values, valid, cache.length + length)
+
+    def _embed(self, inputs, positions, dropout_key=None):
+        """[B, T] ids and positions -> [B, T, D]."""
+        table = jnp.asarray(sinusoidal_positions(self.config.max_len, self.config.emb_dim))
+        x = self.embed(inputs) + table[positions]
+        return dropout(x, self.config.dropout_rate, dropout_key).astype(DTYPES[self.config.dtype])
+
+    def _logits(self, x):
+        """[..., D] -> [..., V] float32."""
+        x = self.norm(x)
+        if not self.config.logits_via_embedding:
+            return self.logits(x).astype(jnp.float32)
+        embedding = self.embed.embedding[...].astype(x.dtype)
+        logits = jnp.einsum("...d,vd->...v", x, embedding, preferred_element_type=jnp.float32)
+        return logits / np.sqrt(self.config.emb_dim).astype(np.float32)
+
+
+Params = dict[str, Any]
+
+
+def init(config: TransformerConfig, key: jax.Array) -> Params:
+    """Fresh parameters, float32, as a nested dict. Pure: may run under `jax.jit` or `jax.eval_shape`."""
+    return nnx.to_pure_dict(nnx.state(TransformerLM(config, rngs=nnx.Rngs(key)), nnx.Param))
+
+
+def bind(config: TransformerConfig, params: Params) -> TransformerLM:
+    """The network with these parameters in it, ready to be called."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: TransformerLM(config, rngs=nnx.Rngs(0))))
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)
+
+
+def abstract_params(config: TransformerConfig) -> Params:
+    """Shapes and dtypes of the parameters, without making them."""
+    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+
+
+def count_params(config: TransformerConfig) -> int:
+    """Number of parameters of the network."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))

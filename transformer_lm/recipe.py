@@ -1,0 +1,80 @@
+"""From a recipe's ConfigDict to the small frozen dataclasses that the rooms take. Below here, no ConfigDict."""
+
+import dataclasses
+import json
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from transformer_lm.errors import UserError
+from transformer_lm.models import TransformerConfig
+from transformer_lm.optimizers import OptimizerConfig
+from transformer_lm.preparation import DataConfig
+from transformer_lm.sampler import SamplingConfig
+from transformer_lm.train import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A checked recipe.
+
+    Attributes:
+      data: which corpus, tokenizer and rows.
+      model: the network; its vocab_size is what is wished for until a tokenizer is there.
+      optimizer: schedule and optimizer.
+      train: the run.
+      sampling: how text is generated.
+      prompts: texts to continue.
+      seed: of parameters, dropout, order of data and sampling.
+      fields: the recipe as it was given, for the record.
+    """
+
+    data: DataConfig
+    model: TransformerConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    sampling: SamplingConfig
+    prompts: tuple[str, ...]
+    seed: int
+    fields: dict
+
+
+def read(config: ConfigDict) -> Recipe:
+    """Checks every value; raises UserError on an impossible one."""
+    if not 0 <= config.seed < 2**31:
+        raise UserError(f"seed={config.seed} must lie in [0, 2**31).")
+    return Recipe(
+        data=_pick(DataConfig, config),
+        model=_pick(
+            TransformerConfig,
+            config,
+            max_len=max(config.max_target_length, config.max_eval_target_length, config.max_predict_length),
+            dtype="bfloat16" if config.use_bfloat16 else "float32",
+        ),
+        optimizer=_pick(OptimizerConfig, config),
+        train=_pick(TrainConfig, config),
+        sampling=SamplingConfig(
+            temperature=config.sampling_temperature,
+            top_k=config.sampling_top_k,
+            top_p=config.sampling_top_p,
+            max_length=config.max_predict_length,
+        ),
+        prompts=tuple(config.prompts.split("\n")),
+        seed=config.seed,
+        fields=config.to_dict(),
+    )
+
+
+def read_saved(path: epath.Path) -> dict:
+    """The fields of the recipe in a workdir's config.json."""
+    try:
+        fields = json.loads(path.read_text())["recipe"]
+        return dict(fields)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not the config.json of a workdir ({error!r}).") from error
+
+
+def _pick(dataclass, config: ConfigDict, **given):
+    """A dataclass with the fields that the recipe has under the same names."""
+    names = [field.name for field in dataclasses.fields(dataclass) if field.name not in given]
+    return dataclass(**{name: config[name] for name in names}, **given)

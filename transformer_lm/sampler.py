@@ -1,0 +1,167 @@
+"""Prefill, then cached decoding in one compiled loop: token ids in, token ids out."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from transformer_lm import models
+from transformer_lm.errors import UserError
+from transformer_lm.tokenizer import EOS_ID
+
+PROMPT_BUCKET = 16  # prompts are padded to a multiple of this, so that few shapes are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is chosen.
+
+    Attributes:
+      temperature: logits are divided by it; 0 takes the likeliest token (greedy).
+      top_k: choose among the k likeliest tokens; 0 for all.
+      top_p: choose among the fewest likeliest tokens whose probabilities reach top_p together (nucleus sampling,
+        Holtzman et al. 2020); 1 for all. Applied after temperature and top_k.
+      max_length: tokens of prompt and continuation together.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_length: int = 128
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise UserError(f"sampling_temperature={self.temperature} must not be negative; 0 is greedy.")
+        if self.top_k < 0:
+            raise UserError(f"sampling_top_k={self.top_k} must not be negative; 0 switches it off.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"sampling_top_p={self.top_p} must lie in (0, 1]; 1 switches it off.")
+        if self.max_length < 1:
+            raise UserError(f"max_predict_length={self.max_length} must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """One generated text.
+
+    Attributes:
+      tokens: the new token ids, without the prompt and without EOS.
+      finished: whether it ended by EOS rather than for want of room.
+    """
+
+    tokens: list[int]
+    finished: bool
+
+
+def generate(
+    config: models.TransformerConfig,
+    params: models.Params,
+    prompts: list[list[int]],
+    *,
+    num_samples: int,
+    sampling: SamplingConfig,
+    seed: int,
+) -> list[list[Continuation]]:
+    """Continues every prompt `num_samples` times, all in one batch.
+
+    A text depends on the seed, the number of its prompt and its own number alone, not on how many others there are.
+
+    Args:
+      config: the network.
+      params: its parameters.
+      prompts: token ids without EOS; an empty prompt begins a new text.
+      num_samples: texts a prompt.
+      sampling: how tokens are chosen.
+      seed: of the random choices.
+
+    Returns:
+      for each prompt its texts.
+
+    Raises:
+      UserError: a prompt leaves no room for a new token.
+    """
+    longest = max(map(len, prompts))
+    if longest >= sampling.max_length:
+        raise UserError(
+            f"A prompt of {longest} tokens leaves no room to write: max_predict_length={sampling.max_length} "
+            "counts prompt and continuation; raise it."
+        )
+    # Every text begins with id 0, as in training; shorter prompts are padded on the left.
+    width = -(-(longest + 1) // PROMPT_BUCKET) * PROMPT_BUCKET
+    inputs = np.zeros((len(prompts), width), np.int32)
+    lengths = np.array([len(prompt) + 1 for prompt in prompts], np.int32)
+    for row, prompt in zip(inputs, prompts, strict=True):
+        row[width - len(prompt) :] = prompt
+    limits = sampling.max_length - lengths + 1  # how many tokens each prompt may be continued by
+    steps = sampling.max_length
+    tokens = _generate(
+        dataclasses.replace(config, max_len=max(config.max_len, sampling.max_length)),
+        sampling, num_samples, steps, params, inputs, lengths, jax.random.key(seed),
+    )  # fmt: skip
+    tokens = np.asarray(tokens)  # [prompts, num_samples, steps]
+    return [
+        [_cut(sample[:limit].tolist()) for sample in samples] for samples, limit in zip(tokens, limits, strict=True)
+    ]
+
+
+def _cut(tokens: list[int]) -> Continuation:
+    if EOS_ID in tokens:
+        return Continuation(tokens[: tokens.index(EOS_ID)], True)
+    return Continuation(tokens, False)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _generate(config, sampling, num_samples, steps, params, inputs, lengths, key):
+    """[P, W] left-padded prompts -> [P, num_samples, steps] token ids; ids after EOS mean nothing."""
+    model = models.bind(config, params)
+    num_prompts, width = inputs.shape
+    offset = width - lengths[:, None]  # [P, 1] padding before each prompt
+    positions = jnp.arange(width) - offset  # [P, W]
+    cache = models.empty_cache(config, num_prompts, width + steps)
+    logits, cache = model.extend(inputs, jnp.maximum(positions, 0), positions >= 0, cache)
+
+    def repeat(x):
+        return jnp.repeat(x, num_samples, axis=0) if x.ndim else x
+
+    logits, cache = jax.tree.map(repeat, (logits, cache))  # [B, V], B = P * num_samples
+    lengths = repeat(lengths)
+    rows = jnp.arange(num_samples) + jnp.arange(num_prompts)[:, None] * 2**16
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows.reshape(-1))  # [B]
+    remaining = sampling.max_length - lengths + 1
+
+    def unfinished(state):
+        step, _, _, _, done = state
+        return (step < steps) & ~jnp.all(done)
+
+    def write_token(state):
+        step, logits, cache, tokens, done = state
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+        token = sample(logits, step_keys, sampling)  # [B]
+        tokens = tokens.at[:, step].set(token)
+        done |= (token == EOS_ID) | (step + 1 >= remaining)
+        valid = jnp.ones((len(token), 1), bool)
+        logits, cache = model.extend(token[:, None], (lengths + step)[:, None], valid, cache)
+        return step + 1, logits, cache, tokens, done
+
+    tokens = jnp.zeros((len(keys), steps), jnp.int32)
+    state = (0, logits, cache, tokens, jnp.zeros(len(keys), bool))
+    tokens = jax.lax.while_loop(unfinished, write_token, state)[3]
+    return tokens.reshape(num_prompts, num_samples, steps)
+
+
+def sample(logits: jax.Array, keys: jax.Array, sampling: SamplingConfig) -> jax.Array:
+    """Chooses a token a row: logits [B, V], one key a row [B] -> ids [B]."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    vocab_size = logits.shape[-1]
+    top_k = min(sampling.top_k or vocab_size, vocab_size)
+    if top_k == vocab_size and sampling.top_p == 1:
+        return jax.vmap(jax.random.categorical)(keys, logits / sampling.temperature).astype(jnp.int32)
+    logits, ids = jax.lax.top_k(logits / sampling.temperature, top_k)  # [B, k], likeliest first
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # probability of all likelier tokens
+    logits = jnp.where(before < sampling.top_p, logits, -jnp.inf)
+    choice = jax.vmap(jax.random.categorical)(keys, logits)
+    return jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
