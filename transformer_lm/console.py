@@ -3,25 +3,37 @@
 import contextlib
 import logging as python_logging
 import os
+import time
 from collections.abc import Callable, Iterator
 
 import rich.console
-import rich.logging
 import rich.progress
 from absl import logging
 
 CONSOLE = rich.console.Console(stderr=True)
 
 
+class _LineHandler(python_logging.Handler):
+    """Prints a log record as one line, above a progress bar where there is one; only a terminal may wrap it."""
+
+    def emit(self, record: python_logging.LogRecord):
+        try:
+            moment = time.strftime("%H:%M:%S", time.localtime(record.created))
+            level = "" if record.levelno <= python_logging.INFO else f"{record.levelname}: "
+            CONSOLE.print(f"{moment} {level}{record.getMessage()}", soft_wrap=True, markup=False, highlight=False)
+        except Exception:
+            self.handleError(record)
+
+
 def set_up_logging():
-    """Shows this package's log lines, above a progress bar where there is one, and warnings of the libraries."""
-    handler = rich.logging.RichHandler(console=CONSOLE, show_path=False, markup=False, highlighter=None)
-    handler.setFormatter(python_logging.Formatter("%(message)s"))
+    """Shows this package's log lines, and warnings of the libraries."""
+    handler = _LineHandler()
     handler.addFilter(_worth_showing)
     logger = logging.get_absl_logger()
     logger.handlers = [handler]
     logger.propagate = False
     logging.set_verbosity(logging.INFO)
+    python_logging.getLogger("jax").setLevel(python_logging.WARNING)
 
 
 def _worth_showing(record: python_logging.LogRecord) -> bool:

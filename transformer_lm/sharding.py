@@ -5,13 +5,13 @@ Which array is cut along which axis is said here and nowhere else.
 """
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def make_mesh() -> Mesh:
     """All local devices along the axis "data"."""
     devices = jax.local_devices()
-    return jax.make_mesh((len(devices),), ("data",), devices=devices)
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

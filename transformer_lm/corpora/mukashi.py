@@ -21,8 +21,6 @@ import string
 from collections.abc import Iterator
 from pathlib import Path
 
-from grain.experimental import index_shuffle
-
 from transformer_lm.corpora.base import Source
 
 TRAIN_TALES = 40_000
@@ -799,7 +797,24 @@ def tale(number: int) -> str:
     """Tale `number`, 0 <= number < len(PLOTS) * the smallest plot's ways."""
     nth, plot_number = divmod(number, len(PLOTS))
     plot = PLOTS[plot_number]
-    return plot.tell(index_shuffle(nth, max_index=plot.ways - 1, seed=plot_number, rounds=4))
+    return plot.tell(_permute(nth, plot.ways, seed=plot_number))
+
+
+def _permute(index: int, size: int, seed: int) -> int:
+    """A pseudo-random permutation of range(size): where `index` goes.
+
+    A Feistel network of four rounds (Luby and Rackoff 1988) permutes the least square number that is not below size;
+    whatever it throws out of the range is permuted again until it falls into it.
+    """
+    side = math.isqrt(size - 1) + 1
+    while True:
+        left, right = divmod(index, side)
+        for turn in range(4):
+            digest = hashlib.blake2b(f"{seed} {turn} {right}".encode(), digest_size=16).digest()
+            left, right = right, (left + int.from_bytes(digest)) % side
+        index = left * side + right
+        if index < size:
+            return index
 
 
 def count_tales() -> int:

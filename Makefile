@@ -1,0 +1,37 @@
+# make demo   train a small model in front of your eyes, and read what it writes (some minutes on 2 cores)
+# make test   all tests
+# make lint   formatting and linting
+# make bench  the benchmarks, with what they are measured against
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test lint bench clean
+demo: $(VENV)/core
+	$(VENV)/bin/python -m transformer_lm.demo
+
+test: $(VENV)/dev
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
+bench: $(VENV)/interop
+	$(VENV)/bin/python benchmarks/generate.py
+	$(VENV)/bin/python benchmarks/train_step.py
+
+clean:
+	rm -rf $(VENV) logs
+
+# One virtual environment; an empty file in it says which extras are installed. It is made anew when it is half-made.
+$(VENV)/core: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/dev $(VENV)/interop: $(VENV)/core
+	$(PIP) --editable ".[$(notdir $@)]"
+	touch $@
