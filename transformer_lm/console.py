@@ -26,7 +26,7 @@ class _LineHandler(python_logging.Handler):
 
 
 def set_up_logging():
-    """Shows this package's log lines, and warnings of the libraries."""
+    """Shows this package's log lines, and errors of the libraries."""
     handler = _LineHandler()
     handler.addFilter(_worth_showing)
     logger = logging.get_absl_logger()
@@ -38,7 +38,7 @@ def set_up_logging():
 
 def _worth_showing(record: python_logging.LogRecord) -> bool:
     here = os.path.dirname(os.path.abspath(__file__))
-    return record.levelno >= python_logging.WARNING or os.path.abspath(record.pathname).startswith(here)
+    return record.levelno >= python_logging.ERROR or os.path.abspath(record.pathname).startswith(here)
 
 
 @contextlib.contextmanager

@@ -32,13 +32,14 @@ class OptimizerConfig:
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
-    """Linear from 0 to the peak over w = warmup_steps, then peak * sqrt(w / step) (Vaswani et al. 2017, section 5.3)."""
-    warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    """Linear from 0 to the peak over w = warmup_steps, then peak * sqrt(w / step) (Vaswani et al. 2017, sect. 5.3)."""
+    warmup = config.warmup_steps
 
-    def decay(steps_after_warmup):
-        return config.learning_rate * jnp.sqrt(config.warmup_steps / (steps_after_warmup + config.warmup_steps))
+    def schedule(step):
+        step = jnp.asarray(step, jnp.float32)
+        return config.learning_rate * jnp.minimum(step / warmup, jnp.sqrt(warmup / jnp.maximum(step, 1.0)))
 
-    return optax.join_schedules([warmup, decay], boundaries=[config.warmup_steps])
+    return schedule
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

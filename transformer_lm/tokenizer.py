@@ -29,6 +29,8 @@ class Tokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise UserError(f"{source} is not a SentencePiece model; delete it to train a new one.") from error
+        if not model:  # SentencePiece takes no bytes for an empty model
+            raise UserError(f"{source} is empty; delete it to train a new one.")
         ids = (self._processor.unk_id(), self._processor.bos_id(), self._processor.eos_id())
         if ids != (UNK_ID, BOS_ID, EOS_ID):
             raise UserError(f"{source} has the ids (unk, bos, eos) = {ids}; {(UNK_ID, BOS_ID, EOS_ID)} are needed.")

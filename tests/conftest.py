@@ -1,0 +1,80 @@
+"""What several tests share."""
+
+import functools
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+
+from transformer_lm import models, packing, tokenizer
+
+ROOT = Path(__file__).parents[1]
+FIXTURE = ROOT / "tests" / "fixtures" / "original"
+SHARED = ROOT.parent / "shared"
+
+
+class Original:
+    """A folder with what the original wrote and computed."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoint = path / "checkpoint_499999"
+        self.reference = dict(np.load(path / "reference.npz"))
+        self.about = json.loads((path / "about.json").read_text())
+        self.every = round(self.about["vocab_size"] / self.reference["logits"].shape[-1])  # logits kept: every nth
+
+
+@pytest.fixture(scope="session", params=["fixture", "whole"])
+def original(request) -> Original:
+    """The original's files: the small copy in this repository, and the whole ones where they lie beside it."""
+    path = FIXTURE if request.param == "fixture" else SHARED / "original" / "tiny_checkpoint"
+    if not path.exists():
+        pytest.skip("the original's whole files are not on this machine; the copy in tests/fixtures is tested")
+    return Original(path)
+
+
+@pytest.fixture(scope="session")
+def literature() -> Path:
+    """The folder with the corpus of literature."""
+    path = SHARED / "data"
+    if not path.exists():
+        pytest.skip("the corpus of literature is not on this machine")
+    return path
+
+
+@pytest.fixture
+def tiny() -> models.TransformerConfig:
+    """A network that compiles in a moment."""
+    return models.TransformerConfig(
+        vocab_size=50, emb_dim=16, num_heads=2, num_layers=2, qkv_dim=16, mlp_dim=32, max_len=32
+    )
+
+
+@pytest.fixture(scope="session")
+def tales_tokenizer() -> tokenizer.Tokenizer:
+    """A tokenizer of 600 pieces for the tales."""
+    from transformer_lm.corpora import mukashi
+
+    texts = [mukashi.tale(number) for number in range(300)]
+    return tokenizer.Tokenizer(
+        tokenizer.train(texts, vocab_size=900, max_corpus_chars=100_000, options="--character_coverage=1.0")
+    )
+
+
+@functools.cache
+def init(config: models.TransformerConfig) -> models.Params:
+    """Parameters from seed 0."""
+    return jax.jit(models.init, static_argnums=0)(config, jax.random.key(0))
+
+
+def batch_of(texts: list[list[int]], row_length: int) -> dict[str, np.ndarray]:
+    """A batch with one row of packed texts; EOS closes each."""
+    tokens = [token for text in texts for token in [*text, tokenizer.EOS_ID]]
+    row = np.full((1, row_length), packing.padding_id(np.dtype(np.uint16)), np.uint16)
+    row[0, : len(tokens)] = tokens
+    return packing.unpack(row)

@@ -1,0 +1,211 @@
+"""The network: parity with the original, and the properties that a language model rests on."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import batch_of, init
+
+from transformer_lm import checkpoints, models
+from transformer_lm.errors import UserError
+
+
+def call(config, params, batch, dropout_key=None):
+    """Logits [B, T, V] of a batch."""
+    return _call(config, params, batch, dropout_key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _call(config, params, batch, dropout_key):
+    network = models.bind(config, params)
+    return network(batch["inputs"], batch["positions"], batch["segments"], dropout_key=dropout_key)
+
+
+def unpacked(tokens):
+    """A batch of one text a row, 0 being padding: [B, T] -> the network's inputs."""
+    inputs = np.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    return {"inputs": inputs, "positions": positions, "segments": (tokens > 0).astype(np.int32)}
+
+
+class TestParityWithOriginal:
+    def test_logits_and_losses(self, original):
+        loaded = checkpoints.load_model(original.path)
+        tokens, real = original.reference["tokens"], original.reference["tokens"] > 0
+        logits = np.asarray(call(loaded.config, loaded.params, unpacked(tokens)))
+        np.testing.assert_allclose(
+            logits[..., :: original.every][real], original.reference["logits"][real], atol=1e-4, rtol=0
+        )
+        losses = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), tokens[..., None], axis=-1)[..., 0]
+        np.testing.assert_allclose(losses[real], original.reference["token_loss"][real], atol=1e-4, rtol=0)
+        assert np.mean(losses[real]) == pytest.approx(original.about["mean_loss"], abs=1e-4)
+
+    def test_packed_row(self, original):
+        loaded = checkpoints.load_model(original.path)
+        tokens = original.reference["packed_tokens"]
+        texts = [text.tolist() for text in np.split(tokens[0], np.flatnonzero(tokens[0] == 2)[:-1] + 1)]
+        batch = batch_of([text[:-1] for text in texts], tokens.shape[1])
+        np.testing.assert_array_equal(batch["segments"], original.reference["packed_segments"])
+        np.testing.assert_array_equal(batch["positions"], original.reference["packed_positions"])
+        logits = np.asarray(call(loaded.config, loaded.params, batch))[..., :: original.every]
+        np.testing.assert_allclose(logits, original.reference["packed_logits"], atol=1e-4, rtol=0)
+
+    def test_network_follows_from_the_arrays(self, original):
+        config = checkpoints.load_model(original.path).config
+        for name in ("vocab_size", "emb_dim", "num_heads", "qkv_dim", "mlp_dim", "num_layers", "logits_via_embedding"):
+            assert getattr(config, name) == original.about[name], name
+
+
+class TestInit:
+    def test_distributions(self):
+        config = models.TransformerConfig(
+            vocab_size=2000, emb_dim=64, num_heads=4, num_layers=3, qkv_dim=64, mlp_dim=256
+        )
+        params = init(config)
+        assert np.std(params["embed"]["embedding"]) == pytest.approx(1.0, rel=0.02)
+        # Xavier (Glorot and Bengio 2010): uniform within sqrt(6 / (fan in + fan out)).
+        for kernel, fans in ((params["logits"]["kernel"], 2064), (params["blocks"]["mlp"]["wi"]["kernel"], 320)):
+            assert np.max(np.abs(kernel)) == pytest.approx(np.sqrt(6 / fans), rel=0.01)
+            assert np.std(kernel) == pytest.approx(np.sqrt(2 / fans), rel=0.02)
+        assert np.std(params["blocks"]["mlp"]["wo"]["bias"]) == pytest.approx(1e-6, rel=0.2)
+        assert np.all(params["norm"]["scale"] == 1)
+        query = params["blocks"]["attention"]["query"]["kernel"]
+        assert query.shape == (3, 64, 4, 16)
+        assert not np.array_equal(query[0], query[1])
+
+    def test_parameter_count(self):
+        sizes = {"emb_dim": 768, "num_heads": 12, "num_layers": 12, "qkv_dim": 768, "mlp_dim": 3072}
+        d, f, n, v = 768, 3072, 12, 30_000
+        by_hand = v * d + n * (4 * d * d + 2 * d * f + f + d + 4 * d) + 2 * d + d * v + v
+        assert models.count_params(models.TransformerConfig(vocab_size=v, **sizes)) == by_hand
+
+
+class TestNetwork:
+    def test_positions_follow_the_formula(self):
+        table = models.sinusoidal_positions(50, 8)
+        for position in (0, 1, 49):
+            for i in range(4):
+                angle = position * np.exp(-np.log(10000.0) / (8 / 2 - 1) * i)
+                assert table[position, i] == pytest.approx(np.sin(angle), abs=1e-6)
+                assert table[position, 4 + i] == pytest.approx(np.cos(angle), abs=1e-6)
+
+    def test_no_gradient_from_later_tokens(self, tiny):
+        """Causality: the logits at t do not depend on the embeddings of later inputs, and do on earlier ones."""
+        params = init(tiny)
+        inputs = np.arange(1, 9)[None]  # each id once, so that an embedding row stands for a position
+        batch = unpacked(np.append(inputs[:, 1:], [[9]], axis=1))
+
+        @jax.jit
+        @jax.grad
+        def gradient_of(embedding, t):
+            return jnp.sum(call(tiny, params | {"embed": {"embedding": embedding}}, batch)[0, t] ** 2)
+
+        for t in range(8):
+            gradient = np.asarray(gradient_of(params["embed"]["embedding"], t))
+            norms = np.linalg.norm(gradient[batch["inputs"][0]], axis=-1)  # [T]
+            assert np.all(norms[: t + 1] > 0)
+            assert np.all(norms[t + 1 :] == 0)
+
+    def test_packed_equals_separate(self, tiny):
+        params = init(tiny)
+        texts = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16, 17]]
+        packed = np.asarray(call(tiny, params, batch_of(texts, 20)))[0]
+        start = 0
+        for text in texts:
+            alone = np.asarray(call(tiny, params, batch_of([text], len(text) + 1)))[0]
+            np.testing.assert_allclose(packed[start : start + len(alone)], alone, atol=1e-5)
+            start += len(alone)
+
+    @pytest.mark.parametrize("via_embedding", [False, True])
+    def test_cached_equals_uncached(self, tiny, via_embedding):
+        """A prompt in one pass, then token by token, with a shorter prompt padded on the left beside it."""
+        config = dataclasses.replace(tiny, logits_via_embedding=via_embedding)
+        params = init(config)
+        texts = np.array([[0, 3, 4, 5, 6, 7, 8, 9], [0, 13, 14, 15, 16, 17, 18, 19]])
+        positions = np.broadcast_to(np.arange(8), texts.shape)
+        expected = call(config, params, {"inputs": texts, "positions": positions, "segments": np.ones_like(texts)})
+        network = models.bind(config, params)
+        prompts = np.array([[0, 3, 4, 5], [0, 0, 0, 13]])  # lengths 4 and 2
+        starts = np.array([[0], [2]])
+        logits, cache = network.extend(
+            prompts, np.maximum(np.arange(4) - starts, 0), np.arange(4) >= starts, models.empty_cache(config, 2, 12)
+        )
+        np.testing.assert_allclose(logits, [expected[0, 3], expected[1, 1]], atol=1e-5)
+        for step in range(4):
+            at = np.array([4, 2]) + step
+            tokens = texts[np.arange(2), at][:, None]
+            logits, cache = network.extend(tokens, at[:, None], np.ones((2, 1), bool), cache)
+            np.testing.assert_allclose(logits, [expected[0, 4 + step], expected[1, 2 + step]], atol=1e-5)
+
+    def test_logits_via_embedding(self, tiny):
+        """The formula, on what the untied network with the transposed embedding as kernel computes."""
+        config = dataclasses.replace(tiny, logits_via_embedding=True)
+        params = init(config)
+        assert "logits" not in params
+        batch = batch_of([[3, 4, 5]], 4)
+        kernel = params["embed"]["embedding"].T / np.sqrt(tiny.emb_dim)
+        untied = params | {"logits": {"kernel": kernel, "bias": np.zeros(tiny.vocab_size, np.float32)}}
+        np.testing.assert_allclose(call(config, params, batch), call(tiny, untied, batch), atol=1e-5)
+
+    def test_bfloat16_computes_near_float32_and_returns_float32(self, tiny):
+        params = init(tiny)
+        batch = batch_of([[3, 4, 5, 6]], 5)
+        exact = call(tiny, params, batch)
+        rough = call(dataclasses.replace(tiny, dtype="bfloat16"), params, batch)
+        assert rough.dtype == jnp.float32
+        assert 0 < np.max(np.abs(rough - exact)) < 0.1
+
+    def test_layers_run_under_scan(self, tiny):
+        """One layer is traced, however many there are."""
+        sizes = []
+        for layers in (2, 12):
+            config = dataclasses.replace(tiny, num_layers=layers)
+            params = models.abstract_params(config)
+            sizes.append(len(str(jax.make_jaxpr(lambda p, c=config: call(c, p, batch_of([[3]], 4)))(params))))
+        assert sizes[1] < 1.05 * sizes[0]
+
+
+class TestDropout:
+    @pytest.mark.parametrize("rate", [0.1, 0.5])
+    def test_statistics(self, rate):
+        x = jnp.ones((400, 500))
+        kept = np.asarray(models.dropout(x, rate, jax.random.key(1)))
+        assert set(np.unique(kept)) == {0.0, np.float32(1 / (1 - rate))}
+        deviation = np.sqrt(rate * (1 - rate) / x.size)
+        assert np.mean(kept == 0) == pytest.approx(rate, abs=5 * deviation)
+        dropped = (kept == 0) - rate
+        for shifted in (np.roll(dropped, 1, axis=0), np.roll(dropped, 1, axis=1), np.roll(dropped, 256, axis=1)):
+            assert abs(np.mean(dropped * shifted)) < 5 * rate * (1 - rate) / np.sqrt(x.size)
+
+    def test_keys_are_independent(self):
+        masks = [np.asarray(models.dropout(jnp.ones(100_000), 0.5, jax.random.key(seed))) == 0 for seed in range(8)]
+        for i in range(8):
+            for j in range(i):
+                assert np.mean(masks[i] == masks[j]) == pytest.approx(0.5, abs=0.01)
+
+    def test_only_with_a_key(self, tiny):
+        params = init(tiny)
+        batch = batch_of([[3, 4, 5]], 4)
+        quiet = call(tiny, params, batch)
+        noisy = [call(tiny, params, batch, jax.random.key(seed)) for seed in (1, 1, 2)]
+        np.testing.assert_array_equal(noisy[0], noisy[1])
+        assert not np.allclose(noisy[0], noisy[2])
+        assert not np.allclose(noisy[0], quiet)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"num_heads": 3}, "qkv_dim=16 does not divide by num_heads=3"),
+        ({"emb_dim": 15}, "emb_dim=15 must be even"),
+        ({"dropout_rate": 1.0}, "dropout_rate=1.0 must lie in"),
+        ({"num_layers": 0}, "num_layers=0 must be at least 1"),
+        ({"dtype": "float16"}, "dtype='float16'"),
+    ],
+)
+def test_impossible_networks(tiny, wrong, words):
+    with pytest.raises(UserError, match=words):
+        dataclasses.replace(tiny, **wrong)
