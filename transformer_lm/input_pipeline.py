@@ -31,7 +31,7 @@ def train_batches(corpus: PreparedCorpus, *, batch_size: int, seed: int, start_s
     Yields:
       what `packing.unpack` makes of [batch_size, T] rows.
     """
-    dataset = _rows(corpus).shuffle(seed=seed).repeat().batch(batch_size).map(unpack)
+    dataset = _rows(corpus).shuffle(seed=seed).repeat().batch(batch_size, drop_remainder=True).map(unpack)
     options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCH_BATCHES * READ_THREADS)
     iterator = iter(dataset.to_iter_dataset(options))
     iterator.set_state({"next_index": start_step})

@@ -1,0 +1,190 @@
+"""Preparation: what is counted, what is left behind by an interruption, and what is found again."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from transformer_lm import corpora, packing, preparation
+from transformer_lm.errors import UserError
+from transformer_lm.tokenizer import EOS_ID
+
+
+def data_config(**changes) -> preparation.DataConfig:
+    fields = {
+        "dataset_name": "mukashi",
+        "train_split": "train[:400]",
+        "eval_dataset_name": None,
+        "eval_split": "validation[:50]",
+        "vocab_path": None,
+        "vocab_size": 900,
+        "max_corpus_chars": 100_000,
+        "spm_train_options": "--character_coverage=1.0",
+        "max_target_length": 64,
+        "max_eval_target_length": 128,
+        "prepared_dir": None,
+        "prepare_processes": 1,
+    }
+    return preparation.DataConfig(**fields | changes)
+
+
+def rows_of(corpus: preparation.PreparedCorpus) -> np.ndarray:
+    """All rows [N, T] of a prepared corpus, read without this package."""
+    return np.stack([np.frombuffer(record, corpus.dtype) for record in ArrayRecordDataSource(corpus.paths)])
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("workdir")
+    return workdir, preparation.prepare(data_config(), str(workdir))
+
+
+def test_rows_hold_the_corpus(prepared):
+    _, data = prepared
+    for corpus, split, length in ((data.train, "train[:400]", 64), (data.eval, "validation[:50]", 128)):
+        texts = list(corpora.open_documents("mukashi", split))
+        rows = rows_of(corpus)
+        assert rows.shape == (corpus.manifest["rows"], length)
+        tokens = rows[rows != packing.padding_id(rows.dtype)]
+        expected = np.concatenate(data.tokenizer.encode_texts(texts))
+        np.testing.assert_array_equal(np.sort(tokens), np.sort(expected))
+        assert corpus.manifest["documents"] == len(texts) == np.sum(tokens == EOS_ID)
+        assert corpus.manifest["tokens"] == len(expected)
+        assert corpus.manifest["characters"] == sum(map(len, texts))
+        assert corpus.manifest["bytes"] == sum(len(text.encode()) for text in texts)
+        assert corpus.manifest["padding"] == rows.size - len(tokens)
+
+
+def test_found_again(prepared):
+    workdir, data = prepared
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    again = preparation.prepare(data_config(), str(workdir))
+    assert again.train.directory == data.train.directory
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+@pytest.mark.parametrize("changes", [{"max_target_length": 32}, {"train_split": "train[:300]"}])
+def test_what_makes_rows_finds_them(prepared, changes):
+    """Another row length or split lies in another folder."""
+    workdir, data = prepared
+    other = preparation.prepare(data_config(**changes), str(workdir))
+    assert other.train.directory != data.train.directory
+    assert other.eval.directory == data.eval.directory
+
+
+def test_changed_tokenizer_never_meets_stale_rows(prepared, tmp_path):
+    workdir, data = prepared
+    config = data_config(vocab_path=str(tmp_path / "spm"), vocab_size=950)
+    other = preparation.prepare(config, str(workdir))
+    assert {other.train.directory, other.eval.directory}.isdisjoint({data.train.directory, data.eval.directory})
+
+
+def test_changed_file_never_meets_stale_rows(tmp_path):
+    source = tmp_path / "tales.jsonl"
+    config = data_config(dataset_name=f"jsonl:{source}", train_split="train[:150]", eval_split="train[150:]")
+    tales = list(corpora.open_documents("mukashi", "train[:200]"))
+    source.write_text("".join(json.dumps({"text": tale}) + "\n" for tale in tales))
+    before = preparation.prepare(config, str(tmp_path)).train
+    source.write_text("".join(json.dumps({"text": tale}) + "\n" for tale in reversed(tales)))
+    after = preparation.prepare(config, str(tmp_path)).train
+    assert before.directory != after.directory
+    assert before.manifest["characters"] != after.manifest["characters"]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Many blocks of few documents, also in worker processes and commands."""
+    monkeypatch.setattr(preparation, "BLOCK_CHARS", 10_000)
+
+
+def test_same_bytes_whatever_the_number_of_processes(tmp_path, small_blocks):
+    folders = []
+    for processes in (1, 3):
+        config = data_config(prepare_processes=processes, vocab_path=str(tmp_path / "spm"))
+        data = preparation.prepare(config, str(tmp_path / str(processes)))
+        assert len(data.train.paths) > 5
+        folders.append(files_of(data.train.directory))
+    assert folders[0] == folders[1]
+
+
+def test_killed_and_started_again(tmp_path):
+    """A preparation killed with SIGKILL leaves nothing that counts as whole, and ends with the same bytes."""
+    code = (
+        "import sys\n"
+        "from transformer_lm import preparation\n"
+        "from test_preparation import data_config\n"
+        "preparation.BLOCK_CHARS = 20_000\n"
+        "if __name__ == '__main__':\n"
+        "    preparation.prepare(data_config(train_split='train[:4000]', vocab_path=sys.argv[1]), sys.argv[2])\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+
+    def start(workdir):
+        command = [sys.executable, str(script), str(tmp_path / "spm"), str(workdir)]
+        return subprocess.Popen(command, env=environment, start_new_session=True)
+
+    assert start(tmp_path / "unbroken").wait() == 0
+    workdir, blocks_seen = tmp_path / "broken", 0
+    for blocks in (1, 20):
+        process = start(workdir)
+        while process.poll() is None and len(list(workdir.glob("prepared/*/*.json"))) < blocks:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        blocks_seen = max(blocks_seen, len(list(workdir.glob("prepared/*/rows-*.json"))))
+        assert not list(workdir.glob("prepared/*/manifest.json"))
+    assert blocks_seen >= 20
+    assert start(workdir).wait() == 0
+    folders = [sorted((tmp_path / name / "prepared").iterdir()) for name in ("unbroken", "broken")]
+    assert [folder.name for folder in folders[0]] == [folder.name for folder in folders[1]]
+    for unbroken, broken in zip(*folders, strict=True):
+        assert files_of(unbroken) == files_of(broken)
+
+
+def test_padding_of_literature_is_below_3_percent(literature, tmp_path):
+    config = data_config(
+        dataset_name=f"jsonl:{literature}/aozora_validation.jsonl.gz",
+        train_split="train",
+        eval_split="train[:3]",
+        vocab_size=4000,
+        max_corpus_chars=500_000,
+        spm_train_options="--character_coverage=0.9995 --byte_fallback=true",
+        max_target_length=256,
+    )
+    corpus = preparation.prepare(config, str(tmp_path)).train
+    rows = rows_of(corpus)
+    assert np.mean(rows == packing.padding_id(rows.dtype)) < 0.03
+
+
+def test_empty_documents_are_counted_and_left_out(tmp_path, tales_tokenizer):
+    (tmp_path / "spm").write_bytes(tales_tokenizer.model)
+    texts = ["昔々あるところに", "", " \n", "川が流れていました。"]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = data_config(
+        dataset_name=f"jsonl:{tmp_path}/x.jsonl", train_split="train", eval_split="train[:1]",
+        vocab_path=str(tmp_path / "spm"),
+    )  # fmt: skip
+    manifest = preparation.prepare(config, str(tmp_path)).train.manifest
+    assert (manifest["documents"], manifest["empty_documents"]) == (2, 2)
+    with pytest.raises(UserError, match="holds no text"):
+        preparation.prepare(dataclasses.replace(config, eval_split="train[1:3]"), str(tmp_path))
+
+
+def test_errors_come_before_long_work(tmp_path):
+    for changes in ({"eval_split": "test"}, {"dataset_name": "text:/no/such"}, {"eval_dataset_name": "jsonl:/none"}):
+        with pytest.raises(UserError):
+            preparation.prepare(data_config(**changes), str(tmp_path))
+    assert not list(tmp_path.iterdir())
