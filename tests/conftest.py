@@ -3,6 +3,8 @@
 import functools
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -72,9 +74,52 @@ def init(config: models.TransformerConfig) -> models.Params:
     return jax.jit(models.init, static_argnums=0)(config, jax.random.key(0))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def call(config: models.TransformerConfig, params: models.Params, batch, dropout_key=None) -> jax.Array:
+    """Logits [B, T, V] of a batch."""
+    network = models.bind(config, params)
+    return network(batch["inputs"], batch["positions"], batch["segments"], dropout_key=dropout_key)
+
+
 def batch_of(texts: list[list[int]], row_length: int) -> dict[str, np.ndarray]:
     """A batch with one row of packed texts; EOS closes each."""
     tokens = [token for text in texts for token in [*text, tokenizer.EOS_ID]]
     row = np.full((1, row_length), packing.padding_id(np.dtype(np.uint16)), np.uint16)
     row[0, : len(tokens)] = tokens
     return packing.unpack(row)
+
+
+SMALL_RUN = {
+    "dataset_name": "mukashi",
+    "eval_dataset_name": "mukashi",
+    "train_split": "train[:300]",
+    "eval_split": "validation[:20]",
+    "vocab_size": 900,
+    "max_target_length": 32,
+    "max_eval_target_length": 64,
+    "per_device_batch_size": 2,
+    "eval_per_device_batch_size": 8,
+    "num_layers": 2,
+    "emb_dim": 16,
+    "qkv_dim": 16,
+    "mlp_dim": 32,
+    "num_heads": 2,
+    "use_bfloat16": False,
+    "prompts": "昔々あるところに",
+    "max_predict_length": 16,
+    "prepare_processes": 1,
+}
+
+
+def command(name: str, workdir, *arguments: str, **fields) -> list[str]:
+    """The command line of a module, with a small recipe and the recipe's fields changed."""
+    overrides = [f"--config.{field}={value}" for field, value in (SMALL_RUN | fields).items()]
+    module = f"transformer_lm.{name}"
+    return [
+        sys.executable, "-m", module, f"--workdir={workdir}", "--config=configs/lm1b_default.py", *overrides, *arguments
+    ]  # fmt: skip
+
+
+def run(arguments: list[str], **options) -> subprocess.CompletedProcess:
+    """Runs a command to its end."""
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=300, **options)

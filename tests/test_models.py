@@ -1,27 +1,15 @@
 """The network: parity with the original, and the properties that a language model rests on."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import batch_of, init
+from conftest import batch_of, call, init
 
 from transformer_lm import checkpoints, models
 from transformer_lm.errors import UserError
-
-
-def call(config, params, batch, dropout_key=None):
-    """Logits [B, T, V] of a batch."""
-    return _call(config, params, batch, dropout_key)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _call(config, params, batch, dropout_key):
-    network = models.bind(config, params)
-    return network(batch["inputs"], batch["positions"], batch["segments"], dropout_key=dropout_key)
 
 
 def unpacked(tokens):

@@ -32,7 +32,7 @@ def run(main: Callable[[recipe.Recipe, str], None], *, needs_config: bool = True
     """
 
     def start(_):
-        with _one_line_errors():
+        with one_line_errors():
             if not _WORKDIR.value:
                 raise UserError("--workdir is missing: name a folder for the run, like --workdir=logs/my_model.")
             if needs_config and not flags.FLAGS["config"].present:
@@ -60,7 +60,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     console.set_up_logging()
     argv = [_find_recipe(argument) for argument in argv]
     sys.argv = argv  # config_flags reads the overrides from here
-    with _one_line_errors("--debug" in argv):
+    with one_line_errors("--debug" in argv):
         try:
             rest = flags.FLAGS(argv)
         except flags.Error as error:
@@ -85,7 +85,8 @@ def _find_recipe(argument: str) -> str:
 
 
 @contextlib.contextmanager
-def _one_line_errors(debug: bool | None = None) -> Iterator[None]:
+def one_line_errors(debug: bool | None = None) -> Iterator[None]:
+    """Prints a UserError as one line and exits with status 1; with `debug` (None: as --debug says), raises it."""
     try:
         yield
     except UserError as error:

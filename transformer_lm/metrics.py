@@ -73,6 +73,12 @@ class MetricWriter:
         self._board.close()
 
 
+def read_last(workdir: os.PathLike | str, name: str) -> float:
+    """The last value of a metric in a workdir's metrics.jsonl."""
+    lines = (Path(workdir) / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    return [values[name] for values in map(json.loads, lines) if name in values][-1]
+
+
 def _drop_after(path: Path, step: int):
     """Keeps the whole lines up to a step."""
     if not path.exists():

@@ -1,0 +1,56 @@
+"""The command that generates: from a workdir of the original, as lines and as JSON."""
+
+import json
+import sys
+
+import pytest
+from conftest import FIXTURE, run
+
+from transformer_lm import tokenizer
+
+
+def generate(*arguments, workdir=FIXTURE):
+    return run(
+        [sys.executable, "-m", "transformer_lm.generate_text", f"--workdir={workdir}",
+         "--config=configs/japanese_0.1b_v1.py", "--config.use_bfloat16=false", "--config.max_predict_length=32", *arguments]
+    )  # fmt: skip
+
+
+def test_jsonl_of_several_prompts():
+    done = generate("--output=jsonl", "--num_generated_texts=2", "--config.prompts=夏目漱石は、\n日本の首都は")
+    assert done.returncode == 0, done.stderr
+    texts = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [text["prompt"] for text in texts] == ["夏目漱石は、"] * 2 + ["日本の首都は"] * 2
+    spm = tokenizer.Tokenizer.load(FIXTURE / "sentencepiece_model")
+    for text in texts:
+        assert set(text) == {"prompt", "text", "tokens", "finished"}
+        assert text["text"].startswith(text["prompt"])
+        assert text["text"] == spm.decode(text["tokens"])
+        assert len(text["tokens"]) == 32 or text["finished"]
+    assert texts[0]["text"] != texts[1]["text"]
+
+
+def test_greedy_lines_are_the_originals(original):
+    done = generate(
+        "--num_generated_texts=1", "--config.sampling_top_k=1", "--config.prompts=夏目漱石は、", workdir=original.path
+    )
+    assert done.returncode == 0, done.stderr
+    spm = tokenizer.Tokenizer.load(original.path / "sentencepiece_model")
+    expected = spm.decode(original.reference["greedy"][0])
+    assert f"Sample: {expected}\n" in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--num_generated_texts=0"], "--num_generated_texts=0 must be at least 1"),
+        (["--config.max_predict_length=5", "--config.prompts=夏目漱石は、"], "max_predict_length=5"),
+        (["--workdir=/no/such/folder"], "No model at /no/such/folder"),
+    ],
+)
+def test_errors(arguments, words):
+    done = generate(*arguments)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,40 @@
+"""Folk tales from a grammar (`corpora/mukashi.py`), a network small enough for a laptop: what `make demo` trains.
+
+python3 main.py --workdir=logs/mukashi --config=configs/mukashi.py
+"""
+
+from transformer_lm.configs import base
+
+
+def get_config():
+    """The base recipe, smaller, on tales that need no download."""
+    config = base.get_config()
+    config.vocab_size = 6_000
+    config.max_corpus_chars = 1_000_000
+    # BPE makes long pieces of the tales' phrases; the symbols stay pieces of their own, so that the prompt is one.
+    config.spm_train_options = (
+        "--model_type=bpe --character_coverage=1.0 --user_defined_symbols=昔々あるところに,。,、,「,」"
+    )
+    config.dataset_name = "mukashi"
+    config.train_split = "train"
+    config.eval_split = "validation[:500]"
+    config.per_device_batch_size = 2
+    config.max_target_length = 256
+    config.max_eval_target_length = 256
+    config.num_layers = 3
+    config.emb_dim = 192
+    config.qkv_dim = 192
+    config.mlp_dim = 768
+    config.num_heads = 6
+    config.dropout_rate = 0.0
+    config.attention_dropout_rate = 0.0
+    config.use_bfloat16 = False
+    config.learning_rate = 0.003
+    config.warmup_steps = 100
+    config.num_train_steps = 1_500
+    config.log_every_steps = 50
+    config.eval_every_steps = 500
+    config.checkpoint_every_steps = 500
+    config.prompts = "昔々あるところに"
+    config.max_predict_length = 160
+    return config

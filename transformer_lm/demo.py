@@ -1,0 +1,57 @@
+"""The demo: trains the recipe `mukashi` afresh in logs/demo, reads what the model writes, and says how good it is.
+
+python -m transformer_lm.demo
+"""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import jax
+
+from transformer_lm import checkpoints, cli, console, metrics, models, preparation, recipe, train
+from transformer_lm.configs import mukashi as config
+from transformer_lm.corpora import mukashi
+from transformer_lm.files import write_atomically
+
+WORKDIR = Path("logs/demo")
+NUM_TALES = 3
+
+
+def main(demo: recipe.Recipe, workdir: Path):
+    """Trains the recipe, prints tales and scores, and leaves them in workdir/summary.json."""
+    shutil.rmtree(workdir, ignore_errors=True)
+    data = preparation.prepare(demo.data, str(workdir))
+    start = time.perf_counter()
+    train.train_and_evaluate(demo, data, str(workdir))
+    train_seconds = time.perf_counter() - start
+
+    loaded = checkpoints.load_model(workdir)
+    texts = train.generate_texts(
+        loaded.config, jax.device_put(loaded.params), data.tokenizer, demo.prompts, demo.sampling,
+        seed=demo.seed, num_samples=NUM_TALES,
+    )  # fmt: skip
+    summary = {
+        "eval_bits_per_char": metrics.read_last(workdir, "eval_bits_per_char"),
+        "source_bits_per_char": mukashi.bits_per_char(),
+        "train_seconds": train_seconds,
+        "samples": [text["text"] for text in texts],
+        "params": models.count_params(loaded.config),
+    }
+    write_atomically(workdir / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1).encode())
+
+    print(f"\n{NUM_TALES} tales from {demo.prompts[0]}:\n")
+    print("\n\n".join(summary["samples"]))
+    ratio = summary["eval_bits_per_char"] / summary["source_bits_per_char"]
+    print(
+        f"\nBits a character on tales never seen: the model {summary['eval_bits_per_char']:.4f}, "
+        f"the grammar itself {summary['source_bits_per_char']:.4f} (the least possible); {ratio:.2f} times."
+        f"\n{summary['params']:,} parameters, trained for {train_seconds:.0f} s. All of it lies in {workdir}/."
+    )
+
+
+if __name__ == "__main__":
+    console.set_up_logging()
+    with cli.one_line_errors(debug=False):
+        main(recipe.read(config.get_config()), WORKDIR)
