@@ -35,9 +35,7 @@ def write_one(config, params, prompt, key):
 
     def step(position, state):
         tokens, token, cache = state
-        logits, cache = model.extend(
-            token[None, None], jnp.full((1, 1), position), jnp.ones((1, 1), bool), cache
-        )
+        logits, cache = model.extend(token[None, None], jnp.full((1, 1), position), jnp.ones((1, 1), bool), cache)
         sampled = sampler.sample(logits, jax.random.fold_in(key, position)[None], SAMPLING)[0]
         token = jnp.where(position < len(prompt), tokens[position], sampled)
         return tokens.at[position].set(token), token, cache
@@ -64,7 +62,10 @@ def main():
     """Prints the table."""
     params = jax.jit(models.init, static_argnums=0)(CONFIG, jax.random.key(0))
     params["logits"]["bias"] = params["logits"]["bias"].at[EOS_ID].set(-1e9)  # no text ends early
-    ways = {"one text at a time, token by token": one_at_a_time, "all texts in one batch, prompt in one pass": in_one_batch}
+    ways = {
+        "one text at a time, token by token": one_at_a_time,
+        "all texts in one batch, prompt in one pass": in_one_batch,
+    }
     seconds = {name: [] for name in ways}
     for turn in range(ROUNDS + 1):
         for name, write in ways.items():

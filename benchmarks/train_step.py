@@ -59,10 +59,18 @@ def hugging_face(config: models.TransformerConfig, tokens: np.ndarray) -> Callab
 
     network = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=config.vocab_size, n_positions=tokens.shape[1], n_embd=config.emb_dim, n_layer=config.num_layers,
-            n_head=config.num_heads, n_inner=config.mlp_dim, activation_function="relu", tie_word_embeddings=False,
-            resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1,
-        )  # fmt: skip
+            vocab_size=config.vocab_size,
+            n_positions=tokens.shape[1],
+            n_embd=config.emb_dim,
+            n_layer=config.num_layers,
+            n_head=config.num_heads,
+            n_inner=config.mlp_dim,
+            activation_function="relu",
+            tie_word_embeddings=False,
+            resid_pdrop=0.1,
+            embd_pdrop=0.1,
+            attn_pdrop=0.1,
+        )
     ).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.001, betas=(0.9, 0.98), eps=1e-9, weight_decay=0.1)
     ids = torch.as_tensor(tokens.astype(np.int64))

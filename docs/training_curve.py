@@ -1,4 +1,7 @@
-"""Draws the training curve of a workdir: python docs/training_curve.py logs/demo docs/training_curve.svg (extra `docs`)."""
+"""Draws the training curve of a workdir; needs the extra `docs`.
+
+python docs/training_curve.py logs/demo docs/training_curve.svg
+"""
 
 import json
 import sys

@@ -121,7 +121,9 @@ def test_full_disk_harms_no_earlier_checkpoint(tmp_path):
         "except checkpoints.UserError as error:\n"
         "    print('told:', error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=FIXTURE.parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=FIXTURE.parents[1]
+    )
     assert "told: A checkpoint could not be written" in done.stdout, done.stderr
     assert "MiB free" in done.stdout
     jax.tree.map(np.testing.assert_array_equal, restore(tmp_path), trees(3))
@@ -204,7 +206,7 @@ class TestLoadModel:
     )
     def test_foreign_file(self, tmp_path, content):
         (tmp_path / "checkpoint_1").write_bytes(content)
-        with pytest.raises(UserError, match="checkpoint_1|is a str"):
+        with pytest.raises(UserError, match=r"checkpoint_1|is a str"):
             checkpoints.load_model(tmp_path)
 
     def test_pickle_is_not_executed(self, tmp_path):

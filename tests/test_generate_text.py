@@ -10,10 +10,8 @@ from transformer_lm import tokenizer
 
 
 def generate(*arguments, workdir=FIXTURE):
-    return run(
-        [sys.executable, "-m", "transformer_lm.generate_text", f"--workdir={workdir}",
-         "--config=configs/japanese_0.1b_v1.py", "--config.use_bfloat16=false", "--config.max_predict_length=32", *arguments]
-    )  # fmt: skip
+    recipe = ["--config=configs/japanese_0.1b_v1.py", "--config.use_bfloat16=false", "--config.max_predict_length=32"]
+    return run([sys.executable, "-m", "transformer_lm.generate_text", f"--workdir={workdir}", *recipe, *arguments])
 
 
 def test_jsonl_of_several_prompts():

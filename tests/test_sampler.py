@@ -1,4 +1,4 @@
-"""Generation: the original's greedy texts, the truncations by hand, and that texts do not depend on their neighbours."""
+"""Generation: the original's greedy texts, truncations by hand, texts that do not depend on their neighbours."""
 
 import dataclasses
 

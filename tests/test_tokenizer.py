@@ -101,7 +101,7 @@ def test_errors_in_plain_words(changes, words):
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x00" * 100])
 def test_foreign_files(tmp_path, content):
     (tmp_path / "model").write_bytes(content)
-    with pytest.raises(UserError, match="is not a SentencePiece model|is empty"):
+    with pytest.raises(UserError, match=r"is not a SentencePiece model|is empty"):
         tokenizer.Tokenizer.load(tmp_path / "model")
 
 

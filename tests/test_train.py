@@ -88,7 +88,7 @@ class TestTrainStep:
         step = jax.jit(train.make_train_step(tiny, optimizer, 0.0))
         state = train.init_state(tiny, optimizer, jax.random.key(0))
         for _ in range(200):
-            state, metrics = step(state, batch, jax.random.key(1))
+            state, _ = step(state, batch, jax.random.key(1))
         assert int(state.step) == 200
         assert float(state.totals["tokens"]) == 200 * 9
         totals = train.make_eval_step(tiny)(state.params, batch)
@@ -236,7 +236,7 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert done.returncode == 1
     [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "Training diverged" in error
-    step = int(error.split("at step ")[1].split(".")[0])
+    step = int(error.split("at step ")[1].split(":")[0])
     kept = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
     assert kept
     assert max(kept) < step

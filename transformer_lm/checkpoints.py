@@ -1,7 +1,7 @@
 """Save, restore, find: the checkpoints of a workdir (Orbax), and those of the original (msgpack).
 
-A workdir holds checkpoints/STEP/ with three items: params (all that generation needs), opt_state, and progress (step and
-running totals). The original's `checkpoint_N` is one msgpack file with step, params and opt_state; it is read here
+A workdir holds checkpoints/STEP/ with three items: params (all that generation needs), opt_state, and progress (step
+and running totals). The original's `checkpoint_N` is one msgpack file with step, params and opt_state; it is read here
 by a streaming reader that keeps the parameters alone and never unpickles or executes anything.
 """
 

@@ -196,6 +196,7 @@ class MlpBlock(nnx.Module):
 
 
 def layer_norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Layer normalization with the original's epsilon."""
     return nnx.LayerNorm(config.emb_dim, epsilon=LAYER_NORM_EPSILON, dtype=DTYPES[config.dtype], rngs=rngs)
 
 

@@ -1,7 +1,7 @@
 """The training loop: step, evaluate, sample, log, checkpoint.
 
-The step is a pure function of (state, batch, key), see `make_train_step`. The loop dispatches step n before it reads the
-metrics of step n - 1, so that the device never waits for Python.
+The step is a pure function of (state, batch, key), see `make_train_step`. The loop dispatches step n before it reads
+the metrics of step n - 1, so that the device never waits for Python.
 """
 
 import contextlib
@@ -20,8 +20,16 @@ from absl import logging
 from etils import epath
 
 from transformer_lm import (
-    checkpoints, console, input_pipeline, metrics, models, optimizers, preparation, sampler, sharding,
-)  # fmt: skip
+    checkpoints,
+    console,
+    input_pipeline,
+    metrics,
+    models,
+    optimizers,
+    preparation,
+    sampler,
+    sharding,
+)
 from transformer_lm.errors import UserError
 from transformer_lm.tokenizer import Tokenizer
 
@@ -257,8 +265,9 @@ class Reporter:
         step_metrics = {name: float(value) for name, value in step_metrics.items()}
         if not all(map(math.isfinite, step_metrics.values())):
             raise UserError(
-                f"Training diverged: loss {step_metrics['loss']}, gradient norm {step_metrics['grad_norm']} at step "
-                f"{step}. The last good checkpoint is kept; start again with a lower learning_rate or more warmup_steps."
+                f"Training diverged at step {step}: loss {step_metrics['loss']}, gradient norm "
+                f"{step_metrics['grad_norm']}. The last good checkpoint is kept; start again with a lower "
+                "learning_rate or more warmup_steps."
             )
         if self._clock is None:
             self._clock = time.perf_counter()
@@ -400,7 +409,7 @@ def generate_texts(
     seed: int,
     num_samples: int = 1,
 ) -> list[dict]:
-    """Continues texts: for each prompt `num_samples` dicts of prompt, text (prompt and continuation), tokens, finished."""
+    """Continues texts: for each prompt `num_samples` dicts of prompt, text, tokens, finished; prompts included."""
     prompts = list(prompts)
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     written = sampler.generate(model, params, ids, num_samples=num_samples, sampling=sampling, seed=seed)

@@ -51,7 +51,9 @@ def test_whole_and_absolute_splits_do_not_count_the_corpus():
         splits.resolve(splits.parse(split)[0], size)
 
 
-@pytest.mark.parametrize("split", ["", "train[", "train[:98%", "train[98]", "train[:9.5%]", "train[a:b]", "train+", "[:3]"])
+@pytest.mark.parametrize(
+    "split", ["", "train[", "train[:98%", "train[98]", "train[:9.5%]", "train[a:b]", "train+", "[:3]"]
+)
 def test_unreadable_splits(split):
     with pytest.raises(UserError, match="cannot be read"):
         splits.parse(split)

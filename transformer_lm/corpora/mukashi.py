@@ -23,9 +23,7 @@ from pathlib import Path
 
 from transformer_lm.corpora.base import Source
 
-TRAIN_TALES = 40_000
-VALIDATION_TALES = 1_000
-VALIDATION_START = 10**9  # numbers from here on are never used for training
+SPLITS = {"train": range(40_000), "validation": range(10**9, 10**9 + 1_000)}  # numbers of their tales
 OPENING = "昔々あるところに"
 CLOSING = "{聞いた年}、{語り場}{語り手}から聞いた話です。{結び}"
 
@@ -747,21 +745,17 @@ def bits_per_char() -> float:
 
 
 class Mukashi(Source):
-    """Tales 0 to TRAIN_TALES - 1 as `train`, tales from VALIDATION_START on as `validation`."""
+    """The tales of SPLITS."""
 
-    splits = ("train", "validation")
-    _numbers = {
-        "train": range(TRAIN_TALES),
-        "validation": range(VALIDATION_START, VALIDATION_START + VALIDATION_TALES),
-    }
+    splits = tuple(SPLITS)
 
     def read(self, split: str, start: int, stop: int | None) -> Iterator[str]:
         """See Source.read."""
-        return (tale(number) for number in itertools.islice(self._numbers[split], start, stop))
+        return (tale(number) for number in itertools.islice(SPLITS[split], start, stop))
 
     def size(self, split: str) -> int:
         """See Source.size."""
-        return len(self._numbers[split])
+        return len(SPLITS[split])
 
     @property
     def fingerprint(self) -> str:
