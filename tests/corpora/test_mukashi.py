@@ -12,6 +12,9 @@ from transformer_lm import corpora
 from transformer_lm.corpora import mukashi
 
 
+PER_PLOT = 500  # tales that are parsed
+
+
 def parse(tale: str) -> list[tuple[int, dict[str, str]]]:
     """Every way in which the grammar can tell this tale: (number of the plot, word of each slot)."""
     return [
@@ -40,7 +43,7 @@ def fillings(parts: list[str], tale: str, filling: dict[str, str], words: dict[s
 
 @pytest.fixture(scope="module")
 def parsed():
-    return [parse(mukashi.tale(number)) for number in range(7000)]
+    return [parse(mukashi.tale(number)) for number in range(PER_PLOT * len(mukashi.PLOTS))]
 
 
 def test_form():
@@ -71,7 +74,7 @@ def test_choices_are_uniform_and_independent(parsed):
             counts[plot, name, next_name][word, next_word] += 1
     sizes = {key: math.prod(len(mukashi.PLOTS[key[0]].slots[name]) for name in key[1:]) for key in counts}
     for key, counter in counts.items():
-        expected = 500 / sizes[key]
+        expected = PER_PLOT / sizes[key]
         chi_squared = sum((n - expected) ** 2 for n in counter.values()) / expected
         chi_squared += (sizes[key] - len(counter)) * expected  # those that never came
         freedom = sizes[key] - 1
@@ -87,7 +90,7 @@ def test_entropy(parsed):
 
     surprisals = [bits(*way) for [way] in parsed]
     assert sum(surprisals) / len(parsed) == pytest.approx(mukashi.bits_per_tale(), rel=1e-9)
-    characters = sum(len(mukashi.tale(number)) for number in range(7000))
+    characters = sum(len(mukashi.tale(number)) for number in range(len(parsed)))
     assert sum(surprisals) / characters == pytest.approx(mukashi.bits_per_char(), rel=2e-3)
 
 
