@@ -86,10 +86,10 @@ def _find_recipe(argument: str) -> str:
 
 @contextlib.contextmanager
 def one_line_errors(debug: bool | None = None) -> Iterator[None]:
-    """Prints a UserError as one line and exits with status 1; with `debug` (None: as --debug says), raises it."""
+    """Makes a UserError or OSError one line and exit status 1; with `debug` (None: as --debug says), raises it."""
     try:
         yield
-    except UserError as error:
+    except (UserError, OSError) as error:  # an OSError is a full disk, a missing permission, a lost network
         if _DEBUG.value if debug is None else debug:
             raise
         print(f"error: {error}", file=sys.stderr)

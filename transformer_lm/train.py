@@ -191,10 +191,10 @@ def make_eval_step(model: models.TransformerConfig) -> Callable:
 
 def evaluate(eval_step: Callable, params: models.Params, batches: Iterable, manifest: dict) -> dict[str, float]:
     """Evaluation metrics over batches: nats a token, and bits a character and byte by the corpus's own counts."""
-    totals = zero_totals()
+    totals = dict.fromkeys(zero_totals(), 0.0)  # of Python's floats: many batches would outgrow float32
     for batch in batches:
-        totals = jax.tree.map(jnp.add, totals, eval_step(params, batch))
-    totals = {name: float(total) for name, total in totals.items()}
+        for name, value in eval_step(params, batch).items():
+            totals[name] += float(value)
     loss = totals["loss"] / totals["tokens"]
     bits = loss / LN2 * manifest["tokens"]
     return {
@@ -376,7 +376,8 @@ def train_and_evaluate(recipe, data: preparation.PreparedData, workdir: str):
         for step in range(start + 1, config.num_train_steps + 1):
             state, step_metrics = train_step(state, place(next(batches)), dropout_key)
             reporter.flush()
-            last = step == config.num_train_steps or bool(signals)
+            stopping = bool(signals)
+            last = stopping or step == config.num_train_steps
             evaluating = step % config.eval_every_steps == 0 or step == config.num_train_steps
             saving = config.save_checkpoints and (step % config.checkpoint_every_steps == 0 or last)
             totals = None
@@ -392,9 +393,9 @@ def train_and_evaluate(recipe, data: preparation.PreparedData, workdir: str):
                 save()
             if evaluating or saving:
                 reporter.restart_clock()
-            if signals:
+            if stopping:
                 break
-    if signals and step < config.num_train_steps:
+    if stopping and step < config.num_train_steps:
         kept = "a checkpoint is saved; run the same command to go on" if config.save_checkpoints else "nothing is saved"
         logging.info("Stopped by %s at step %d: %s.", signals[0], step, kept)
 

@@ -11,7 +11,6 @@ import pytest
 from transformer_lm import corpora
 from transformer_lm.corpora import mukashi
 
-
 PER_PLOT = 500  # tales that are parsed
 
 

@@ -31,7 +31,7 @@ def get_config():
     config.attention_dropout_rate = 0.0
     config.use_bfloat16 = False
     config.learning_rate = 0.003
-    config.warmup_steps = 60
+    config.warmup_steps = 120
     config.num_train_steps = 2_600
     config.log_every_steps = 50
     config.eval_every_steps = 650
