@@ -17,7 +17,8 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import batch_of, call, command, init, run
 
-from transformer_lm import models, optimizers, packing, train
+from transformer_lm import checkpoints, models, optimizers, packing, train
+from transformer_lm.errors import UserError
 
 ADAM = optimizers.OptimizerConfig(learning_rate=0.01, warmup_steps=10, weight_decay=0.1)
 
@@ -111,6 +112,27 @@ def test_evaluate_counts_by_hand(tiny):
     assert found["eval_perplexity"] == pytest.approx(np.exp(loss), rel=1e-4)
     assert found["eval_bits_per_char"] == pytest.approx(loss / np.log(2) * 90 / 120, rel=1e-5)
     assert found["eval_bits_per_byte"] == pytest.approx(loss / np.log(2) * 90 / 360, rel=1e-5)
+
+
+def test_beginning_again_beside_checkpoints_is_refused(tmp_path):
+    saved = checkpoints.Checkpoints(tmp_path)
+    saved.save(3, {"w": jnp.zeros(2)}, {"m": jnp.zeros(2)}, {"step": jnp.asarray(3)})
+    saved.wait()
+    config = train.TrainConfig(
+        per_device_batch_size=1,
+        eval_per_device_batch_size=1,
+        num_train_steps=5,
+        num_eval_steps=1,
+        label_smoothing=0.0,
+        log_every_steps=1,
+        eval_every_steps=1,
+        checkpoint_every_steps=1,
+        keep_checkpoints=1,
+        save_checkpoints=True,
+        restore_checkpoints=False,
+    )
+    with pytest.raises(UserError, match=r"holds checkpoints \[3\], and restore_checkpoints=False"):
+        train.restore_or_init(saved, config, None, None, None)
 
 
 def test_flops_against_xla():

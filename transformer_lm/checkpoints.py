@@ -44,6 +44,11 @@ class Checkpoints:
             item_names=("params", "opt_state", "progress"),
         )
 
+    @property
+    def steps(self) -> list[int]:
+        """The steps that are there, oldest first."""
+        return sorted(self._manager.all_steps())
+
     def save(self, step: int, params: Any, opt_state: Any, progress: Any):
         """Copies the arrays, then writes them in the background. Waits for an unfinished save before.
 
@@ -82,7 +87,7 @@ class Checkpoints:
             opt_state=ocp.args.StandardRestore(opt_state),
             progress=ocp.args.StandardRestore(progress),
         )
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = self.steps[::-1]
         for step in steps:
             try:
                 restored = self._manager.restore(step, args=args)

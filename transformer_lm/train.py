@@ -303,7 +303,7 @@ class Reporter:
 def restore_or_init(
     saved: checkpoints.Checkpoints, config: TrainConfig, make_state: Callable[[jax.Array], TrainState], key, placement
 ) -> TrainState:
-    """The newest checkpoint of the workdir, or a fresh state."""
+    """The newest checkpoint of the workdir, or a fresh state where there is none or it is not wanted."""
     if config.restore_checkpoints:
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), jax.eval_shape(make_state, key)
@@ -312,6 +312,11 @@ def restore_or_init(
         if restored is not None:
             params, opt_state, progress = restored
             return TrainState(progress["step"], params, opt_state, progress["totals"])
+    elif config.save_checkpoints and saved.steps:
+        raise UserError(
+            f"The workdir holds checkpoints {saved.steps}, and restore_checkpoints=False would begin again beside "
+            "them; use another --workdir."
+        )
     return jax.jit(make_state, out_shardings=placement)(key)
 
 
