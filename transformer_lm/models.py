@@ -77,8 +77,8 @@ class Cache:
     """Keys and values of the tokens read so far, for decoding; made by `empty_cache`.
 
     Attributes:
-      keys: one array a layer, [B, S, H, K].
-      values: one array a layer, [B, S, H, K].
+      keys: one array a layer, [B, H, S, K].
+      values: one array a layer, [B, H, S, K].
       valid: [B, S] bool, which slots hold a token that may be attended to (padding of a prompt may not).
       length: int32 scalar, number of slots filled.
     """
@@ -91,9 +91,9 @@ class Cache:
 
 def empty_cache(config: TransformerConfig, batch_size: int, slots: int) -> Cache:
     """A cache of `slots` tokens for each of `batch_size` rows."""
-    shape = (batch_size, slots, config.num_heads, config.qkv_dim // config.num_heads)
+    shape = (batch_size, config.num_heads, slots, config.qkv_dim // config.num_heads)
     zeros = tuple(jnp.zeros(shape, DTYPES[config.dtype]) for _ in range(config.num_layers))
-    return Cache(zeros, zeros, jnp.zeros(shape[:2], bool), jnp.zeros((), jnp.int32))
+    return Cache(zeros, zeros, jnp.zeros((batch_size, slots), bool), jnp.zeros((), jnp.int32))
 
 
 def sinusoidal_positions(max_len: int, emb_dim: int) -> np.ndarray:
@@ -157,21 +157,24 @@ class Attention(nnx.Module):
     def __call__(self, x, mask, *, dropout_key=None, cache=None):
         """x [B, T, D], mask [B, T, S] (S = T without a cache) -> [B, T, D] and the (keys, values) attended to.
 
-        `cache` is (keys, values, start): keys and values [B, S, H, K], into which this call's are written from slot
+        `cache` is (keys, values, start): keys and values [B, H, S, K], into which this call's are written from slot
         `start` on.
         """
-        query, key, value = self.query(x), self.key(x), self.value(x)  # [B, T, H, K]
+        # Heads before tokens: as plain matrix products the two below are a fifth faster on CPU.
+        query, key, value = (
+            project(x).swapaxes(1, 2) for project in (self.query, self.key, self.value)
+        )  # [B, H, T, K]
         if cache is not None:
             keys, values, start = cache
-            key = jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), start, axis=1)  # [B, S, H, K]
-            value = jax.lax.dynamic_update_slice_in_dim(values, value.astype(values.dtype), start, axis=1)
+            key = jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), start, axis=2)  # [B, H, S, K]
+            value = jax.lax.dynamic_update_slice_in_dim(values, value.astype(values.dtype), start, axis=2)
         query = query / np.sqrt(query.shape[-1]).astype(query.dtype)
-        scores = jnp.einsum("bthk,bshk->bhts", query, key, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bhtk,bhsk->bhts", query, key, preferred_element_type=jnp.float32)
         scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)  # [B, H, T, S]
         weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
         weights = dropout(weights, self.dropout_rate, dropout_key)
-        attended = jnp.einsum("bhts,bshk->bthk", weights, value)
-        return self.out(attended), (key, value)
+        attended = jnp.einsum("bhts,bhsk->bhtk", weights, value)
+        return self.out(attended.swapaxes(1, 2)), (key, value)
 
 
 class MlpBlock(nnx.Module):

@@ -12,7 +12,7 @@ import numpy as np
 from transformer_lm.tokenizer import EOS_ID
 
 OPEN_ROWS = 64  # rows that wait for a text of the right length; more of them cut fewer texts
-MAX_PADDING = 64  # a row is closed with padding when at most row_length // MAX_PADDING slots are free
+MAX_PADDING = 20  # a row is closed when at most row_length // MAX_PADDING slots are free
 
 
 def row_dtype(vocab_size: int) -> np.dtype:

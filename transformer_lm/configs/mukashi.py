@@ -19,9 +19,11 @@ def get_config():
     config.dataset_name = "mukashi"
     config.train_split = "train"
     config.eval_split = "validation[:500]"
-    config.per_device_batch_size = 1
-    config.max_target_length = 256
-    config.max_eval_target_length = 256
+    config.per_device_batch_size = 2
+    config.eval_per_device_batch_size = 16
+    # A tale has about 67 tokens: these rows hold two of them, and four.
+    config.max_target_length = 136
+    config.max_eval_target_length = 272
     config.num_layers = 3
     config.emb_dim = 192
     config.qkv_dim = 192
@@ -31,11 +33,11 @@ def get_config():
     config.attention_dropout_rate = 0.0
     config.use_bfloat16 = False
     config.learning_rate = 0.003
-    config.warmup_steps = 120
-    config.num_train_steps = 2_600
+    config.warmup_steps = 100
+    config.num_train_steps = 3_000
     config.log_every_steps = 50
-    config.eval_every_steps = 650
-    config.checkpoint_every_steps = 650
+    config.eval_every_steps = 750
+    config.checkpoint_every_steps = 750
     config.prompts = "昔々あるところに"
-    config.max_predict_length = 160
+    config.max_predict_length = 136
     return config
