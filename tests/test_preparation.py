@@ -184,6 +184,8 @@ def test_empty_documents_are_counted_and_left_out(tmp_path, tales_tokenizer):
 
 
 def test_errors_come_before_long_work(tmp_path):
+    with pytest.raises(UserError, match="only local folders"):
+        preparation.prepare(data_config(), "gs://bucket/run")
     for changes in ({"eval_split": "test"}, {"dataset_name": "text:/no/such"}, {"eval_dataset_name": "jsonl:/none"}):
         with pytest.raises(UserError):
             preparation.prepare(data_config(**changes), str(tmp_path))

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict, config_flags
 from transformer_lm import console, recipe
 from transformer_lm.errors import UserError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder that holds all that a run is; local or gs://.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder that holds all that a run is.")
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     os.path.join(os.path.dirname(__file__), "configs", "base.py"),

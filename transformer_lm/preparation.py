@@ -124,6 +124,9 @@ def prepare(config: DataConfig, workdir: str) -> PreparedData:
     Raises:
       UserError: a dataset or split does not exist (before any long work), or its content cannot be used.
     """
+    for name, path in (("--workdir", workdir), ("prepared_dir", config.prepared_dir)):
+        if "://" in (path or ""):
+            raise UserError(f"{name}={path}: only local folders can be written to yet.")
     train_documents = corpora.open_documents(config.dataset_name, config.train_split)
     eval_documents = corpora.open_documents(config.eval_dataset_name or config.dataset_name, config.eval_split)
     tokenizer_path = epath.Path(config.vocab_path or epath.Path(workdir) / "sentencepiece_model").expanduser()
@@ -134,6 +137,8 @@ def prepare(config: DataConfig, workdir: str) -> PreparedData:
         max_corpus_chars=config.max_corpus_chars,
         options=config.spm_train_options,
     )
+    if spm.vocab_size != config.vocab_size:
+        logging.info("The tokenizer at %s has %d pieces; so has the model.", tokenizer_path, spm.vocab_size)
     root = Path(config.prepared_dir or Path(workdir) / "prepared").expanduser()
     rows = functools.partial(
         prepare_rows, tokenizer_path=tokenizer_path, tokenizer=spm, root=root, processes=config.prepare_processes
