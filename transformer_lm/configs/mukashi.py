@@ -40,4 +40,5 @@ def get_config():
     config.checkpoint_every_steps = 750
     config.prompts = "昔々あるところに"
     config.max_predict_length = 136
+    config.sampling_temperature = 0.4
     return config
