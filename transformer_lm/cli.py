@@ -58,15 +58,15 @@ def _config(workdir: str) -> ConfigDict:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     console.set_up_logging()
-    argv = [_find_recipe(argument) for argument in argv]
-    sys.argv = argv  # config_flags reads the overrides from here
     with one_line_errors("--debug" in argv):
+        argv = [_find_recipe(argument) for argument in argv]
+        sys.argv = argv  # config_flags reads the overrides from here
         try:
             rest = flags.FLAGS(argv)
         except flags.Error as error:
             raise UserError(str(error)) from error
         except (AttributeError, KeyError) as error:  # an override of a field that the recipe does not have
-            message = " ".join(str(error).strip("'\"").replace("\\n", " ").split())
+            message = " ".join(str(error).strip("'\"").replace("\\n", " ").replace("\\'", "'").split())
             raise UserError(f"--config has no field {message}") from error
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
@@ -81,7 +81,9 @@ def _find_recipe(argument: str) -> str:
     if name.lstrip("-") != "config" or not equals or os.path.exists(path.split(":")[0]):
         return argument
     inside = os.path.join(os.path.dirname(__file__), path)
-    return f"{name}={inside}" if os.path.exists(inside) else argument
+    if not os.path.exists(inside.split(":")[0]):
+        raise UserError(f"--config={path}: no such file; recipes lie in {os.path.dirname(__file__)}/configs.")
+    return f"{name}={inside}"
 
 
 @contextlib.contextmanager
@@ -92,7 +94,7 @@ def one_line_errors(debug: bool | None = None) -> Iterator[None]:
     except (UserError, OSError) as error:  # an OSError is a full disk, a missing permission, a lost network
         if _DEBUG.value if debug is None else debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("Interrupted; run the same command to go on.", file=sys.stderr)
