@@ -13,7 +13,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich
+import rich.console
 from rich.table import Table
 
 from transformer_lm import models, sampler
@@ -81,7 +81,7 @@ def main():
         median = statistics.median(times)
         ratio = "1" if times is first else f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
         table.add_row(name, f"{median:.2f}", f"{new_tokens / median:.1f}", ratio)
-    rich.print(table)
+    rich.console.Console(width=120).print(table)
 
 
 if __name__ == "__main__":

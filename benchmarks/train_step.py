@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich
+import rich.console
 from rich.table import Table
 
 from transformer_lm import models, optimizers, packing, train
@@ -118,7 +118,7 @@ def main():
     table = Table("network", "system", "tokens/s", "model GFLOP/s", "of the peak, GFLOP/s", "speed against PyTorch")
     for shape in SHAPES:
         measure(shape, table)
-    rich.print(table)
+    rich.console.Console(width=120).print(table)
 
 
 if __name__ == "__main__":
