@@ -2,11 +2,12 @@
 
 python benchmarks/train_step.py          (PyTorch's rows need the extra `interop`)
 
-Networks of the same sizes on the same batches: dropout 0.1, AdamW, float32, vocabulary 30,000. The contenders and the
-matrix product take turns; the table shows the median of the rounds.
+Networks of the same sizes on the same batches: dropout 0.1, AdamW, float32, vocabulary 30,000. Each contender has a
+process of its own, as its users run it, and they take turns; the table shows the median of the rounds.
 """
 
 import importlib.util
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
@@ -83,6 +84,34 @@ def hugging_face(config: models.TransformerConfig, tokens: np.ndarray) -> Callab
     return run
 
 
+def serve(make: Callable[..., Callable[[], None]], args: tuple, pipe):
+    """Runs in a contender's process: for every message the seconds that one run takes."""
+    run = make(*args)
+    while pipe.recv():
+        start = time.perf_counter()
+        run()
+        pipe.send(time.perf_counter() - start)
+
+
+def take_turns(contenders: dict[str, tuple]) -> dict[str, list[float]]:
+    """Seconds of every run of every contender (make, *arguments of make), `ROUNDS` a contender, one at a time."""
+    context = multiprocessing.get_context("spawn")
+    pipes = {}
+    for name, (make, *args) in contenders.items():
+        pipes[name], theirs = context.Pipe()
+        context.Process(target=serve, args=(make, tuple(args), theirs), daemon=True).start()
+    seconds = {name: [] for name in contenders}
+    for turn in range(ROUNDS + 2):
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            taken = pipe.recv()
+            if turn >= 2:  # the first ones compile and warm up
+                seconds[name].append(taken)
+    for pipe in pipes.values():
+        pipe.send(False)
+    return seconds
+
+
 def measure(shape: tuple[int, ...], table: Table):
     """Adds the rows of one shape."""
     layers, width, heads, rows, length = shape
@@ -91,16 +120,10 @@ def measure(shape: tuple[int, ...], table: Table):
         max_len=length,
     )  # fmt: skip
     tokens = np.random.default_rng(0).integers(3, VOCAB_SIZE, (rows, length)).astype(np.uint16)
-    contenders = {"matrix product": matrix_product(), "transformer-lm-japanese": ours(config, tokens)}
+    contenders = {"matrix product": (matrix_product,), "transformer-lm-japanese": (ours, config, tokens)}
     if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
-        contenders["Hugging Face GPT-2, PyTorch"] = hugging_face(config, tokens)
-    seconds = {name: [] for name in contenders}
-    for turn in range(ROUNDS + 2):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            if turn >= 2:  # the first ones compile and warm up
-                seconds[name].append(time.perf_counter() - start)
+        contenders["Hugging Face GPT-2, PyTorch"] = (hugging_face, config, tokens)
+    seconds = take_turns(contenders)
     peak = 2 * PRODUCT**3 / statistics.median(seconds.pop("matrix product"))
     base = seconds.get("Hugging Face GPT-2, PyTorch")
     for name, times in seconds.items():
