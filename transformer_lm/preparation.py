@@ -186,6 +186,8 @@ def prepare_rows(
     if not counts.get("documents"):
         shutil.rmtree(directory)
         raise UserError(f"Dataset {documents.name!r}, split {documents.split!r}, holds no text.")
+    for leftover in directory.glob("*.tmp*"):  # of a preparation that was killed
+        leftover.unlink()
     manifest = identity | {
         "dtype": packing.row_dtype(tokenizer.vocab_size).name,
         **counts,
