@@ -34,7 +34,7 @@ def test_reads_the_originals_model(original):
 
 
 def test_training_is_deterministic_and_unigram():
-    models = [tokenizer.train(TALES, **ARGUMENTS) for _ in range(2)]
+    models = [tokenizer.train([(TALES, 1.0)], **ARGUMENTS) for _ in range(2)]
     assert models[0] == models[1]
     spm = tokenizer.Tokenizer(models[0])
     assert spm.vocab_size == 900
@@ -44,15 +44,15 @@ def test_training_is_deterministic_and_unigram():
 
 def test_options_are_passed_through():
     options = "--character_coverage=0.98 --byte_fallback=true"
-    spm = tokenizer.Tokenizer(tokenizer.train(TALES, **ARGUMENTS | {"options": options}))
+    spm = tokenizer.Tokenizer(tokenizer.train([(TALES, 1.0)], **ARGUMENTS | {"options": options}))
     assert spm.decode(spm.encode("🍣")) == "🍣"
-    plain = tokenizer.Tokenizer(tokenizer.train(TALES, **ARGUMENTS))
+    plain = tokenizer.Tokenizer(tokenizer.train([(TALES, 1.0)], **ARGUMENTS))
     assert plain.encode("🍣")[-1] == tokenizer.UNK_ID
 
 
 def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = epath.Path(tmp_path) / "deep" / "sentencepiece_model"
-    spm = tokenizer.load_or_train(path, TALES, **ARGUMENTS)
+    spm = tokenizer.load_or_train(path, [(TALES, 1.0)], **ARGUMENTS)
     assert path.read_bytes() == spm.model
     assert [child.name for child in path.parent.iterdir()] == [path.name]
     again = tokenizer.load_or_train(path, iter(()), **ARGUMENTS)  # found, not trained again
@@ -89,12 +89,12 @@ def test_everything_is_read_when_it_fits():
         ({"vocab_size": 100}, "vocab_size=100 is too small: this corpus has"),
         ({"options": "--character_coverage"}, "'--character_coverage' is not of the form --name=value"),
         ({"options": "--no_such_option=1"}, "no_such_option"),
-        ({"texts": []}, "holds no text"),
+        ({"mixture": [([], 1.0)]}, "holds no text"),
     ],
 )
 def test_errors_in_plain_words(changes, words):
     with pytest.raises(UserError, match=words) as error:
-        tokenizer.train(**{"texts": TALES, **ARGUMENTS} | changes)
+        tokenizer.train(**{"mixture": [(TALES, 1.0)], **ARGUMENTS} | changes)
     assert "\n" not in str(error.value)
 
 
@@ -106,6 +106,6 @@ def test_foreign_files(tmp_path, content):
 
 
 def test_other_special_ids_are_refused():
-    model = tokenizer.train(TALES, **ARGUMENTS | {"options": "--unk_id=3 --pad_id=0"})
+    model = tokenizer.train([(TALES, 1.0)], **ARGUMENTS | {"options": "--unk_id=3 --pad_id=0"})
     with pytest.raises(UserError, match="ids"):
         tokenizer.Tokenizer(model)

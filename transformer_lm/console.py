@@ -69,3 +69,11 @@ def training_progress(first_step: int, last_step: int) -> Iterator[Callable[[int
     with rich.progress.Progress(*columns, console=CONSOLE) as bar:
         task = bar.add_task("", total=last_step, completed=first_step)
         yield lambda step, text: bar.update(task, completed=step, description=text)
+
+
+def quiet_datatrove():
+    """Leaves datatrove's log lines to the files of its tasks, but for warnings."""
+    from loguru import logger
+
+    logger.remove()
+    logger.add(lambda line: CONSOLE.print(line, soft_wrap=True, markup=False, highlight=False, end=""), level="WARNING")

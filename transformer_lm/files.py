@@ -1,6 +1,11 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, local or remote."""
 
+import hashlib
 import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
 
 from etils import epath
 
@@ -9,6 +14,61 @@ def write_atomically(path: os.PathLike | str, content: bytes):
     """Writes a file, local or remote, so that a reader, or a crash, sees the old content or the new."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    if is_remote(path):
+        path.write_bytes(content)  # an object store shows an object when it is whole
+        return
+    temporary = path.with_name(f"{path.name}.tmp{uuid.uuid4().hex}")
     temporary.write_bytes(content)
     temporary.replace(path)
+
+
+def write_file_atomically(path: os.PathLike | str, write: Callable[[str], None]):
+    """As `write_atomically`, for a library that writes to the name of a local file."""
+    path = epath.Path(path)
+    folder = cache_folder() if is_remote(path) else Path(path).parent
+    temporary = folder / f"{path.name}.tmp{uuid.uuid4().hex}"
+    try:
+        write(str(temporary))
+        if is_remote(path):
+            epath.Path(temporary).copy(path, overwrite=True)
+        else:
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def local_copy(path: os.PathLike | str) -> Path:
+    """The file itself where it is local; else a copy in the cache, for libraries that read local files alone."""
+    if not is_remote(path):
+        return Path(path)
+    path = epath.Path(path)
+    stat = path.stat()
+    version = hashlib.sha256(f"{path} {stat.length} {stat.mtime}".encode()).hexdigest()[:16]
+    copy = cache_folder() / version / path.name
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        write_file_atomically(copy, lambda temporary: _download(path, temporary))
+    return copy
+
+
+def _download(path: epath.Path, target: str):
+    with path.open("rb") as source, open(target, "wb") as file:
+        shutil.copyfileobj(source, file, 1 << 20)
+
+
+def cache_folder() -> Path:
+    """Where copies of remote files lie: TRANSFORMER_LM_CACHE, or a folder in the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "transformer-lm-japanese"
+    folder = Path(os.environ.get("TRANSFORMER_LM_CACHE", default)).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def absolute(path: os.PathLike | str) -> epath.Path:
+    """A path that means the same to every process; ~ is the user's home."""
+    return epath.Path(path) if is_remote(path) else epath.Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def is_remote(path: os.PathLike | str) -> bool:
+    """Whether a path is a URL like gs://bucket/folder."""
+    return "://" in os.fspath(path)

@@ -4,13 +4,13 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import jax
 from absl import logging
+from etils import epath
 from tensorboardX import SummaryWriter
 
-from transformer_lm.files import write_atomically
+from transformer_lm.files import is_remote, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -37,15 +37,21 @@ class MetricWriter:
     def __init__(self, workdir: os.PathLike | str, start_step: int, report: Callable[[int, str], None]):
         """Drops what an interrupted run wrote after `start_step`; `report` shows a step and a text on the console."""
         self._report = report
-        self._path = Path(workdir) / METRICS_FILE
-        _drop_after(self._path, start_step)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(workdir), purge_step=start_step + 1 if start_step else None)
+        self._path = epath.Path(workdir) / METRICS_FILE
+        self._lines = _lines_until(self._path, start_step)
+        write_atomically(self._path, "".join(self._lines).encode())
+        self._file = None if is_remote(workdir) else self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(os.fspath(workdir), purge_step=start_step + 1 if start_step else None)
 
     def write(self, step: int, values: Mapping[str, float]):
         """Adds one line to metrics.jsonl and the values to TensorBoard, and logs them."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step, **values}) + "\n"
+        if self._file:
+            self._file.write(line)
+            self._file.flush()
+        else:  # an object store cannot append
+            self._lines.append(line)
+            write_atomically(self._path, "".join(self._lines).encode())
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         self._board.flush()
@@ -69,28 +75,27 @@ class MetricWriter:
 
     def close(self):
         """Flushes everything."""
-        self._file.close()
+        if self._file:
+            self._file.close()
         self._board.close()
 
 
 def read_last(workdir: os.PathLike | str, name: str) -> float:
     """The last value of a metric in a workdir's metrics.jsonl."""
-    lines = (Path(workdir) / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    lines = (epath.Path(workdir) / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     return [values[name] for values in map(json.loads, lines) if name in values][-1]
 
 
-def _drop_after(path: Path, step: int):
-    """Keeps the whole lines up to a step."""
-    if not path.exists():
-        return
+def _lines_until(path: epath.Path, step: int) -> list[str]:
+    """The whole lines up to a step."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
         try:
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue  # a line that was being written when the run was killed
-    write_atomically(path, "".join(kept).encode())
+    return kept
 
 
 def _brief(value: float) -> str:

@@ -2,8 +2,11 @@
 
 A prepared corpus is a folder of ArrayRecord files and a manifest. The folder's name is a hash of all that determines
 its content, so that a changed corpus, tokenizer or row length never meets stale rows. The corpus is worked on in
-blocks of consecutive documents, one file each; a block's file appears under its name only when it is whole, and the
-manifest only when all blocks are there. Whoever is interrupted goes on where it stopped, and ends with the same bytes.
+blocks of consecutive documents, one file each; a block's counts appear only when its file is whole, and the manifest
+only when all blocks are there. Whoever is interrupted goes on where it stopped, and ends with the same bytes.
+
+One machine does the work with processes of its own. For many, the same functions are steps of a datatrove pipeline
+(`datatrove_steps.py`), which a `launcher.Launcher` runs.
 """
 
 import concurrent.futures
@@ -13,21 +16,22 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shutil
 import signal
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from absl import logging
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from transformer_lm import console, corpora, packing, tokenizer
+from transformer_lm import __version__, cleaning, console, corpora, dataset_preprocessor, packing, tokenizer
+from transformer_lm.corpora.base import optional_import
+from transformer_lm.dataset_preprocessor import Preprocessing
 from transformer_lm.errors import UserError
-from transformer_lm.files import write_atomically
+from transformer_lm.files import absolute, write_atomically, write_file_atomically
+from transformer_lm.launcher import Launcher
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BLOCK_CHARS = 4_000_000  # a block is closed by the document with which it reaches this many characters
 MANIFEST = "manifest.json"
 
@@ -37,10 +41,15 @@ class DataConfig:
     """Which corpus, which tokenizer, which rows.
 
     Attributes:
-      dataset_name: the training corpus, as `corpora.open_documents` takes it.
+      dataset_name: the training corpus, as `corpora.open_documents` takes it; or a mixture, [(name, weight), ...].
       train_split: its split.
-      eval_dataset_name: the evaluation corpus; None for the training corpus.
+      eval_dataset_name: the evaluation corpus, likewise; None for the training corpus.
       eval_split: its split.
+      text_field: which field of a record holds the document.
+      streaming: whether Hugging Face datasets are read from the hub without a copy on disk.
+      preprocessor: a key of `dataset_preprocessor.PREPROCESSORS`; None for the dataset's own.
+      unicode_normalization: "NFKC" and the like, "" for none.
+      cleaning_rules: names of `cleaning.RULES` in order, separated by commas; "" for no cleaning.
       vocab_path: where the tokenizer lies or is to be written; None for workdir/sentencepiece_model.
       vocab_size: pieces of a tokenizer that is trained here.
       max_corpus_chars: characters that it is trained on.
@@ -51,9 +60,9 @@ class DataConfig:
       prepare_processes: processes that tokenize; 0 for one a core.
     """
 
-    dataset_name: str
+    dataset_name: str | list
     train_split: str
-    eval_dataset_name: str | None
+    eval_dataset_name: str | list | None
     eval_split: str
     vocab_path: str | None
     vocab_size: int
@@ -63,6 +72,11 @@ class DataConfig:
     max_eval_target_length: int
     prepared_dir: str | None
     prepare_processes: int
+    text_field: str = "text"
+    streaming: bool = False
+    preprocessor: str | None = None
+    unicode_normalization: str = ""
+    cleaning_rules: str = ""
 
     def __post_init__(self):
         for name in ("vocab_size", "max_corpus_chars"):
@@ -73,6 +87,46 @@ class DataConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 2.")
         if self.prepare_processes < 0:
             raise UserError(f"prepare_processes={self.prepare_processes} must be 0 (one a core) or more.")
+        cleaning.parse_rules(self.cleaning_rules)
+
+    @property
+    def options(self) -> corpora.Options:
+        """How sources are read."""
+        return corpora.Options(self.text_field, self.streaming)
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Documents, and what leads from them to texts.
+
+    Attributes:
+      documents: where they come from.
+      preprocessing: from a document to its texts.
+      weight: share in a mixture.
+      provenance: what else the manifest has to say: of a cleaned corpus, what was cleaned, and how.
+    """
+
+    documents: corpora.Documents
+    preprocessing: Preprocessing
+    weight: float = 1.0
+    provenance: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def identity(self) -> dict:
+        """All that determines the texts."""
+        return {
+            "dataset_name": self.documents.name,
+            "split": self.documents.split,
+            "source_fingerprint": self.documents.source.fingerprint,
+            "preprocessor": self.preprocessing.preprocessor,
+            "unicode_normalization": self.preprocessing.unicode_normalization,
+            "preprocessing_fingerprint": self.preprocessing.fingerprint,
+            **self.provenance,
+        }
+
+    def texts(self) -> Iterator[str]:
+        """All texts, in order."""
+        return dataset_preprocessor.texts_of(self.documents, self.preprocessing)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +138,11 @@ class PreparedCorpus:
       manifest: what they are and where they come from; see `prepare_rows` for its fields.
     """
 
-    directory: Path
+    directory: epath.Path
     manifest: dict
 
     @classmethod
-    def load(cls, directory: Path) -> "PreparedCorpus":
+    def load(cls, directory: epath.Path) -> "PreparedCorpus":
         """Reads the manifest of a folder."""
         return cls(directory, json.loads((directory / MANIFEST).read_text()))
 
@@ -107,6 +161,48 @@ class PreparedCorpus:
         """T."""
         return self.manifest["row_length"]
 
+    @property
+    def parts(self) -> tuple["PreparedCorpus", ...]:
+        """As of a mixture: itself."""
+        return (self,)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """As of a mixture."""
+        return (1.0,)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedMixture:
+    """Several prepared corpora, each with its share of the rows.
+
+    Attributes:
+      parts: the corpora.
+      weights: their shares, which sum to 1.
+    """
+
+    parts: tuple[PreparedCorpus, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the rows."""
+        return self.parts[0].dtype
+
+    @property
+    def row_length(self) -> int:
+        """T."""
+        return self.parts[0].row_length
+
+    @property
+    def manifest(self) -> dict:
+        """Characters and bytes to one token of the mixture."""
+        shares = list(zip(self.parts, self.weights, strict=True))
+        return {
+            name: sum(weight * part.manifest[name] / part.manifest["tokens"] for part, weight in shares)
+            for name in ("tokens", "characters", "bytes")
+        }
+
 
 @dataclasses.dataclass(frozen=True)
 class PreparedData:
@@ -114,96 +210,199 @@ class PreparedData:
 
     tokenizer: tokenizer.Tokenizer
     tokenizer_path: epath.Path
-    train: PreparedCorpus
-    eval: PreparedCorpus
+    train: PreparedCorpus | PreparedMixture
+    eval: PreparedCorpus | PreparedMixture
 
 
-def prepare(config: DataConfig, workdir: str) -> PreparedData:
+def prepare(config: DataConfig, workdir: str, launcher: Launcher | None = None) -> PreparedData:
     """Makes what is missing of tokenizer, training rows and evaluation rows, and finds what is there.
+
+    Args:
+      config: what to prepare.
+      workdir: the run's folder, local or remote.
+      launcher: where datatrove's tasks do the work; None for processes of this machine, which need no datatrove
+        unless there is something to clean.
 
     Raises:
       UserError: a dataset or split does not exist (before any long work), or its content cannot be used.
     """
-    for name, path in (("--workdir", workdir), ("prepared_dir", config.prepared_dir)):
-        if "://" in (path or ""):
-            raise UserError(f"{name}={path}: only local folders can be written to yet.")
-    train_documents = corpora.open_documents(config.dataset_name, config.train_split)
-    eval_documents = corpora.open_documents(config.eval_dataset_name or config.dataset_name, config.eval_split)
-    tokenizer_path = epath.Path(config.vocab_path or epath.Path(workdir) / "sentencepiece_model").expanduser()
+    root = absolute(config.prepared_dir or epath.Path(workdir) / "prepared")
+    eval_name = config.eval_dataset_name or config.dataset_name
+    train, evaluation = (
+        open_corpora(name, split, config)
+        for name, split in ((config.dataset_name, config.train_split), (eval_name, config.eval_split))
+    )
+    if config.cleaning_rules:
+        train, evaluation = (
+            [_clean(corpus, config, root, launcher or cleaning.local_launcher(config.prepare_processes)) for corpus in part]
+            for part in (train, evaluation)
+        )
+    tokenizer_path = absolute(config.vocab_path or epath.Path(workdir) / "sentencepiece_model")
     spm = tokenizer.load_or_train(
         tokenizer_path,
-        train_documents,
+        [(corpus.texts(), corpus.weight) for corpus in train],
         vocab_size=config.vocab_size,
         max_corpus_chars=config.max_corpus_chars,
         options=config.spm_train_options,
     )
     if spm.vocab_size != config.vocab_size:
         logging.info("The tokenizer at %s has %d pieces; so has the model.", tokenizer_path, spm.vocab_size)
-    root = Path(config.prepared_dir or Path(workdir) / "prepared").expanduser()
-    rows = functools.partial(
-        prepare_rows, tokenizer_path=tokenizer_path, tokenizer=spm, root=root, processes=config.prepare_processes
-    )
+
+    def rows(mixture: list[Corpus], row_length: int) -> PreparedCorpus | PreparedMixture:
+        parts = []
+        for corpus in mixture:
+            plan = RowsPlan(corpus, spm, str(tokenizer_path), row_length, root)
+            if (plan.directory / MANIFEST).exists():
+                parts.append(PreparedCorpus.load(plan.directory))
+            else:
+                parts.append(prepare_rows(plan, config.prepare_processes, launcher))
+        return parts[0] if len(parts) == 1 else PreparedMixture(tuple(parts), tuple(part.weight for part in mixture))
+
     return PreparedData(
-        spm,
-        tokenizer_path,
-        rows(train_documents, row_length=config.max_target_length),
-        rows(eval_documents, row_length=config.max_eval_target_length),
+        spm, tokenizer_path, rows(train, config.max_target_length), rows(evaluation, config.max_eval_target_length)
     )
 
 
-def prepare_rows(
-    documents: corpora.Documents,
-    *,
-    tokenizer: tokenizer.Tokenizer,
-    tokenizer_path: epath.Path,
-    row_length: int,
-    root: Path,
-    processes: int = 0,
-) -> PreparedCorpus:
-    """Tokenizes and packs documents into rows under `root`, unless that has been done.
+def open_corpora(name: str | list, split: str, config: DataConfig) -> list[Corpus]:
+    """The corpora of a dataset name or a mixture, their weights summing to 1."""
+    parts = [(name, 1.0)] if isinstance(name, str) else name
+    try:
+        parts = [(str(part), float(weight)) for part, weight in parts]
+        total = sum(weight for _, weight in parts)
+        if not parts or not all(0 < weight < float("inf") for _, weight in parts):
+            raise ValueError
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"dataset_name={name!r} must be a name or a list of (name, weight) with weights above 0."
+        ) from error
+    return [
+        Corpus(
+            corpora.open_documents(part, split, config.options),
+            dataset_preprocessor.for_dataset(part, config.preprocessor, config.unicode_normalization),
+            weight / total,
+        )
+        for part, weight in parts
+    ]
 
-    The manifest says what made the rows (dataset_name, split, source_fingerprint, tokenizer_sha256, vocab_size,
-    row_length, format_version, dtype) and counts documents, empty_documents (left out), characters and bytes (UTF-8)
-    of the texts, tokens (EOS included), rows, and padding (slots without a token).
+
+def _clean(corpus: Corpus, config: DataConfig, root: epath.Path, launcher: Launcher) -> Corpus:
+    """The corpus with only the texts that the rules keep, which are written to disk in between."""
+    provenance = corpus.identity | {"cleaning_rules": config.cleaning_rules, "cleaning_version": cleaning.VERSION}
+    directory = root / f"cleaned-{_digest(provenance)}"
+    if not (directory / cleaning.REPORT).exists():
+        rules = cleaning.parse_rules(config.cleaning_rules)
+        cleaning.clean(corpus.documents, corpus.preprocessing, rules, directory, launcher)
+    report = json.loads((directory / cleaning.REPORT).read_text())
+    documents = corpora.open_documents(f"jsonl:{directory}/texts/*.jsonl.gz", "train")
+    kept = {"cleaned_from": provenance, "cleaning_counts": report["counts"]}
+    return Corpus(documents, Preprocessing(), corpus.weight, kept)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsPlan:
+    """What rows are to be made, and where.
+
+    Attributes:
+      corpus: what they hold.
+      tokenizer: what cuts the texts into tokens.
+      tokenizer_path: where it lies, for worker processes to load.
+      row_length: T.
+      root: the folder below which the rows' own folder lies.
     """
-    identity = {
-        "dataset_name": documents.name,
-        "split": documents.split,
-        "source_fingerprint": documents.source.fingerprint,
-        "tokenizer_sha256": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "row_length": row_length,
-        "format_version": FORMAT_VERSION,
-    }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    directory = root / digest
-    if (directory / MANIFEST).exists():
-        return PreparedCorpus.load(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    work = functools.partial(_write_block, directory, str(tokenizer_path), row_length)
-    blocks = _run(work, _blocks(documents), processes, f"Preparing {documents.name} {documents.split}")
+
+    corpus: Corpus
+    tokenizer: tokenizer.Tokenizer
+    tokenizer_path: str
+    row_length: int
+    root: epath.Path
+
+    @functools.cached_property
+    def identity(self) -> dict:
+        """All that determines the rows."""
+        return self.corpus.identity | {
+            "tokenizer_sha256": self.tokenizer.fingerprint,
+            "vocab_size": self.tokenizer.vocab_size,
+            "row_length": self.row_length,
+            "format_version": FORMAT_VERSION,
+        }
+
+    @property
+    def directory(self) -> epath.Path:
+        """The rows' own folder."""
+        return self.root / _digest(self.identity)
+
+    @property
+    def title(self) -> str:
+        """For progress bars."""
+        return f"{self.corpus.documents.name} {self.corpus.documents.split}"
+
+    @property
+    def write_block(self) -> Callable[[str, list[str]], dict]:
+        """`write_block` with all but the block's name and documents filled in; can be sent to other processes."""
+        preprocessing = self.corpus.preprocessing
+        return functools.partial(write_block, str(self.directory), self.tokenizer_path, self.row_length, preprocessing)
+
+
+def _digest(identity: dict) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def prepare_rows(plan: RowsPlan, processes: int = 0, launcher: Launcher | None = None) -> PreparedCorpus:
+    """Tokenizes and packs documents into rows, with processes of this machine (0: one a core) or by a launcher."""
+    plan.directory.mkdir(parents=True, exist_ok=True)
+    if launcher is None:
+        return finish_rows(plan, _run(plan, processes or os.cpu_count() or 1))
+    optional_import("datatrove", "prep", f"--executor={launcher.executor}")
+    from transformer_lm import datatrove_steps as steps
+
+    documents = plan.corpus.documents
+    documents.count()  # once here, not in every task
+    logs = plan.directory / f"logs-{launcher.tasks}"
+    launcher.run("pack", [steps.ReadDocuments(documents), steps.PackRows(plan)], logs)
+    prefix = steps.rows_prefix(launcher.tasks)
+    return finish_rows(plan, sorted(path.stem for path in plan.directory.glob(f"{prefix}*.json")))
+
+
+def finish_rows(plan: RowsPlan, names: list[str]) -> PreparedCorpus:
+    """Writes the manifest of rows whose blocks (`names`, in order) are all there.
+
+    The manifest says what made the rows (dataset_name, split, source_fingerprint, preprocessor, unicode_normalization,
+    tokenizer_sha256, vocab_size, row_length, format_version, dtype, transformer_lm_version; of a cleaned corpus what it
+    was cleaned from, by which rules, and how many texts each removed) and counts documents, empty_documents (without a
+    text), texts, nul_characters (removed), characters and bytes (UTF-8) of the texts, tokens (EOS included), rows, and
+    padding (slots without a token).
+    """
+    directory = plan.directory
+    blocks = [json.loads((directory / f"{name}.json").read_text()) for name in names]
     counts = {name: sum(block[name] for block in blocks) for name in (blocks[0] if blocks else [])}
-    if not counts.get("documents"):
-        shutil.rmtree(directory)
-        raise UserError(f"Dataset {documents.name!r}, split {documents.split!r}, holds no text.")
-    for leftover in directory.glob("*.tmp*"):  # of a preparation that was killed
-        leftover.unlink()
-    manifest = identity | {
-        "dtype": packing.row_dtype(tokenizer.vocab_size).name,
+    if not counts.get("texts"):
+        directory.rmtree()
+        raise UserError(f"Dataset {plan.corpus.documents.name!r}, split {plan.corpus.documents.split!r}, holds no text.")
+    files = [f"{name}.arrayrecord" for name, block in zip(names, blocks, strict=True) if block["rows"]]
+    for path in directory.iterdir():  # of preparations that were killed, or done with other numbers of tasks
+        if path.name not in files and path.stem not in names:
+            path.rmtree() if path.is_dir() else path.unlink()
+    manifest = plan.identity | {
+        "dtype": packing.row_dtype(plan.tokenizer.vocab_size).name,
+        "transformer_lm_version": __version__,
         **counts,
-        "files": [f"{_block_name(i)}.arrayrecord" for i in range(len(blocks))],
+        "characters_per_token": round(counts["characters"] / counts["tokens"], 4),
+        "files": files,
     }
     write_atomically(directory / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1).encode())
     logging.info(
-        "%s %s: %d documents, %d characters, %d tokens (%.2f characters a token), %d rows of %d, %.2f %% padding.",
-        documents.name, documents.split, counts["documents"], counts["characters"], counts["tokens"],
-        counts["characters"] / counts["tokens"], counts["rows"], row_length,
-        100 * counts["padding"] / (counts["rows"] * row_length),
+        "%s: %d documents, %d texts, %d characters, %d tokens (%.2f characters a token), %d rows of %d, %.2f %% padding.",
+        plan.title, counts["documents"], counts["texts"], counts["characters"], counts["tokens"],
+        manifest["characters_per_token"], counts["rows"], plan.row_length,
+        100 * counts["padding"] / (counts["rows"] * plan.row_length),
     )  # fmt: skip
+    for name, what in (("empty_documents", "documents without text"), ("nul_characters", "NUL characters")):
+        if counts[name]:
+            logging.info("%s: left out %d %s.", plan.title, counts[name], what)
     return PreparedCorpus(directory, manifest)
 
 
-def _blocks(documents: Iterable[str]) -> Iterator[list[str]]:
+def blocks_of(documents: Iterable[str]) -> Iterator[list[str]]:
     """Consecutive documents in lists of about BLOCK_CHARS characters."""
     block, chars = [], 0
     for document in documents:
@@ -216,39 +415,45 @@ def _blocks(documents: Iterable[str]) -> Iterator[list[str]]:
         yield block
 
 
-def _block_name(number: int) -> str:
-    return f"rows-{number:05d}"
-
-
-def _write_block(directory: Path, tokenizer_path: str, row_length: int, number: int, block: list[str]) -> dict:
-    """Packs a block's documents, in shuffled order, into one file; returns its counts and leaves them beside it."""
+def write_block(
+    directory: str, tokenizer_path: str, row_length: int, preprocessing: Preprocessing, name: str, block: list[str]
+) -> dict:
+    """Packs a block's texts, in shuffled order, into one file; returns its counts and leaves them beside it."""
     spm = _load_tokenizer(tokenizer_path)
-    texts = [text for text in block if text.strip()]
-    order = np.random.default_rng(number).permutation(len(texts))
-    texts = [texts[i] for i in order]
-    ids = spm.encode_texts(texts)
+    texts, empty, nuls = [], 0, 0
+    for document in block:
+        nuls += document.count("\0")
+        found = preprocessing(document.replace("\0", ""))
+        empty += not found
+        texts += found
+    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
+    order = np.random.default_rng(seed).permutation(len(texts))
+    ids = spm.encode_texts([texts[i] for i in order])
     dtype = packing.row_dtype(spm.vocab_size)
-    path = directory / f"{_block_name(number)}.arrayrecord"
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
-    rows = 0
-    for row in packing.pack(ids, row_length, dtype):
-        writer.write(row.tobytes())
-        rows += 1
-    writer.close()
-    temporary.replace(path)
+    rows = [row.tobytes() for row in packing.pack(ids, row_length, dtype)]
+    if rows:
+        write_file_atomically(epath.Path(directory) / f"{name}.arrayrecord", functools.partial(_write_records, rows))
     tokens = sum(map(len, ids))
     counts = {
-        "documents": len(texts),
-        "empty_documents": len(block) - len(texts),
+        "documents": len(block),
+        "empty_documents": empty,
+        "texts": len(texts),
+        "nul_characters": nuls,
         "characters": sum(map(len, texts)),
         "bytes": sum(len(text.encode()) for text in texts),
         "tokens": tokens,
-        "rows": rows,
-        "padding": rows * row_length - tokens,
+        "rows": len(rows),
+        "padding": len(rows) * row_length - tokens,
     }
-    write_atomically(path.with_suffix(".json"), json.dumps(counts).encode())
+    write_atomically(epath.Path(directory) / f"{name}.json", json.dumps(counts).encode())
     return counts
+
+
+def _write_records(records: list[bytes], path: str):
+    writer = ArrayRecordWriter(path, "group_size:1,uncompressed")
+    for record in records:
+        writer.write(record)
+    writer.close()
 
 
 @functools.cache
@@ -256,29 +461,30 @@ def _load_tokenizer(path: str) -> tokenizer.Tokenizer:
     return tokenizer.Tokenizer.load(path)
 
 
-def _run(work, blocks: Iterator[list[str]], processes: int, title: str) -> list[dict]:
-    """Does the blocks that are not done yet, in processes, with a progress bar; returns the counts of all."""
-    directory = work.args[0]
-    results: dict[int, dict] = {}
-    waiting: dict[concurrent.futures.Future, int] = {}
-    processes = processes or os.cpu_count() or 1
-    with console.progress(title) as report, _pool(processes) as pool:
+def _run(plan: RowsPlan, processes: int) -> list[str]:
+    """Does the blocks that are not done yet, in processes, with a progress bar; returns the names of all."""
+    names: list[str] = []
+    characters = 0
+    waiting: set[concurrent.futures.Future] = set()
+    done = {path.name: path for path in plan.directory.iterdir() if path.suffix == ".json"}
+    with console.progress(f"Preparing {plan.title}") as report, _pool(processes) as pool:
 
         def collect(when):
-            for future in concurrent.futures.wait(waiting, return_when=when).done:
-                results[waiting.pop(future)] = future.result()
-                report(sum(counts["characters"] for counts in results.values()))
+            nonlocal waiting, characters
+            finished, waiting = concurrent.futures.wait(waiting, return_when=when)
+            characters += sum(future.result()["characters"] for future in finished)
+            report(characters)
 
-        for number, block in enumerate(blocks):
-            counts_path = directory / f"{_block_name(number)}.json"
-            if counts_path.exists():
-                results[number] = json.loads(counts_path.read_text())
+        for number, block in enumerate(blocks_of(plan.corpus.documents)):
+            names.append(f"rows-{number:06d}")
+            if (path := done.get(f"{names[-1]}.json")) is not None:
+                characters += json.loads(path.read_text())["characters"]
                 continue
-            waiting[pool.submit(work, number, block)] = number
+            waiting.add(pool.submit(plan.write_block, names[-1], block))
             if len(waiting) > processes:
                 collect(concurrent.futures.FIRST_COMPLETED)
         collect(concurrent.futures.ALL_COMPLETED)
-    return [results[number] for number in sorted(results)]
+    return names
 
 
 def _pool(processes: int) -> concurrent.futures.ProcessPoolExecutor:

@@ -1,23 +1,34 @@
-"""SentencePiece: train, load, encode, decode."""
+"""SentencePiece: train, load, encode, decode.
 
+python -m transformer_lm.tokenizer --workdir=logs/my_model --inspect "吾輩は猫である。"
+"""
+
+import argparse
 import hashlib
 import heapq
 import io
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
+import rich
+import rich.table
+import rich.text
 import sentencepiece
 from absl import logging
 from etils import epath
 
+from transformer_lm import console
 from transformer_lm.errors import UserError
 from transformer_lm.files import write_atomically
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2  # SentencePiece's own defaults, on which the original's weights rest
-SAMPLE_CHARS = 1000  # texts are sampled for training in runs of about this many characters
+SAMPLE_CHARS = 1000  # texts are sampled for training in runs of at most this many characters
+LOUD_CHARS = 20_000_000  # with more of them training takes minutes, and SentencePiece's own progress is shown
+ENCODE_CHARS = 1_000_000  # longer texts are encoded in parts: SentencePiece takes some hundred bytes a character
 
 
 class Tokenizer:
@@ -55,8 +66,18 @@ class Tokenizer:
         return self._processor.encode(text)
 
     def encode_texts(self, texts: list[str]) -> list[np.ndarray]:
-        """Token ids of each text, closed by EOS: int32 arrays [n]."""
+        """Token ids of each text, closed by EOS: int32 arrays [n].
+
+        A text of more than ENCODE_CHARS characters is encoded in parts that end with lines. Its ids are those of the
+        whole, since pieces do not cross white space, unless a single line is that long and must be cut elsewhere.
+        """
+        if any(len(text) > ENCODE_CHARS for text in texts):
+            return [self._encode_parts(text) for text in texts]
         return [np.asarray(ids, np.int32) for ids in self._processor.encode(texts, add_eos=True)]
+
+    def _encode_parts(self, text: str) -> np.ndarray:
+        ids = [np.asarray(self.encode(part), np.int32) for part in _parts(text, ENCODE_CHARS)]
+        return np.concatenate([*ids, np.asarray([EOS_ID], np.int32)])
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; control ids such as EOS leave no trace."""
@@ -67,11 +88,13 @@ class Tokenizer:
         return self._processor.encode(text, out_type=str)
 
 
-def train(texts: Iterable[str], *, vocab_size: int, max_corpus_chars: int, options: str) -> bytes:
-    """Trains a unigram SentencePiece model on at most `max_corpus_chars` characters spread over `texts`.
+def train(
+    mixture: Iterable[tuple[Iterable[str], float]], *, vocab_size: int, max_corpus_chars: int, options: str
+) -> bytes:
+    """Trains a unigram SentencePiece model on at most `max_corpus_chars` characters spread over a corpus.
 
     Args:
-      texts: the corpus; read once.
+      mixture: (texts, weight) of each part of the corpus; each is read once, and gives its share of the characters.
       vocab_size: number of pieces.
       max_corpus_chars: how many characters to learn from.
       options: further options of SentencePiece's trainer, as on its command line: "--character_coverage=0.9995".
@@ -83,9 +106,15 @@ def train(texts: Iterable[str], *, vocab_size: int, max_corpus_chars: int, optio
     Raises:
       UserError: SentencePiece refuses an option, or the corpus cannot fill the vocabulary.
     """
-    arguments = {"vocab_size": vocab_size, "model_type": "unigram", "minloglevel": 1} | _parse_options(options)
-    sample = sample_texts(texts, max_corpus_chars)
-    logging.info("Training a tokenizer of %s pieces on %d characters.", arguments["vocab_size"], sum(map(len, sample)))
+    given = _parse_options(options)
+    with console.progress("Reading texts for the tokenizer") as report:
+        sample = [
+            text for texts, weight in mixture for text in sample_texts(texts, int(max_corpus_chars * weight), report)
+        ]
+    chars = sum(map(len, sample))
+    quiet = int(chars < LOUD_CHARS)
+    arguments = {"vocab_size": vocab_size, "model_type": "unigram", "minloglevel": quiet} | given
+    logging.info("Training a tokenizer of %s pieces on %d characters.", arguments["vocab_size"], chars)
     lines = (line for text in sample for line in text.split("\n") if line)
     model = io.BytesIO()
     try:
@@ -95,24 +124,29 @@ def train(texts: Iterable[str], *, vocab_size: int, max_corpus_chars: int, optio
     return model.getvalue()
 
 
-def load_or_train(path: epath.Path, texts: Iterable[str], **arguments) -> Tokenizer:
-    """The tokenizer at `path`, which is trained from `texts` (see `train`) and written there when it is missing."""
+def load_or_train(path: epath.Path, mixture: Iterable[tuple[Iterable[str], float]], **arguments) -> Tokenizer:
+    """The tokenizer at `path`, which is trained (see `train`) and written there when it is missing."""
     if not path.exists():
-        write_atomically(path, train(texts, **arguments))
+        write_atomically(path, train(mixture, **arguments))
         logging.info("Wrote the tokenizer to %s.", path)
     return Tokenizer.load(path)
 
 
-def sample_texts(texts: Iterable[str], max_chars: int) -> list[str]:
+def sample_texts(texts: Iterable[str], max_chars: int, report: Callable[[int], None] | None = None) -> list[str]:
     """An even sample of at most `max_chars` characters of a corpus, in the corpus's order, in one pass.
 
-    Every run of about `SAMPLE_CHARS` characters gets a pseudo-random rank from its number, and the runs of highest rank
-    that fit are kept, so that memory is bounded by `max_chars` and the same corpus always gives
-    the same sample.
+    Every run of at most `SAMPLE_CHARS` characters gets a pseudo-random rank from its number, and the runs of highest rank
+    that fit are kept, so that memory is bounded by `max_chars` and the same corpus always gives the same sample.
+    `report` is told from time to time how many characters have been read.
     """
     heap: list[tuple[bytes, int, str]] = []  # (rank, number, run), the lowest rank on top
     total = 0
-    for number, run in enumerate(_runs(texts)):
+    read = 0
+    runs = (run for text in texts for run in _parts(text, SAMPLE_CHARS) if run.strip("\n"))
+    for number, run in enumerate(runs):
+        read += len(run)
+        if report and number % 1000 == 0:
+            report(read)
         rank = hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8).digest()
         heapq.heappush(heap, (rank, number, run))
         total += len(run)
@@ -121,17 +155,15 @@ def sample_texts(texts: Iterable[str], max_chars: int) -> list[str]:
     return [run[:max_chars] for _, _, run in sorted(heap, key=lambda item: item[1])]
 
 
-def _runs(texts: Iterable[str]) -> Iterator[str]:
-    """Cuts texts at line ends into runs of about SAMPLE_CHARS characters; a line longer than that is cut anywhere."""
-    for text in texts:
-        run = ""
-        for line in text.split("\n"):
-            run = f"{run}\n{line}" if run else line
-            while len(run) >= SAMPLE_CHARS:
-                yield run[:SAMPLE_CHARS]
-                run = run[SAMPLE_CHARS:]
-        if run:
-            yield run
+def _parts(text: str, max_chars: int) -> Iterator[str]:
+    """Cuts a text into parts of at most `max_chars` characters: after a line end, or anywhere in a longer line."""
+    start = 0
+    while start < len(text):
+        end = min(start + max_chars, len(text))
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        yield text[start:end]
+        start = end
 
 
 def _parse_options(options: str) -> dict[str, str]:
@@ -155,3 +187,28 @@ def _explain(message: str, arguments: dict) -> str:
     if re.search(r"sentences_?\.empty\(\)|Input corpus is empty", message):
         return "The corpus holds no text to train a tokenizer on; look at dataset_name and train_split."
     return f"SentencePiece cannot train with spm_train_options and vocab_size={size}: {' '.join(message.split())}"
+
+
+def inspect(path: epath.Path, text: str):
+    """Prints how the tokenizer at `path` cuts a text."""
+    spm = Tokenizer.load(path)
+    ids, pieces = spm.encode(text), spm.pieces(text)
+    table = rich.table.Table("piece", "id", title=f"{path}: {spm.vocab_size} pieces")
+    for piece, token in zip(pieces, ids, strict=True):
+        table.add_row(rich.text.Text(piece), str(token))
+    rich.print(table)
+    print(f"{len(text)} characters, {len(ids)} tokens: {len(text) / max(len(ids), 1):.2f} characters a token.")
+    if (decoded := spm.decode(ids)) != text:
+        print(f"Decoded again, it is another text: {decoded}")
+
+
+if __name__ == "__main__":
+    from transformer_lm import cli
+
+    parser = argparse.ArgumentParser(description="Shows how a tokenizer cuts a text.")
+    parser.add_argument("--workdir", default="logs/demo", help="a workdir, or a SentencePiece model (default: the demo's)")
+    parser.add_argument("--inspect", required=True, metavar="TEXT", help="the text whose pieces and ids are shown")
+    arguments = parser.parse_args()
+    folder = epath.Path(arguments.workdir).expanduser()
+    with cli.one_line_errors(debug=False):
+        inspect(folder if folder.is_file() else folder / "sentencepiece_model", arguments.inspect)

@@ -19,15 +19,27 @@ def get_config() -> ml_collections.ConfigDict:
     # Further options for SentencePiece's trainer, as on its command line.
     config.spm_train_options = "--character_coverage=1.0"
 
-    # Corpora ("mukashi", "text:GLOB", "jsonl:GLOB") and splits in the notation of TFDS ("train[:98%]").
-    config.dataset_name = "lm1b"
+    # A corpus: a name of TensorFlow Datasets ("wiki40b/ja"), "huggingface:OWNER/NAME[/CONFIG]", "text:GLOB",
+    # "jsonl:GLOB", "parquet:GLOB", "aozora:GLOB" or "mukashi"; or a mixture of them, [("NAME", weight), ...], where
+    # weights are shares of the training tokens. Splits are in the notation of TFDS: "train[:98%]".
+    config.dataset_name = config_dict.FieldReference("lm1b", field_type=object)
     config.train_split = "train"
     # None for the training corpus.
-    config.eval_dataset_name = config_dict.placeholder(str)
+    config.eval_dataset_name = config_dict.placeholder(object)
     config.eval_split = "test"
+    # Which field of a record holds the document.
+    config.text_field = "text"
+    # Read Hugging Face datasets from the hub as they are needed, for corpora larger than the disk.
+    config.streaming = False
+    # From documents to texts: a name in dataset_preprocessor.py; None for the one that belongs to the dataset's name.
+    config.preprocessor = config_dict.placeholder(str)
+    # "NFKC" and the like; "" to leave texts as they are. (SentencePiece normalizes what it reads in its own way.)
+    config.unicode_normalization = ""
+    # Rules of cleaning.py that web text must pass, like "language,length,symbols,repetition,minhash"; "" for none.
+    config.cleaning_rules = ""
     # Where prepared rows lie, to be shared by several workdirs; None for workdir/prepared.
     config.prepared_dir = config_dict.placeholder(str)
-    # Processes that tokenize; 0 for one a core.
+    # Processes of this machine that clean and tokenize; 0 for one a core.
     config.prepare_processes = 0
 
     # Rows of a batch on each device.

@@ -1,23 +1,97 @@
 """What every kind of source offers."""
 
 import abc
+import dataclasses
+import importlib
 from collections.abc import Iterator
+from types import ModuleType
+
+from transformer_lm.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How sources are read, whatever their kind.
+
+    Attributes:
+      text_field: which field of a record holds the document (JSON lines, Parquet, TFDS, Hugging Face).
+      streaming: whether Hugging Face datasets are read from the hub as they are needed, without a copy on disk.
+    """
+
+    text_field: str = "text"
+    streaming: bool = False
 
 
 class Source(abc.ABC):
-    """Documents in a fixed order, in one or more named splits."""
+    """Documents in a fixed order, in named splits; each split lies in shards that can be read by themselves."""
 
     splits: tuple[str, ...]
 
-    @abc.abstractmethod
-    def read(self, split: str, start: int, stop: int | None) -> Iterator[str]:
-        """The documents numbered start <= n < stop of a split; to its end where stop is None."""
+    def __init__(self):
+        self._sizes: dict[tuple[str, int], int] = {}
 
     @abc.abstractmethod
-    def size(self, split: str) -> int:
-        """Number of documents in a split."""
+    def num_shards(self, split: str) -> int:
+        """Number of shards of a split."""
+
+    @abc.abstractmethod
+    def read_shard(self, split: str, shard: int, start: int = 0) -> Iterator[str]:
+        """The documents of a shard, in order, from number `start` on."""
 
     @property
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """A text that changes when the content does."""
+
+    def known_size(self, split: str, shard: int) -> int | None:
+        """Number of documents in a shard, None where that is not known without reading it."""
+        return self._sizes.get((split, shard))
+
+    def shard_size(self, split: str, shard: int) -> int:
+        """Number of documents in a shard; where it is not known they are counted, once."""
+        size = self.known_size(split, shard)
+        if size is None:
+            size = self._sizes[split, shard] = sum(1 for _ in self.read_shard(split, shard))
+        return size
+
+    def size(self, split: str) -> int:
+        """Number of documents in a split."""
+        return sum(self.shard_size(split, shard) for shard in range(self.num_shards(split)))
+
+    def read(
+        self, split: str, start: int = 0, stop: int | None = None, task: int = 0, num_tasks: int = 1
+    ) -> Iterator[str]:
+        """The documents numbered start <= n < stop of a split, to its end where stop is None.
+
+        Of many tasks that share the work, each reads the shards whose number modulo `num_tasks` is its own.
+        """
+        bounded = start > 0 or stop is not None
+        first = 0  # number of the shard's first document
+        for shard in range(self.num_shards(split)):
+            if stop is not None and first >= stop:
+                return
+            mine = shard % num_tasks == task
+            size = self.known_size(split, shard)
+            if (not mine and (size is not None or not bounded)) or (size is not None and first + size <= start):
+                first += size or 0
+                continue
+            skip = max(0, start - first) if size is not None else 0  # what is not counted yet is read from its start
+            number = first + skip
+            for document in self.read_shard(split, shard, skip):
+                if stop is not None and number >= stop:
+                    return
+                if mine and number >= start:
+                    yield document
+                number += 1
+            first = number
+
+
+def optional_import(module: str, extra: str, what: str) -> ModuleType:
+    """Imports a library that only some users need, or says how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{what} needs the package {error.name}: pip install 'transformer-lm-japanese[{extra}]' "
+            f"(in a clone: pip install -c constraints.txt -e '.[{extra}]')."
+        ) from error

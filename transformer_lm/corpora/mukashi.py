@@ -15,7 +15,6 @@ list are separated by spaces. A word of several parts, such as 犬/ワンワン,
 import dataclasses
 import functools
 import hashlib
-import itertools
 import math
 import string
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from transformer_lm.corpora.base import Source
 
+SHARD_TALES = 10_000
 SPLITS = {"train": range(40_000), "validation": range(10**9, 10**9 + 1_000)}  # numbers of their tales
 OPENING = "昔々あるところに"
 CLOSING = "{聞いた年}、{語り場}{語り手}から聞いた話です。{結び}"
@@ -749,13 +749,21 @@ class Mukashi(Source):
 
     splits = tuple(SPLITS)
 
-    def read(self, split: str, start: int, stop: int | None) -> Iterator[str]:
-        """See Source.read."""
-        return (tale(number) for number in itertools.islice(SPLITS[split], start, stop))
+    def num_shards(self, split: str) -> int:
+        """See Source."""
+        return -(-len(SPLITS[split]) // SHARD_TALES)
 
-    def size(self, split: str) -> int:
-        """See Source.size."""
-        return len(SPLITS[split])
+    def known_size(self, split: str, shard: int) -> int:
+        """See Source."""
+        return len(self._shard(split, shard))
+
+    def read_shard(self, split: str, shard: int, start: int = 0) -> Iterator[str]:
+        """See Source."""
+        return map(tale, self._shard(split, shard)[start:])
+
+    def _shard(self, split: str, shard: int) -> range:
+        """The numbers of its tales."""
+        return SPLITS[split][shard * SHARD_TALES : (shard + 1) * SHARD_TALES]
 
     @property
     def fingerprint(self) -> str:

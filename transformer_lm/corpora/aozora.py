@@ -1,0 +1,72 @@
+"""Works of Aozora Bunko in their own notation and encoding -> plain text.
+
+The notation: https://www.aozora.gr.jp/annotation/. Ruby 《》 with its mark ｜ and editors' notes ［＃ ］ are removed,
+characters that Shift_JIS lacks (※［＃「口＋世」、U+546D］) become what they are, and header and colophon go.
+"""
+
+import io
+import re
+import zipfile
+
+from transformer_lm.corpora.base import optional_import
+from transformer_lm.errors import UserError
+
+UNKNOWN_CHARACTER = "〓"  # the printers' mark for a character that is not at hand
+_RULE = re.compile(r"^-{20,}[ \u3000]*$", re.MULTILINE)  # lines of hyphens around the explanation of the notation
+_COLOPHON = re.compile(r"^底本[：:]", re.MULTILINE)
+_RUBY = re.compile(r"《[^《》\n]*》")
+_NOTE = re.compile(r"［＃[^［］]*］")
+_BLANK_LINES = re.compile(r"\n{3,}")
+_PRIVATE = 0xF0000  # a private-use plane, for characters that must outlive the removal of the notation
+
+
+def plain_text(data: bytes, path: str = "") -> str:
+    """The text of a work alone.
+
+    Args:
+      data: the file, Shift_JIS or UTF-8.
+      path: names it in errors.
+    """
+    library = optional_import("aozora", "aozora", "Reading aozora: files")
+    try:
+        document = library.Document.from_bytes(data)
+    except ValueError as error:
+        raise UserError(f"{path} is neither Shift_JIS nor UTF-8, as files of Aozora Bunko are: {error}") from error
+    source = document.source.encode()
+    parts, end, characters = [], 0, []
+    for gaiji in document.gaiji():
+        if gaiji.span.start < end:
+            continue  # inside another
+        parts += [source[end : gaiji.span.start].decode(), chr(_PRIVATE + len(characters))]
+        characters.append(gaiji.resolved or UNKNOWN_CHARACTER)
+        end = gaiji.span.end
+    text = "".join([*parts, source[end:].decode()]).replace("\r\n", "\n")
+    text = _body(text)
+    text = _RUBY.sub("", text).replace("｜", "")
+    while (shorter := _NOTE.sub("", text)) != text:  # notes may stand in notes
+        text = shorter
+    text = re.sub("[\U000f0000-\U000ffffd]", lambda match: characters[ord(match[0]) - _PRIVATE], text)
+    return _BLANK_LINES.sub("\n\n", text).strip("\n")
+
+
+def _body(text: str) -> str:
+    """Without the header (title, author, explanation of the notation) and the colophon (底本：...)."""
+    rules = list(_RULE.finditer(text))
+    if len(rules) >= 2:
+        text = text[rules[1].end() :]
+    else:  # title and author stand before the first blank line
+        text = text.lstrip("\n").partition("\n\n")[2] or text
+    colophons = list(_COLOPHON.finditer(text))
+    return text[: colophons[-1].start()] if colophons else text
+
+
+def unzip(data: bytes, path: str) -> bytes:
+    """The .txt in a .zip as Aozora Bunko publishes it; data of another kind as they are."""
+    if not data.startswith(b"PK\x03\x04"):
+        return data
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            [name] = [name for name in archive.namelist() if name.lower().endswith(".txt")]
+            return archive.read(name)
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise UserError(f"{path} is not a .zip with one .txt in it: {error}") from error

@@ -1,0 +1,90 @@
+"""What each corpus needs before it is text.
+
+A preprocessor is a plain function from one document, as it stands in its source, to the texts in it. To add one, write
+the function and a line in PREPROCESSORS; a recipe names it by `preprocessor`, or uses a dataset of that very name.
+"""
+
+import dataclasses
+import hashlib
+import inspect
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+
+from transformer_lm.errors import UserError
+
+MIN_PARAGRAPH_CHARS = 10
+
+
+def plain(document: str) -> list[str]:
+    """The document as it is."""
+    return [document]
+
+
+def wiki40b(document: str) -> list[str]:
+    """The line after each _START_PARAGRAPH_, split at _NEWLINE_, without what is shorter than 10 characters.
+
+    Titles of articles and sections go. Source: the original's preprocessor of wiki40b/ja.
+    """
+    lines = document.split("\n")
+    paragraphs = (after for mark, after in zip(lines, lines[1:], strict=False) if mark == "_START_PARAGRAPH_")
+    texts = (text for paragraph in paragraphs for text in paragraph.split("_NEWLINE_"))
+    return [text for text in texts if len(text) >= MIN_PARAGRAPH_CHARS]
+
+
+def cc100(document: str) -> list[str]:
+    """The document without line ends, unless nothing is left. Source: the original's preprocessor of cc100."""
+    text = document.replace("\n", "")
+    return [text] if text else []
+
+
+Preprocessor = Callable[[str], list[str]]
+PREPROCESSORS: dict[str, Preprocessor] = {
+    "plain": plain,
+    "lm1b": plain,
+    "wiki40b/ja": wiki40b,
+    "huggingface:wiki40b/ja": wiki40b,
+    "huggingface:cc100/lang=ja": cc100,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """From a document to the texts that are tokenized.
+
+    Attributes:
+      preprocessor: a key of PREPROCESSORS.
+      unicode_normalization: "" for none, or "NFC", "NFKC" and the like (Unicode Standard Annex 15), applied first.
+    """
+
+    preprocessor: str = "plain"
+    unicode_normalization: str = ""
+
+    def __post_init__(self):
+        if self.preprocessor not in PREPROCESSORS:
+            raise UserError(f"preprocessor={self.preprocessor!r} must be one of {', '.join(PREPROCESSORS)}.")
+        if self.unicode_normalization not in ("", "NFC", "NFD", "NFKC", "NFKD"):
+            raise UserError(f"unicode_normalization={self.unicode_normalization!r} must be NFC, NFKC, NFD, NFKD or ''.")
+
+    def __call__(self, document: str) -> list[str]:
+        """The texts of a document that hold anything; may be none."""
+        if self.unicode_normalization:
+            document = unicodedata.normalize(self.unicode_normalization, document)
+        return [text for text in PREPROCESSORS[self.preprocessor](document) if text.strip()]
+
+    @property
+    def fingerprint(self) -> str:
+        """A text that changes when the texts may: with the function's code, too, so that no stale rows are met."""
+        code = re.sub(r"\s+", " ", inspect.getsource(PREPROCESSORS[self.preprocessor]))
+        return hashlib.sha256(f"{self} {unicodedata.unidata_version} {code}".encode()).hexdigest()[:16]
+
+
+def for_dataset(name: str, preprocessor: str | None, unicode_normalization: str) -> Preprocessing:
+    """The preprocessing of a dataset: the preprocessor given, or else that of the dataset's name, or else `plain`."""
+    return Preprocessing(preprocessor or (name if name in PREPROCESSORS else "plain"), unicode_normalization)
+
+
+def texts_of(documents: Iterable[str], preprocessing: Preprocessing) -> Iterator[str]:
+    """All texts of a corpus."""
+    for document in documents:
+        yield from preprocessing(document)

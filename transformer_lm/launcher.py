@@ -1,0 +1,123 @@
+"""Runs the same tasks on one machine, on a Slurm cluster or on a Ray cluster, by datatrove's executors.
+
+A task is a pipeline of datatrove steps that works on its share of the shards. Finished tasks are marked in a folder
+that all machines see; whatever was interrupted is done again by the same command, finished tasks are not.
+"""
+
+import dataclasses
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from absl import logging
+from etils import epath
+
+from transformer_lm import console
+from transformer_lm.corpora.base import optional_import
+from transformer_lm.errors import UserError
+
+EXECUTORS = ("local", "slurm", "ray")
+POLL_SECONDS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Launcher:
+    """Where tasks run.
+
+    Attributes:
+      executor: one of EXECUTORS.
+      tasks: into how many tasks the work is cut; more than the corpus has shards are idle.
+      workers: how many run at once; -1 for all.
+      mem_per_task_gb: memory that Slurm or Ray reserves for a task.
+      slurm_partition: Slurm's partition.
+      slurm_time: Slurm's limit of time for a task, HH:MM:SS.
+    """
+
+    executor: str = "local"
+    tasks: int = 1
+    workers: int = -1
+    mem_per_task_gb: int = 4
+    slurm_partition: str | None = None
+    slurm_time: str = "20:00:00"
+
+    def __post_init__(self):
+        if self.executor not in EXECUTORS:
+            raise UserError(f"--executor={self.executor} must be one of {', '.join(EXECUTORS)}.")
+        if self.tasks < 1:
+            raise UserError(f"--tasks={self.tasks} must be at least 1.")
+        if self.workers < 1 and self.workers != -1:
+            raise UserError(f"--workers={self.workers} must be at least 1, or -1 for as many as there are tasks.")
+        if self.executor == "slurm" and not self.slurm_partition:
+            raise UserError("--executor=slurm needs --slurm_partition=NAME (sinfo lists them).")
+
+    def run(self, name: str, steps: Sequence, folder: epath.Path, tasks: int | None = None):
+        """Runs all tasks of a stage that are not finished yet, and returns when they are.
+
+        Args:
+          name: the stage's name.
+          steps: datatrove steps; a task calls each with its own number and the number of tasks.
+          folder: where logs and the marks of finished tasks lie.
+          tasks: how many there are; None for `self.tasks`.
+
+        Raises:
+          UserError: a task failed.
+        """
+        optional_import("datatrove", "prep", f"--executor={self.executor}")
+        console.quiet_datatrove()
+        executor = self._make(name, list(steps), str(folder), tasks or self.tasks)
+        failure: Exception | None = None
+        try:
+            executor.run()
+            if self.executor == "slurm":
+                _wait_for_slurm(executor)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a task raises; the others' marks stay
+            failure = error
+        incomplete = executor.get_incomplete_ranks(skip_completed=True)
+        if incomplete:
+            why = f" ({failure})" if failure else ""
+            raise UserError(
+                f"{len(incomplete)} of {executor.world_size} tasks of the stage {name!r} failed{why}; "
+                f"their logs lie in {folder}/logs. The same command does them again."
+            ) from failure
+        if failure:
+            raise failure
+
+    def _make(self, name: str, steps: list, folder: str, tasks: int):
+        if self.executor == "local":
+            from datatrove.executor import LocalPipelineExecutor
+
+            return LocalPipelineExecutor(steps, tasks=tasks, workers=self._workers(tasks), logging_dir=folder)
+        if self.executor == "slurm":
+            from datatrove.executor import SlurmPipelineExecutor
+
+            return SlurmPipelineExecutor(
+                steps, tasks=tasks, workers=self.workers, logging_dir=folder, job_name=name, qos="",
+                time=self.slurm_time, partition=self.slurm_partition, mem_per_cpu_gb=self.mem_per_task_gb,
+                env_command=f"export PATH={shlex.quote(os.path.dirname(sys.executable))}:$PATH",
+            )  # fmt: skip
+        ray = optional_import("ray", "prep", "--executor=ray")
+        from datatrove.executor import RayPipelineExecutor
+
+        if not ray.is_initialized():
+            ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
+        return RayPipelineExecutor(
+            steps, tasks=tasks, workers=self.workers, logging_dir=folder, mem_per_cpu_gb=self.mem_per_task_gb
+        )
+
+    def _workers(self, tasks: int) -> int:
+        return min(tasks, self.workers if self.workers > 0 else tasks)
+
+
+def _wait_for_slurm(executor):
+    """Returns when all tasks are finished, or when Slurm knows nothing of the job any more."""
+    while incomplete := executor.get_incomplete_ranks(skip_completed=True):
+        logging.info("Slurm job %s: %d of %d tasks to go.", executor.job_id, len(incomplete), executor.world_size)
+        queue = subprocess.run(["squeue", "-h", "-j", str(executor.job_id)], capture_output=True, text=True)
+        if not queue.stdout.strip():
+            return
+        time.sleep(POLL_SECONDS)
