@@ -15,6 +15,8 @@ import pytest
 
 from transformer_lm import models, packing, tokenizer
 
+sys.path.append(str(Path(__file__).parent / "corpora"))  # for real_datasets
+
 ROOT = Path(__file__).parents[1]
 FIXTURE = ROOT / "tests" / "fixtures" / "original"
 SHARED = ROOT.parent / "shared"

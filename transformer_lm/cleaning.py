@@ -55,15 +55,14 @@ def repetition(examples) -> list:
     """Without much repetition: of a character, of 5-grams of characters (BigScience), of lines (Gopher's shares)."""
     from datatrove.pipeline.filters import GopherRepetitionFilter
 
-    from transformer_lm.datatrove_steps import Characters, KeepExamples
+    from transformer_lm.datatrove_steps import Characters, KeepExamples, named
 
     lines = GopherRepetitionFilter(
         top_n_grams=(), dup_n_grams=(), language=Characters(), exclusion_writer=KeepExamples(examples, "repetition-lines")
     )
-    lines.name = "repetition"
     ngrams = ("CharRepetitionRatioFilter", {"threshold": NGRAM_RATIO, "ngram_size": NGRAM})
     return [
-        lines,
+        named("repetition", lines),
         _hojichar("repetition", examples, ("SingleCharacterRepetitionFilter", {"threshold": SAME_CHARACTER}), ngrams),
     ]
 
@@ -121,6 +120,11 @@ def clean(
         [steps.ReadDocuments(documents), steps.ToTexts(preprocessing), *filters, JsonlWriter(str(filtered))],
         logs / "filter",
     )
+    if not list(filtered.glob("*")):
+        raise UserError(
+            f"cleaning_rules={','.join(rules)!r} removed every text of {documents.name}, {documents.split}: "
+            f"look at {examples}, and at the numbers in cleaning.py."
+        )
     if deduplicating:
         _deduplicate(filtered, directory, launcher)
     report = _report(rules, logs, examples)
@@ -153,14 +157,13 @@ def _deduplicate(filtered: epath.Path, directory: epath.Path, launcher: Launcher
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.writers import JsonlWriter
 
-    from transformer_lm.datatrove_steps import Characters, KeepExamples
+    from transformer_lm.datatrove_steps import Characters, KeepExamples, named
 
     config = MinhashConfig(n_grams=NGRAM, num_buckets=NUM_BUCKETS, hashes_per_bucket=HASHES_PER_BUCKET)
     logs = directory / "logs"
     signatures, pairs, clusters = (str(directory / "minhash" / name) for name in ("signatures", "pairs", "clusters"))
     signature = MinhashDedupSignature(signatures, config, language=Characters())
-    keep = MinhashDedupFilter(clusters, exclusion_writer=KeepExamples(directory / "examples", MINHASH))
-    keep.name = MINHASH
+    keep = named(MINHASH, MinhashDedupFilter(clusters, exclusion_writer=KeepExamples(directory / "examples", MINHASH)))
     launcher.run("signatures", [JsonlReader(str(filtered)), signature], logs / "signatures")
     launcher.run("pairs", [MinhashDedupBuckets(signatures, pairs, config=config)], logs / "pairs", tasks=NUM_BUCKETS)
     launcher.run("clusters", [MinhashDedupCluster(pairs, clusters, config)], logs / "clusters", tasks=1)
@@ -174,10 +177,8 @@ def _report(rules: tuple[str, ...], logs: epath.Path, examples: epath.Path) -> d
     for path in sorted(logs.glob("*/stats/*.json")):
         for step in json.loads(path.read_text()):
             for name, stat in step["stats"].items():
-                counts[step["name"].split(": ", 1)[-1]][name] += stat if isinstance(stat, int) else stat["total"]
+                counts[step["name"]][name] += stat if isinstance(stat, int) else stat["total"]
     removed = {rule: counts[rule]["dropped"] for rule in rules}
-    if MINHASH in rules:  # where a file has no duplicates, nothing is counted as dropped
-        removed[MINHASH] = counts[MINHASH]["total"] - counts[MINHASH]["forwarded"]
     texts = counts["texts"]["texts"]
     found: dict[str, list[str]] = defaultdict(list)
     for path in sorted(examples.glob("*.json")) if examples.exists() else []:
@@ -197,7 +198,7 @@ def _hojichar(rule: str, examples: epath.Path, *filters: tuple[str, dict]):
     """The step of a rule that is made of HojiChar's filters, (name, arguments) each."""
     from hojichar import document_filters
 
-    from transformer_lm.datatrove_steps import HojicharFilter, KeepExamples
+    from transformer_lm.datatrove_steps import HojicharFilter, KeepExamples, named
 
     made = [getattr(document_filters, name)(**arguments) for name, arguments in filters]
-    return HojicharFilter(rule, made, KeepExamples(examples, rule))
+    return named(rule, HojicharFilter(made, KeepExamples(examples, rule)))

@@ -21,11 +21,9 @@ EXAMPLE_CHARS = 200
 class ReadDocuments(PipelineStep):
     """Reads a task's share of a corpus's documents."""
 
-    name = "documents"
-    type = "READER"
-
     def __init__(self, documents: corpora.Documents):
         super().__init__()
+        named("documents", self)
         self.documents = documents
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
@@ -38,11 +36,9 @@ class ReadDocuments(PipelineStep):
 class ToTexts(PipelineStep):
     """From documents to the texts in them."""
 
-    name = "texts"
-    type = "PREPROCESSOR"
-
     def __init__(self, preprocessing: Preprocessing):
         super().__init__()
+        named("texts", self)
         self.preprocessing = preprocessing
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
@@ -56,11 +52,9 @@ class ToTexts(PipelineStep):
 class PackRows(PipelineStep):
     """Tokenizes and packs a task's documents, block by block; blocks that are there already are left as they are."""
 
-    name = "rows"
-    type = "WRITER"
-
-    def __init__(self, plan: "preparation.RowsPlan"):
+    def __init__(self, plan: preparation.RowsPlan):
         super().__init__()
+        named("rows", self)
         self.directory, self.write_block = str(plan.directory), plan.write_block
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1):
@@ -79,16 +73,19 @@ def rows_prefix(tasks: int) -> str:
 class HojicharFilter(BaseFilter):
     """Keeps the texts that all of some HojiChar filters keep."""
 
-    type = "FILTER"
-
-    def __init__(self, rule: str, filters: list[hojichar.Filter], examples: "KeepExamples"):
+    def __init__(self, filters: list[hojichar.Filter], examples: "KeepExamples"):
         super().__init__(exclusion_writer=examples)
-        self.name = rule
         self.filters = filters
 
     def filter(self, doc: Document) -> bool:
         """Whether a text is kept."""
         return not any(one.apply(hojichar.Document(doc.text)).is_rejected for one in self.filters)
+
+
+def named(name: str, step: PipelineStep) -> PipelineStep:
+    """The step, with its counts under a name of our own."""
+    step.name = step.stats.name = name
+    return step
 
 
 class KeepExamples:
