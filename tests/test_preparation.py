@@ -188,3 +188,65 @@ def test_errors_come_before_long_work(tmp_path):
         with pytest.raises(UserError):
             preparation.prepare(data_config(**changes), str(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+def prepare_files(tmp_path, spm, **changes):
+    """Prepares jsonl or text files in tmp_path with a given tokenizer; the manifest of the training rows."""
+    (tmp_path / "spm").write_bytes(spm.model)
+    fields = {"train_split": "train", "eval_split": "train[:1]", "vocab_path": str(tmp_path / "spm")} | changes
+    return preparation.prepare(data_config(**fields), str(tmp_path)).train
+
+
+def test_nul_bytes_are_counted_and_removed(tmp_path, tales_tokenizer):
+    (tmp_path / "x.txt").write_text("昔々\0あるところに\n\n\0\0\n\n川", encoding="utf-8")
+    manifest = prepare_files(tmp_path, tales_tokenizer, dataset_name=f"text:{tmp_path}/x.txt").manifest
+    assert (manifest["nul_characters"], manifest["empty_documents"], manifest["texts"]) == (3, 1, 2)
+    assert manifest["characters"] == len("昔々あるところに川")
+
+
+def test_empty_files_and_corpora(tmp_path, tales_tokenizer):
+    (tmp_path / "a.txt").write_bytes(b"")
+    with pytest.raises(UserError, match="holds no text"):
+        prepare_files(tmp_path, tales_tokenizer, dataset_name=f"text:{tmp_path}/*.txt")
+    (tmp_path / "b.txt").write_text("川が流れていました。", encoding="utf-8")
+    corpus = prepare_files(tmp_path, tales_tokenizer, dataset_name=f"text:{tmp_path}/*.txt")
+    assert corpus.manifest["rows"] == len(rows_of(corpus)) == 1  # a corpus smaller than a row
+
+
+def test_a_huge_document(tmp_path, tales_tokenizer):
+    """50 MB in one document: whole, and cut into parts only where its ids stay the same."""
+    lines = [corpora.mukashi.tale(number) for number in range(300)]
+    text = "\n".join(lines * (50_000_000 // sum(len(line.encode()) + 1 for line in lines) + 1))
+    assert len(text.encode()) > 50_000_000
+    (tmp_path / "x.txt").write_text(text, encoding="utf-8")
+    corpus = prepare_files(tmp_path, tales_tokenizer, dataset_name=f"text:{tmp_path}/x.txt", max_target_length=1024)
+    manifest = corpus.manifest
+    assert (manifest["documents"], manifest["characters"]) == (1, len(text))
+    expected = sum(len(tales_tokenizer.encode(line)) for line in lines) * (len(text) + 1) // (len("\n".join(lines)) + 1)
+    assert manifest["tokens"] == expected + 1  # EOS
+
+
+def test_manifest_says_where_the_rows_come_from(prepared):
+    manifest = prepared[1].train.manifest
+    assert (manifest["dataset_name"], manifest["split"], manifest["preprocessor"]) == ("mukashi", "train[:400]", "plain")
+    for name in ("source_fingerprint", "tokenizer_sha256", "transformer_lm_version", "unicode_normalization"):
+        assert name in manifest
+    assert manifest["characters_per_token"] == pytest.approx(manifest["characters"] / manifest["tokens"], abs=1e-4)
+    assert manifest["dtype"] == "uint16"
+
+
+def test_normalization_and_cleaning_by_config(tmp_path, tales_tokenizer):
+    pytest.importorskip("hojichar")
+    tales = [corpora.mukashi.tale(number) for number in range(30)]
+    (tmp_path / "x.txt").write_text("\n\n".join([*tales, "ＡＤ．短い。"]), encoding="utf-8")
+    dataset = f"text:{tmp_path}/x.txt"
+    before = prepare_files(tmp_path, tales_tokenizer, dataset_name=dataset)
+    after = prepare_files(
+        tmp_path, tales_tokenizer, dataset_name=dataset, cleaning_rules="language,length", unicode_normalization="NFKC"
+    )
+    assert before.manifest["texts"] == 31
+    assert after.manifest["texts"] == 30
+    assert after.directory != before.directory
+    assert after.manifest["cleaned_from"]["dataset_name"] == dataset
+    assert after.manifest["cleaned_from"]["unicode_normalization"] == "NFKC"
+    assert after.manifest["cleaning_counts"]["removed"] == {"language": 0, "length": 1}

@@ -1,11 +1,14 @@
 """Documents from files."""
 
+import bz2
 import gzip
 import json
+import lzma
 
 import pytest
 
 from transformer_lm import corpora
+from transformer_lm.corpora import files
 from transformer_lm.errors import UserError
 
 POEMS = ["菜の花や\n月は東に\n日は西に", "春の海\nひねもすのたり\nのたりかな", "朝顔に\nつるべ取られて\nもらい水"]
@@ -101,3 +104,91 @@ def test_truncated_gzip(tmp_path):
 def test_what_does_not_exist(name, split, words):
     with pytest.raises(UserError, match=words):
         corpora.open_documents(name, split)
+
+
+COMPRESSORS = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": files.zstd.compress}
+
+
+@pytest.mark.parametrize("ending", list(COMPRESSORS))
+def test_compressed_and_truncated(tmp_path, ending):
+    """As cc100's ja.txt.xz: documents separated by blank lines. A cut file is an error, never a shorter corpus."""
+    content = COMPRESSORS[ending]("\n\n".join(POEMS * 50).encode())
+    path = tmp_path / f"ja.txt{ending}"
+    path.write_bytes(content)
+    assert read(f"text:{path}") == POEMS * 50
+    path.write_bytes(content[:-10])
+    with pytest.raises(UserError, match="cannot be read to its end"):
+        read(f"text:{path}")
+
+
+def test_several_compressed_parts_in_one_file(tmp_path):
+    for ending, compress in COMPRESSORS.items():
+        (tmp_path / f"x.txt{ending}").write_bytes(compress(b"one\n\n") + compress(b"two\n"))
+        assert read(f"text:{tmp_path}/x.txt{ending}") == ["one", "two"], ending
+
+
+def test_parquet(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    for i, compression in enumerate(["snappy", "zstd"]):
+        table = pa.table({"title": ["句"] * 3, "text": [f"{poem}{i}" for poem in POEMS], "n": [1, 2, 3]})
+        pyarrow.parquet.write_table(table, tmp_path / f"{i}.parquet", compression=compression, row_group_size=2)
+    name = f"parquet:{tmp_path}/*.parquet"
+    assert read(name) == [f"{poem}{i}" for i in range(2) for poem in POEMS]
+    assert read(name, "train[2:4]") == [f"{POEMS[2]}0", f"{POEMS[0]}1"]
+    assert list(corpora.open_documents(name, "train", corpora.Options("title"))) == ["句"] * 6
+    for field, words in (("body", "no column 'body'; it has title, text, n"), ("n", "'n' is a int, not a string")):
+        with pytest.raises(UserError, match=words):
+            list(corpora.open_documents(name, "train", corpora.Options(field)))
+    (tmp_path / "0.parquet").write_bytes((tmp_path / "0.parquet").read_bytes()[:-20])
+    with pytest.raises(UserError, match="cannot be read as Parquet"):
+        read(name)
+
+
+def test_other_fields(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"body": "本文"}\n', encoding="utf-8")
+    assert list(corpora.open_documents(f"jsonl:{tmp_path}/x.jsonl", "train", corpora.Options("body"))) == ["本文"]
+
+
+def test_byte_order_marks_and_windows_line_ends(tmp_path):
+    (tmp_path / "x.txt").write_bytes("\ufeff一\r\n二\r\n\r\n三\r\n".encode())
+    assert read(f"text:{tmp_path}/x.txt") == ["一\r\n二", "三"]
+
+
+def test_remote_files():
+    """Any of fsspec's file systems; here the one in memory."""
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for i, poem in enumerate(POEMS):
+        memory.pipe(f"/corpus/{i}.txt.gz", gzip.compress(poem.encode()))
+    documents = corpora.open_documents("text:memory://corpus/*.txt.gz", "train[1:]")
+    assert list(documents) == POEMS[1:]
+    before = documents.source.fingerprint
+    memory.pipe("/corpus/0.txt.gz", gzip.compress(b"changed"))
+    assert corpora.open_source("text:memory://corpus/*.txt.gz").fingerprint != before
+
+
+def test_missing_packages_are_named():
+    """As of an fsspec protocol that nothing is installed for, and one that does not exist."""
+    with pytest.raises(UserError, match=r"transformer-lm-japanese\[s3\]|cannot be listed|No file matches"):
+        corpora.open_source("text:s3://bucket/x.txt")
+    with pytest.raises(UserError, match="nosuch"):
+        corpora.open_source("text:nosuch://bucket/x.txt")
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2, 3, 7, 20])
+@pytest.mark.parametrize("split", ["train", "train[:70%]", "train[13:31]", "train[-9:]", "train[:5]+train[30:]"])
+def test_tasks_share_the_documents(tmp_path, num_tasks, split):
+    """Every document is read by one task, whatever their number, counted before or not."""
+    for i, size in enumerate([3, 0, 17, 1, 9, 12]):
+        (tmp_path / f"{i}.txt").write_text("\n\n".join(f"{i}-{n}" for n in range(size)))
+    name = f"text:{tmp_path}/*.txt"
+    expected = read(name, split)
+    for counted in (False, True):
+        documents = corpora.open_documents(name, split)
+        if counted:
+            documents.count()
+        shares = [list(documents.read(task, num_tasks)) for task in range(num_tasks)]
+        assert sorted(document for share in shares for document in share) == sorted(expected)
