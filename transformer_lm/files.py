@@ -64,6 +64,11 @@ def cache_folder() -> Path:
     return folder
 
 
+def children(folder: epath.Path) -> list[epath.Path]:
+    """What lies in a folder; nothing where there is none, as in an object store before its first object."""
+    return list(folder.iterdir()) if folder.exists() else []
+
+
 def absolute(path: os.PathLike | str) -> epath.Path:
     """A path that means the same to every process; ~ is the user's home."""
     return epath.Path(path) if is_remote(path) else epath.Path(os.path.abspath(os.path.expanduser(path)))

@@ -28,7 +28,7 @@ from transformer_lm import __version__, cleaning, console, corpora, dataset_prep
 from transformer_lm.corpora.base import optional_import
 from transformer_lm.dataset_preprocessor import Preprocessing
 from transformer_lm.errors import UserError
-from transformer_lm.files import absolute, write_atomically, write_file_atomically
+from transformer_lm.files import absolute, children, write_atomically, write_file_atomically
 from transformer_lm.launcher import Launcher
 
 FORMAT_VERSION = 2
@@ -379,7 +379,7 @@ def finish_rows(plan: RowsPlan, names: list[str]) -> PreparedCorpus:
         directory.rmtree()
         raise UserError(f"Dataset {plan.corpus.documents.name!r}, split {plan.corpus.documents.split!r}, holds no text.")
     files = [f"{name}.arrayrecord" for name, block in zip(names, blocks, strict=True) if block["rows"]]
-    for path in directory.iterdir():  # of preparations that were killed, or done with other numbers of tasks
+    for path in children(directory):  # of preparations that were killed, or done with other numbers of tasks
         if path.name not in files and path.stem not in names:
             path.rmtree() if path.is_dir() else path.unlink()
     manifest = plan.identity | {
@@ -466,7 +466,7 @@ def _run(plan: RowsPlan, processes: int) -> list[str]:
     names: list[str] = []
     characters = 0
     waiting: set[concurrent.futures.Future] = set()
-    done = {path.name: path for path in plan.directory.iterdir() if path.suffix == ".json"}
+    done = {path.name: path for path in children(plan.directory) if path.suffix == ".json"}
     with console.progress(f"Preparing {plan.title}") as report, _pool(processes) as pool:
 
         def collect(when):

@@ -1,0 +1,109 @@
+"""Data folder and workdir on gs://, against an emulator of Google Cloud Storage on this machine."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+from conftest import command, run
+from real_datasets import make_tfds, wiki40b_document
+
+from transformer_lm.corpora import mukashi
+
+pytest.importorskip("gcsfs")
+pytest.importorskip("gcp_storage_emulator")
+pytest.importorskip("tensorflow_datasets")
+
+EMULATOR = """
+import sys
+from gcp_storage_emulator.handlers import objects
+from gcp_storage_emulator.server import create_server
+
+download = objects.download
+
+def download_with_generation(request, response, storage, *args, **kwargs):  # a header that the real service sends
+    try:
+        file = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+        response["x-goog-generation"] = file["generation"]
+    except Exception:
+        pass  # the handler answers
+    return download(request, response, storage, *args, **kwargs)
+
+objects.download = download_with_generation
+create_server("127.0.0.1", int(sys.argv[1]), in_memory=True, default_bucket="bucket").run()
+"""
+
+
+@pytest.fixture(scope="module")
+def gcs(tmp_path_factory):
+    """Environment of commands that talk to the emulator, which holds a bucket with wiki40b/ja under gs://bucket/tfds."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("emulator") / "log"
+    with log.open("wb") as output:
+        emulator = subprocess.Popen([sys.executable, "-c", EMULATOR, str(port)], stdout=output, stderr=output)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(200):
+        try:
+            urllib.request.urlopen(f"{url}/storage/v1/b/bucket", timeout=5)
+            break
+        except OSError:
+            time.sleep(0.1)
+    environment = os.environ | {
+        "STORAGE_EMULATOR_HOST": url,
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
+        "GOOGLE_CLOUD_PROJECT": "test",
+        "FSSPEC_GS_TOKEN": "anon",
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        "TFDS_DATA_DIR": "gs://bucket/tfds",
+        "TRANSFORMER_LM_CACHE": str(tmp_path_factory.mktemp("cache")),
+    }
+    folder = tmp_path_factory.mktemp("tfds")
+    articles = [wiki40b_document("昔話", mukashi.tale(number)) for number in range(300)]
+    make_tfds(folder, "wiki40b/ja", {"train": articles, "validation": articles[:20]})
+    copy = "import sys, gcsfs; gcsfs.GCSFileSystem(token='anon').put(sys.argv[1], 'bucket/tfds/', recursive=True)"
+    done = run([sys.executable, "-c", copy, f"{folder}/"], env=environment)
+    assert done.returncode == 0, done.stderr + log.read_text()
+    yield environment
+    emulator.send_signal(signal.SIGKILL)
+    emulator.wait()
+
+
+def cat(path: str, environment: dict) -> str:
+    """The content of an object, read by gcsfs."""
+    code = "import sys, gcsfs; print(gcsfs.GCSFileSystem(token='anon').cat(sys.argv[1]).decode())"
+    return run([sys.executable, "-c", code, path], env=environment).stdout
+
+
+def test_from_data_to_generation(gcs):
+    """Prepare, train, stop, resume and generate: all on gs://."""
+    fields = {
+        "dataset_name": "wiki40b/ja", "eval_dataset_name": "wiki40b/ja", "train_split": "train",
+        "eval_split": "validation", "num_train_steps": 4, "eval_every_steps": 2, "checkpoint_every_steps": 2,
+        "log_every_steps": 1,
+    }  # fmt: skip
+    workdir = "gs://bucket/run"
+    first = run(command("main", workdir, **fields), env=gcs)
+    assert first.returncode == 0, first.stderr[-3000:]
+    again = run(command("main", workdir, **fields | {"num_train_steps": 6}), env=gcs)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "Resuming at step 4" in again.stderr
+    lines = [json.loads(line) for line in cat("bucket/run/metrics.jsonl", gcs).splitlines() if line]
+    assert [line["step"] for line in lines if "train_loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 6]
+    listing = run([sys.executable, "-c", "import gcsfs; print(gcsfs.GCSFileSystem(token='anon').find('bucket/run'))"], env=gcs).stdout  # fmt: skip
+    for name in ("run/config.json", "run/sentencepiece_model", "run/checkpoints/6/", "manifest.json", "tfevents"):
+        assert name in listing
+    written = run(
+        [sys.executable, "-m", "transformer_lm.generate_text", f"--workdir={workdir}", "--num_generated_texts=2",
+         "--output=jsonl"], env=gcs,
+    )  # fmt: skip
+    assert written.returncode == 0, written.stderr[-3000:]
+    assert len([json.loads(line) for line in written.stdout.splitlines()]) == 2
