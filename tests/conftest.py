@@ -66,9 +66,7 @@ def tales_tokenizer() -> tokenizer.Tokenizer:
 
     texts = [mukashi.tale(number) for number in range(300)]
     return tokenizer.Tokenizer(
-        tokenizer.train(
-            [(texts, 1.0)], vocab_size=900, max_corpus_chars=100_000, options="--character_coverage=1.0"
-        )
+        tokenizer.train([(texts, 1.0)], vocab_size=900, max_corpus_chars=100_000, options="--character_coverage=1.0")
     )
 
 

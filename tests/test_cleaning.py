@@ -71,7 +71,7 @@ def test_all_rules_and_near_duplicates(corpus, tmp_path):
 
 
 def test_nothing_left(corpus, tmp_path):
-    with pytest.raises(UserError, match="cleaning_rules.* removed every text"):
+    with pytest.raises(UserError, match=r"cleaning_rules.* removed every text"):
         clean(corpora.open_documents("mukashi", "validation[:0]"), "length,minhash", tmp_path)
 
 

@@ -38,7 +38,10 @@ def test_wiki40b():
         ("_START_PARAGRAPH_", []),
         ("_START_PARAGRAPH_\n一二三四五六七八九", []),
         ("_START_PARAGRAPH_\n一二三四五六七八九十\n次の行は段落ではありません", ["一二三四五六七八九十"]),
-        ("_START_PARAGRAPH_\n一二三四五六七八九十_NEWLINE__NEWLINE_一二三四五六七八九十百", ["一二三四五六七八九十", "一二三四五六七八九十百"]),
+        (
+            "_START_PARAGRAPH_\n一二三四五六七八九十_NEWLINE__NEWLINE_一二三四五六七八九十百",
+            ["一二三四五六七八九十", "一二三四五六七八九十百"],
+        ),
     ],
 )
 def test_wiki40b_edges(document, texts):

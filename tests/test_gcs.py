@@ -82,6 +82,12 @@ def cat(path: str, environment: dict) -> str:
     return run([sys.executable, "-c", code, path], env=environment).stdout
 
 
+def names_below(folder: str, environment: dict) -> str:
+    """The names of all objects below a folder."""
+    code = "import sys, gcsfs; print(gcsfs.GCSFileSystem(token='anon').find(sys.argv[1]))"
+    return run([sys.executable, "-c", code, folder], env=environment).stdout
+
+
 def test_from_data_to_generation(gcs):
     """Prepare, train, stop, resume and generate: all on gs://."""
     fields = {
@@ -98,7 +104,7 @@ def test_from_data_to_generation(gcs):
     lines = [json.loads(line) for line in cat("bucket/run/metrics.jsonl", gcs).splitlines() if line]
     assert [line["step"] for line in lines if "train_loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 6]
-    listing = run([sys.executable, "-c", "import gcsfs; print(gcsfs.GCSFileSystem(token='anon').find('bucket/run'))"], env=gcs).stdout  # fmt: skip
+    listing = names_below("bucket/run", gcs)
     for name in ("run/config.json", "run/sentencepiece_model", "run/checkpoints/6/", "manifest.json", "tfevents"):
         assert name in listing
     written = run(

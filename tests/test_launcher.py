@@ -90,7 +90,8 @@ def test_ray(config, local_way, tmp_path):
     )
     fields = json.dumps(dataclasses.asdict(config))
     environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-    done = subprocess.run([sys.executable, "-c", code, fields, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=240)  # fmt: skip
+    arguments = [sys.executable, "-c", code, fields, str(tmp_path)]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_documents(preparation.prepare(config, str(tmp_path)), local_way)
 
@@ -127,7 +128,14 @@ def test_killed_tasks_are_done_again(corpus, config, local_way, tmp_path):
     """The command, killed with all its workers in the middle of its tasks, goes on when it is started again."""
     fields = {
         name: getattr(config, name)
-        for name in ("dataset_name", "train_split", "eval_split", "vocab_path", "max_target_length", "max_eval_target_length")
+        for name in (
+            "dataset_name",
+            "train_split",
+            "eval_split",
+            "vocab_path",
+            "max_target_length",
+            "max_eval_target_length",
+        )
     }
     fields["eval_dataset_name"] = config.dataset_name
     arguments = command("prepare_data", tmp_path, "--executor=local", "--tasks=6", "--workers=1", **fields)
@@ -150,12 +158,16 @@ def test_failing_tasks_are_reported(corpus, config, tmp_path):
     for path in corpus.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "6.txt").write_bytes("日本".encode("shift_jis"))
-    spoilt = dataclasses.replace(config, dataset_name=f"text:{tmp_path}/*.txt", train_split="train", eval_split="train[:3]")
+    spoilt = dataclasses.replace(
+        config, dataset_name=f"text:{tmp_path}/*.txt", train_split="train", eval_split="train[:3]"
+    )
     launcher = Launcher("local", tasks=7, workers=2)
     with pytest.raises(UserError, match=r"6\.txt, line 1: not UTF-8"):
         preparation.prepare(spoilt, str(tmp_path / "run"), launcher)
     (tmp_path / "6.txt").write_text("日本", encoding="utf-8")
-    assert preparation.prepare(spoilt, str(tmp_path / "run"), launcher).train.manifest["documents"] == 6 * TALES_A_FILE + 1
+    assert (
+        preparation.prepare(spoilt, str(tmp_path / "run"), launcher).train.manifest["documents"] == 6 * TALES_A_FILE + 1
+    )
 
 
 @pytest.mark.parametrize(

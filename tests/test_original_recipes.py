@@ -1,4 +1,4 @@
-"""The original's four recipes run as they stand, shrunk only in width, steps and vocabulary, on data in the real formats.
+"""The original's four recipes run as they stand, shrunk in width, steps and vocabulary, on data in the real formats.
 
 The datasets are small ones made by TFDS and in the hub's cache; nothing asks for a network.
 """
@@ -28,7 +28,12 @@ def environment(tmp_path_factory):
     tales = [mukashi.tale(number) for number in range(300)]
     articles = [wiki40b_document("昔話", *tale.split("。")) for tale in tales]
     make_tfds(folder / "tfds", "wiki40b/ja", {"train": articles, "validation": articles[:40], "test": articles[:5]})
-    words = [f"The {a} {b} , said Mr. Smith of {c} ." for a in ("old", "new", "red", "big") for b in mukashi.WORDS for c in "ABCDEFG"]
+    words = [
+        f"The {a} {b} , said Mr. Smith of {c} ."
+        for a in ("old", "new", "red", "big")
+        for b in mukashi.WORDS
+        for c in "ABCDEFG"
+    ]
     make_tfds(folder / "tfds", "lm1b", {"train": words * 20, "test": words[:50]})
     make_hub_cache(folder / "hf", "range3/cc100-ja", {"data/train-00000.parquet": [f"{tale}\n" for tale in tales * 2]})
     return os.environ | {

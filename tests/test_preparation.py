@@ -228,7 +228,11 @@ def test_a_huge_document(tmp_path, tales_tokenizer):
 
 def test_manifest_says_where_the_rows_come_from(prepared):
     manifest = prepared[1].train.manifest
-    assert (manifest["dataset_name"], manifest["split"], manifest["preprocessor"]) == ("mukashi", "train[:400]", "plain")
+    assert (manifest["dataset_name"], manifest["split"], manifest["preprocessor"]) == (
+        "mukashi",
+        "train[:400]",
+        "plain",
+    )
     for name in ("source_fingerprint", "tokenizer_sha256", "transformer_lm_version", "unicode_normalization"):
         assert name in manifest
     assert manifest["characters_per_token"] == pytest.approx(manifest["characters"] / manifest["tokens"], abs=1e-4)

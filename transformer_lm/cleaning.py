@@ -38,7 +38,9 @@ def language(examples) -> list:
 
 def length(examples) -> list:
     """Neither too short nor too long."""
-    return [_hojichar("length", examples, ("DocumentLengthFilter", {"min_doc_len": MIN_CHARS, "max_doc_len": MAX_CHARS}))]
+    return [
+        _hojichar("length", examples, ("DocumentLengthFilter", {"min_doc_len": MIN_CHARS, "max_doc_len": MAX_CHARS}))
+    ]
 
 
 def sentences(examples) -> list:
@@ -58,7 +60,10 @@ def repetition(examples) -> list:
     from transformer_lm.datatrove_steps import Characters, KeepExamples, named
 
     lines = GopherRepetitionFilter(
-        top_n_grams=(), dup_n_grams=(), language=Characters(), exclusion_writer=KeepExamples(examples, "repetition-lines")
+        top_n_grams=(),
+        dup_n_grams=(),
+        language=Characters(),
+        exclusion_writer=KeepExamples(examples, "repetition-lines"),
     )
     ngrams = ("CharRepetitionRatioFilter", {"threshold": NGRAM_RATIO, "ngram_size": NGRAM})
     return [

@@ -7,6 +7,7 @@ the function and a line in PREPROCESSORS; a recipe names it by `preprocessor`, o
 import dataclasses
 import hashlib
 import inspect
+import itertools
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +28,7 @@ def wiki40b(document: str) -> list[str]:
     Titles of articles and sections go. Source: the original's preprocessor of wiki40b/ja.
     """
     lines = document.split("\n")
-    paragraphs = (after for mark, after in zip(lines, lines[1:], strict=False) if mark == "_START_PARAGRAPH_")
+    paragraphs = (after for mark, after in itertools.pairwise(lines) if mark == "_START_PARAGRAPH_")
     texts = (text for paragraph in paragraphs for text in paragraph.split("_NEWLINE_"))
     return [text for text in texts if len(text) >= MIN_PARAGRAPH_CHARS]
 

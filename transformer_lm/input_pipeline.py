@@ -49,9 +49,7 @@ def train_batches(
     return iterator
 
 
-def eval_batches(
-    corpus: PreparedCorpus | PreparedMixture, *, batch_size: int, max_batches: int
-) -> Iterator[Batch]:
+def eval_batches(corpus: PreparedCorpus | PreparedMixture, *, batch_size: int, max_batches: int) -> Iterator[Batch]:
     """The corpus's rows in order, once, at most `max_batches` (-1: all). The last batch is filled up with padding."""
     rows = _mix([_rows(part) for part in corpus.parts], corpus.weights)
     stop = None if max_batches < 0 else max_batches

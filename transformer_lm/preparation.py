@@ -234,7 +234,10 @@ def prepare(config: DataConfig, workdir: str, launcher: Launcher | None = None) 
     )
     if config.cleaning_rules:
         train, evaluation = (
-            [_clean(corpus, config, root, launcher or cleaning.local_launcher(config.prepare_processes)) for corpus in part]
+            [
+                _clean(corpus, config, root, launcher or cleaning.local_launcher(config.prepare_processes))
+                for corpus in part
+            ]
             for part in (train, evaluation)
         )
     tokenizer_path = absolute(config.vocab_path or epath.Path(workdir) / "sentencepiece_model")
@@ -377,7 +380,9 @@ def finish_rows(plan: RowsPlan, names: list[str]) -> PreparedCorpus:
     counts = {name: sum(block[name] for block in blocks) for name in (blocks[0] if blocks else [])}
     if not counts.get("texts"):
         directory.rmtree()
-        raise UserError(f"Dataset {plan.corpus.documents.name!r}, split {plan.corpus.documents.split!r}, holds no text.")
+        raise UserError(
+            f"Dataset {plan.corpus.documents.name!r}, split {plan.corpus.documents.split!r}, holds no text."
+        )
     files = [f"{name}.arrayrecord" for name, block in zip(names, blocks, strict=True) if block["rows"]]
     for path in children(directory):  # of preparations that were killed, or done with other numbers of tasks
         if path.name not in files and path.stem not in names:
@@ -391,7 +396,7 @@ def finish_rows(plan: RowsPlan, names: list[str]) -> PreparedCorpus:
     }
     write_atomically(directory / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1).encode())
     logging.info(
-        "%s: %d documents, %d texts, %d characters, %d tokens (%.2f characters a token), %d rows of %d, %.2f %% padding.",
+        "%s: %d documents, %d texts, %d characters, %d tokens (%.2f characters each), %d rows of %d, %.2f %% padding.",
         plan.title, counts["documents"], counts["texts"], counts["characters"], counts["tokens"],
         manifest["characters_per_token"], counts["rows"], plan.row_length,
         100 * counts["padding"] / (counts["rows"] * plan.row_length),

@@ -2,9 +2,9 @@
 
 python3 prepare_data.py --workdir=logs/japanese_0.1b_v1 --config=configs/japanese_0.1b_v1.py [--config.field=value ...]
 
-Without --executor, processes of this machine do the work. With it, datatrove's tasks do (pip install ".[prep]"): on this
-machine, on a Slurm cluster, or on the Ray cluster at RAY_ADDRESS. The command waits for them; the same command goes on
-after an interruption. Workdir and corpus must lie where all machines find them.
+Without --executor, processes of this machine do the work. With it, datatrove's tasks do (pip install ".[prep]"): on
+this machine, on a Slurm cluster, or on the Ray cluster at RAY_ADDRESS. The command waits for them; the same command
+goes on after an interruption. Workdir and corpus must lie where all machines find them.
 """
 
 from absl import flags
@@ -25,9 +25,7 @@ def main(recipe: Recipe, workdir: str):
     """Makes what main.py would make before its first step."""
     launcher = None
     if _EXECUTOR.value:
-        launcher = Launcher(
-            _EXECUTOR.value, _TASKS.value, _WORKERS.value, _MEMORY.value, _PARTITION.value, _TIME.value
-        )
+        launcher = Launcher(_EXECUTOR.value, _TASKS.value, _WORKERS.value, _MEMORY.value, _PARTITION.value, _TIME.value)
     preparation.prepare(recipe.data, workdir, launcher)
 
 

@@ -10,7 +10,6 @@ import io
 import os
 import re
 import shlex
-import sys
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -73,11 +72,14 @@ class Tokenizer:
         """
         if any(len(text) > ENCODE_CHARS for text in texts):
             return [self._encode_parts(text) for text in texts]
-        return [np.asarray(ids, np.int32) for ids in self._processor.encode(texts, add_eos=True)]
+        return self._encode_batch(texts)
+
+    def _encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return self._processor.encode(texts, add_eos=True, return_type="numpy", num_threads=1)
 
     def _encode_parts(self, text: str) -> np.ndarray:
-        ids = [np.asarray(self.encode(part), np.int32) for part in _parts(text, ENCODE_CHARS)]
-        return np.concatenate([*ids, np.asarray([EOS_ID], np.int32)])
+        ids = self._encode_batch(list(_parts(text, ENCODE_CHARS)))
+        return np.concatenate([*(part[:-1] for part in ids[:-1]), *ids[-1:]])  # the last one's EOS closes the text
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; control ids such as EOS leave no trace."""
@@ -135,8 +137,8 @@ def load_or_train(path: epath.Path, mixture: Iterable[tuple[Iterable[str], float
 def sample_texts(texts: Iterable[str], max_chars: int, report: Callable[[int], None] | None = None) -> list[str]:
     """An even sample of at most `max_chars` characters of a corpus, in the corpus's order, in one pass.
 
-    Every run of at most `SAMPLE_CHARS` characters gets a pseudo-random rank from its number, and the runs of highest rank
-    that fit are kept, so that memory is bounded by `max_chars` and the same corpus always gives the same sample.
+    Every run of at most `SAMPLE_CHARS` characters gets a pseudo-random rank from its number, and the runs of highest
+    rank that fit are kept, so that memory is bounded by `max_chars` and the same corpus always gives the same sample.
     `report` is told from time to time how many characters have been read.
     """
     heap: list[tuple[bytes, int, str]] = []  # (rank, number, run), the lowest rank on top
@@ -206,7 +208,9 @@ if __name__ == "__main__":
     from transformer_lm import cli
 
     parser = argparse.ArgumentParser(description="Shows how a tokenizer cuts a text.")
-    parser.add_argument("--workdir", default="logs/demo", help="a workdir, or a SentencePiece model (default: the demo's)")
+    parser.add_argument(
+        "--workdir", default="logs/demo", help="a workdir, or a SentencePiece model (default: the demo's)"
+    )
     parser.add_argument("--inspect", required=True, metavar="TEXT", help="the text whose pieces and ids are shown")
     arguments = parser.parse_args()
     folder = epath.Path(arguments.workdir).expanduser()

@@ -121,7 +121,7 @@ def loss_and_totals(logits, targets, weights, label_smoothing: float = 0.0):
 
     Returns:
       the smoothed loss less the entropy of the target distribution (so that its least value is 0), in nats summed
-      over tokens; and {"loss": plain cross entropy, "correct": targets with the highest logit, "tokens": sum of weights}.
+      over tokens; and {"loss": plain cross entropy, "correct": targets of the highest logit, "tokens": sum of weights}.
     """
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)  # [B, T]
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

@@ -29,7 +29,7 @@ def make_tfds(folder: Path, name: str, splits: dict[str, list[str]], file_format
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         name = dataset
         VERSION = tfds.core.Version("1.3.0")
-        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config, version="1.3.0")] if config else []  # noqa: RUF012
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config, version="1.3.0")] if config else []
 
         def _info(self):
             return tfds.core.DatasetInfo(

@@ -80,7 +80,9 @@ def test_notation_header_and_colophon_go(tmp_path, kind):
 
 
 def test_without_the_explanation_of_the_notation(tmp_path):
-    (tmp_path / "poem.txt").write_bytes("春\n某\n\n菜の花や\n月は東に\n\n底本：「句集」\n入力：某\n".encode("shift_jis"))
+    (tmp_path / "poem.txt").write_bytes(
+        "春\n某\n\n菜の花や\n月は東に\n\n底本：「句集」\n入力：某\n".encode("shift_jis")
+    )
     assert read(tmp_path / "poem.txt") == "菜の花や\n月は東に"
 
 

@@ -13,11 +13,21 @@ from transformer_lm.errors import UserError
 tfds = pytest.importorskip("tensorflow_datasets")
 
 ARTICLES = {
-    "train": [wiki40b_document(f"記事{i}", f"これは{i}番目の記事の段落です。", "短い") for i in range(100)],  # TFDS 4.9 loses examples of Parquet beyond
+    "train": [
+        wiki40b_document(f"記事{i}", f"これは{i}番目の記事の段落です。", "短い") for i in range(100)
+    ],  # TFDS 4.9 loses examples of Parquet beyond
     "validation": [wiki40b_document(f"検証{i}", f"検証の{i}番目です。") for i in range(7)],
     "test": [wiki40b_document("試験", "最後の記事です。")],
 }
-SUB_SPLITS = ["train", "train[:98%]", "train[98%:]", "train[10%:20%]", "train[5:9]", "train[-3:]", "test+validation[:2]"]
+SUB_SPLITS = [
+    "train",
+    "train[:98%]",
+    "train[98%:]",
+    "train[10%:20%]",
+    "train[5:9]",
+    "train[-3:]",
+    "test+validation[:2]",
+]
 
 
 @pytest.fixture(scope="module", params=["array_record", "parquet", "tfrecord"])

@@ -50,7 +50,7 @@ class Documents:
             yield from self.source.read(part.name, start, stop, task, num_tasks)
 
     def count(self):
-        """Counts what `read` needs counted for its tasks to find their documents: nothing where whole splits are read."""
+        """Counts what its tasks need to find their documents in `read`: nothing where whole splits are read."""
         for part in self.slices:
             if part.start is not None or part.stop is not None:
                 self.source.size(part.name)

@@ -52,10 +52,8 @@ def plain_text(data: bytes, path: str = "") -> str:
 def _body(text: str) -> str:
     """Without the header (title, author, explanation of the notation) and the colophon (底本：...)."""
     rules = list(_RULE.finditer(text))
-    if len(rules) >= 2:
-        text = text[rules[1].end() :]
-    else:  # title and author stand before the first blank line
-        text = text.lstrip("\n").partition("\n\n")[2] or text
+    after_title = text.lstrip("\n").partition("\n\n")[2] or text  # title and author stand before a blank line
+    text = text[rules[1].end() :] if len(rules) >= 2 else after_title
     colophons = list(_COLOPHON.finditer(text))
     return text[: colophons[-1].start()] if colophons else text
 

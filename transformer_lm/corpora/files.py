@@ -7,6 +7,7 @@ import bz2
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import os
@@ -60,7 +61,9 @@ def read_jsonl(file: BinaryIO, path: str, options: Options) -> Iterator[str]:
                 "mend the line, or set text_field."
             ) from error
         if not isinstance(text, str):
-            raise UserError(f"{path}, line {number}: field {options.text_field!r} is a {type(text).__name__}, no string.")
+            raise UserError(
+                f"{path}, line {number}: field {options.text_field!r} is a {type(text).__name__}, no string."
+            )
         yield text
 
 
@@ -137,9 +140,7 @@ class Files(Source):
             with self._files.open(path, "rb", block_size=BUFFER_BYTES) as raw:
                 opener = DECOMPRESSORS.get(os.path.splitext(path)[1].lower())
                 file = io.BufferedReader(opener(raw), BUFFER_BYTES) if opener else raw
-                for number, document in enumerate(self._reader(file, path, self._options)):
-                    if number >= start:
-                        yield document
+                yield from itertools.islice(self._reader(file, path, self._options), start, None)
         except (EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError, OSError) as error:
             raise UserError(f"{path} cannot be read to its end: {error}") from error
 
@@ -148,7 +149,8 @@ class Files(Source):
         """A hash of the files' names and sizes, and of their versions or times of change."""
         versions = ("mtime", "etag", "ETag", "md5Hash", "generation", "LastModified")
         facts = [
-            (info["name"], info["size"], *(str(info[name]) for name in versions if name in info)) for info in self._infos
+            (info["name"], info["size"], *(str(info[name]) for name in versions if name in info))
+            for info in self._infos
         ]
         return hashlib.sha256(json.dumps([facts, self._options.text_field]).encode()).hexdigest()
 

@@ -4,6 +4,7 @@ Also `huggingface:FOLDER[:SPLIT]` for a folder in the hub's layout, and the orig
 lie in HF_HOME; with HF_HUB_OFFLINE=1 nothing else is asked for.
 """
 
+import itertools
 import os
 from collections.abc import Iterator
 
@@ -42,7 +43,9 @@ class HuggingFace(Source):
                     raise
                 return datasets.load_dataset_builder(snapshot, config)
         except ConnectionError as error:
-            raise UserError(f"dataset_name={self.name!r}: {error}. Look at the network, or at HF_HUB_OFFLINE.") from error
+            raise UserError(
+                f"dataset_name={self.name!r}: {error}. Look at the network, or at HF_HUB_OFFLINE."
+            ) from error
         except (OSError, ValueError, RuntimeError) as error:  # no such dataset, no such config, a loading script
             raise UserError(
                 f"dataset_name={self.name!r} cannot be opened: {error} (names are huggingface:OWNER/NAME[/CONFIG])."
@@ -81,11 +84,9 @@ class HuggingFace(Source):
         """See Source."""
         dataset, field = self._dataset(split), self._options.text_field
         if self._options.streaming:
-            number = 0
-            for batch in dataset.shard(dataset.num_shards, shard).iter(READ_DOCUMENTS):
-                for number, text in enumerate(check_texts(batch[field], self.name, field), number + 1):
-                    if number > start:
-                        yield text
+            batches = dataset.shard(dataset.num_shards, shard).iter(READ_DOCUMENTS)
+            texts = (text for batch in batches for text in check_texts(batch[field], self.name, field))
+            yield from itertools.islice(texts, start, None)
             return
         first, last = shard * SHARD_DOCUMENTS, min((shard + 1) * SHARD_DOCUMENTS, len(dataset))
         for at in range(first + start, last, READ_DOCUMENTS):

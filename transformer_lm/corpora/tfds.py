@@ -28,7 +28,9 @@ class Tfds(Source):
     def __init__(self, name: str, options: Options = Options(), data_dir: str | None = None):
         """`data_dir` takes the place of TFDS_DATA_DIR."""
         super().__init__()
-        tfds = optional_import("tensorflow_datasets", "tfds", f"dataset_name={name!r} is one of TensorFlow Datasets: it")
+        tfds = optional_import(
+            "tensorflow_datasets", "tfds", f"dataset_name={name!r} is one of TensorFlow Datasets: it"
+        )
         self._options = options
         data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
         self._arguments = (name, options, data_dir)
@@ -73,7 +75,8 @@ class Tfds(Source):
     def read_shard(self, split: str, shard: int, start: int = 0) -> Iterator[str]:
         """See Source."""
         path, kind, count = self._paths[split][shard], self._info.file_format.value, start
-        for count, text in enumerate(self._read_file(path, kind, start), start + 1):
+        for text in self._read_file(path, kind, start):
+            count += 1
             yield text
         if count != self.known_size(split, shard):
             raise UserError(
