@@ -70,9 +70,16 @@ def test_values_of_the_original(name):
     recipe.read(config)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "mukashi"])
+@pytest.mark.parametrize("name", [*NAMES, "mukashi", "wikipedia_ja", "fineweb2_ja"])
 def test_recipes_have_the_fields_of_the_base(name):
     assert set(load(name)) == set(base.get_config())
+    recipe.read(load(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_beyond_the_original_is_on(name):
+    data = recipe.read(load(name)).data
+    assert (data.unicode_normalization, data.cleaning_rules, data.streaming, data.preprocessor) == ("", "", False, None)
 
 
 def test_every_field_reaches_its_room():

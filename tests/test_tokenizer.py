@@ -1,5 +1,9 @@
 """The tokenizer: what it learns from, where it is written, and what it says when it cannot."""
 
+import subprocess
+import sys
+import unittest.mock
+
 import numpy as np
 import pytest
 import sentencepiece
@@ -109,3 +113,74 @@ def test_other_special_ids_are_refused():
     model = tokenizer.train([(TALES, 1.0)], **ARGUMENTS | {"options": "--unk_id=3 --pad_id=0"})
     with pytest.raises(UserError, match="ids"):
         tokenizer.Tokenizer(model)
+
+
+@pytest.fixture(scope="module")
+def lossless():
+    """Bytes for what is unknown, and no normalization: what a tokenizer that keeps every string is trained with."""
+    options = "--byte_fallback=true --normalization_rule_name=identity --remove_extra_whitespaces=false"
+    arguments = ARGUMENTS | {"options": options, "vocab_size": 1200}
+    return tokenizer.Tokenizer(tokenizer.train([(TALES, 1.0)], **arguments))
+
+
+@pytest.fixture(scope="module")
+def originals():
+    """The options of the original's japanese_0.1b_v1."""
+    arguments = ARGUMENTS | {"options": "--character_coverage=0.9995 --byte_fallback=true", "vocab_size": 1200}
+    return tokenizer.Tokenizer(tokenizer.train([(TALES, 1.0)], **arguments))
+
+
+UNICODE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=40)
+
+
+@settings(max_examples=500, deadline=None)
+@given(UNICODE)
+def test_byte_fallback_keeps_every_string(lossless, text):
+    """All of Unicode but U+2581, which SentencePiece takes for a space."""
+    assert lossless.decode(lossless.encode(text)) == text
+    assert tokenizer.UNK_ID not in lossless.encode(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["🍣👨‍👩‍👧", "ﾊﾝｶｸｶﾅ", "𠮷野家", "か\u3099", "  空白　二つ  ", "タブ\tと\n改行", "<s></s><unk>"]
+)
+def test_byte_fallback_keeps(lossless, text):
+    assert lossless.decode(lossless.encode(text)) == text
+
+
+@settings(max_examples=500, deadline=None)
+@given(UNICODE)
+def test_the_originals_options_keep_the_normalized_string(originals, text):
+    """With SentencePiece's own normalization (nmt_nfkc, white space squeezed) what it left is kept."""
+    kept = originals.decode(originals.encode(text))
+    assert originals.decode(originals.encode(kept)) == kept
+    plain = sentencepiece.SentencePieceProcessor(model_proto=originals.model)
+    assert kept == plain.normalize(text).replace("\u2581", " ").strip(" ")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text("昔々あるところに \n。", min_size=1, max_size=30), max_size=40).map("\n".join))
+def test_long_texts_are_encoded_in_parts(originals, text):
+    """The same ids as of the whole, wherever the parts are cut."""
+    whole = originals.encode(text)
+    with unittest.mock.patch.object(tokenizer, "ENCODE_CHARS", 35):
+        [ids] = originals.encode_texts([text])
+    assert ids.tolist() == [*whole, tokenizer.EOS_ID]
+
+
+def test_a_long_line_is_cut_anywhere():
+    assert list(tokenizer._parts("ab\ncdefgh\n\ni", 4)) == ["ab\n", "cdef", "gh\n\n", "i"]
+
+
+def test_inspect(tmp_path, originals):
+    (tmp_path / "sentencepiece_model").write_bytes(originals.model)
+    command = [sys.executable, "-m", "transformer_lm.tokenizer", f"--workdir={tmp_path}", "--inspect", "昔々、ﾊﾞﾅﾅ"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for piece, token in zip(originals.pieces("昔々、ﾊﾞﾅﾅ"), originals.encode("昔々、ﾊﾞﾅﾅ"), strict=True):
+        assert any(piece in line and str(token) in line for line in done.stdout.splitlines())
+    assert "characters a token" in done.stdout
+    assert "another text: 昔々、バナナ" in done.stdout
+    missing = subprocess.run([*command[:3], "--workdir=/no/such", "--inspect", "昔"], capture_output=True, text=True)
+    assert (missing.returncode, missing.stdout) == (1, "")
+    assert "error: No tokenizer at /no/such/sentencepiece_model" in missing.stderr

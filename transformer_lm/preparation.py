@@ -64,6 +64,11 @@ class DataConfig:
     train_split: str
     eval_dataset_name: str | list | None
     eval_split: str
+    text_field: str
+    streaming: bool
+    preprocessor: str | None
+    unicode_normalization: str
+    cleaning_rules: str
     vocab_path: str | None
     vocab_size: int
     max_corpus_chars: int
@@ -72,11 +77,6 @@ class DataConfig:
     max_eval_target_length: int
     prepared_dir: str | None
     prepare_processes: int
-    text_field: str = "text"
-    streaming: bool = False
-    preprocessor: str | None = None
-    unicode_normalization: str = ""
-    cleaning_rules: str = ""
 
     def __post_init__(self):
         for name in ("vocab_size", "max_corpus_chars"):

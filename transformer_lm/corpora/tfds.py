@@ -87,7 +87,7 @@ class Tfds(Source):
         if kind not in RECORD_READERS:
             raise UserError(
                 f"{path}: files of the format {kind} cannot be read; convert them: tfds convert_format "
-                f"--dataset_dir={path.parent} --out_file_format=array_record --out_path=FOLDER"
+                f"--dataset_version_dir={path.parent} --out_file_format=array_record --out_dir=FOLDER"
             )
         records = RECORD_READERS[kind](path, start)
         for record in records:
