@@ -21,6 +21,7 @@ lint: $(VENV)/dev
 bench: $(VENV)/interop
 	$(VENV)/bin/python benchmarks/generate.py
 	$(VENV)/bin/python benchmarks/train_step.py
+	$(VENV)/bin/python benchmarks/prepare.py
 
 clean:
 	rm -rf $(VENV) logs
