@@ -62,7 +62,7 @@ def write_corpus(path: Path, *, max_chars: float = float("inf"), max_bytes: floa
 def prepare(corpus: Path, spm_path: Path, folder: Path):
     """Prepares a corpus, from a file to rows."""
     shutil.rmtree(folder, ignore_errors=True)
-    source = preparation.Corpus(corpora.open_documents(f"jsonl:{corpus}", "train"), preparation.Preprocessing())
+    source = preparation.Corpus.open(corpora.open_documents(f"jsonl:{corpus}", "train"), preparation.Preprocessing())
     spm = tokenizer.Tokenizer.load(spm_path)
     plan = preparation.RowsPlan(source, spm, str(spm_path), ROW_LENGTH, files.absolute(folder))
     preparation.prepare_rows(plan, CORES)

@@ -39,7 +39,7 @@ def corpus(tmp_path_factory):
 def clean(corpus, rules, folder, **launcher):
     directory = epath.Path(folder)
     cleaning.clean(corpus, Preprocessing(), cleaning.parse_rules(rules), directory, Launcher("local", **launcher))
-    kept = list(corpora.open_documents(f"jsonl:{folder}/texts/*.jsonl.gz", "train"))
+    kept = list(corpora.open_documents(f"jsonl:{folder}/texts-*/*.jsonl.gz", "train"))
     return kept, json.loads((directory / cleaning.REPORT).read_text())
 
 
@@ -64,10 +64,26 @@ def test_all_rules_and_near_duplicates(corpus, tmp_path):
     assert report["counts"]["removed"]["minhash"] == 7
     assert report["counts"]["kept"] == len(TALES)
     assert len(report["examples"]["minhash"]) > 0
-    assert sorted(path.name for path in (tmp_path / "1").iterdir()) == ["examples", "logs", "report.json", "texts"]
+    assert sorted(path.name for path in (tmp_path / "1").iterdir()) == [
+        "examples-1",
+        "logs-1",
+        "report.json",
+        "texts-1",
+    ]
     others, same = clean(corpus, rules, tmp_path / "3", tasks=3, workers=2)
     assert len(others) == len(TALES)
     assert same["counts"] == report["counts"]
+
+
+def test_interrupted_and_gone_on_with_other_tasks(corpus, tmp_path):
+    """What a killed task, or another number of tasks, has left behind is not taken for cleaned."""
+    left = [tmp_path / name for name in ("texts-5", "filtered-5", "texts-2", "filtered-2")]
+    for folder in left:
+        folder.mkdir()
+        (folder / "00001.jsonl.gz").write_bytes(b"half a fi")
+    kept, _ = clean(corpus, "length,minhash", tmp_path, tasks=2, workers=1)
+    assert len(kept) == len(set(kept))
+    assert not (tmp_path / "texts-5").exists()
 
 
 def test_nothing_left(corpus, tmp_path):

@@ -256,6 +256,6 @@ def test_normalization_and_cleaning_by_config(tmp_path, tales_tokenizer):
     assert before.manifest["texts"] == 31
     assert after.manifest["texts"] == 30
     assert after.directory != before.directory
-    assert after.manifest["cleaned_from"]["dataset_name"] == dataset
-    assert after.manifest["cleaned_from"]["unicode_normalization"] == "NFKC"
+    assert after.manifest["dataset_name"] == dataset
+    assert (after.manifest["unicode_normalization"], after.manifest["cleaning_rules"]) == ("NFKC", "language,length")
     assert after.manifest["cleaning_counts"]["removed"] == {"language": 0, "length": 1}

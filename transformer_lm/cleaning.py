@@ -1,6 +1,6 @@
 """Cleaning web text: rules that a text must pass, by HojiChar's and datatrove's filters, and near-duplicate removal.
 
-A cleaned corpus is a folder with texts/*.jsonl.gz and report.json, which says how many texts each rule removed, with
+A cleaned corpus is a folder with texts-*/*.jsonl.gz and report.json, which says how many texts each rule removed, with
 examples. It is made by stages of datatrove tasks, on this machine or many (`launcher.py`). To add a rule, write a
 function that makes its filters and a line in RULES.
 """
@@ -16,7 +16,7 @@ from transformer_lm import corpora
 from transformer_lm.corpora.base import optional_import
 from transformer_lm.dataset_preprocessor import Preprocessing
 from transformer_lm.errors import UserError
-from transformer_lm.files import write_atomically
+from transformer_lm.files import children, write_atomically
 from transformer_lm.launcher import Launcher
 
 VERSION = 1  # to be raised when a rule comes to mean something else
@@ -100,7 +100,7 @@ def clean(
     directory: epath.Path,
     launcher: Launcher,
 ):
-    """Writes the texts that pass all rules to directory/texts/, and then the report.
+    """Writes the texts that pass all rules to directory/texts-*/, and then the report.
 
     Args:
       documents: the corpus.
@@ -115,11 +115,14 @@ def clean(
 
     from transformer_lm import datatrove_steps as steps
 
-    logs, examples = directory / "logs", directory / "examples"
+    # The number of tasks stands in the folders' names: what another number of them has left half done is no use.
+    logs, examples, texts, filtered, minhash = (
+        directory / f"{name}-{launcher.tasks}" for name in ("logs", "examples", "texts", "filtered", "minhash")
+    )
     deduplicating = MINHASH in rules
     documents.count()  # once here, not in every task
     filters = [step for rule in rules if rule != MINHASH for step in RULES[rule](examples)]
-    filtered = directory / ("filtered" if deduplicating else "texts")
+    filtered = filtered if deduplicating else texts
     launcher.run(
         "filter",
         [steps.ReadDocuments(documents), steps.ToTexts(preprocessing), *filters, JsonlWriter(str(filtered))],
@@ -131,12 +134,12 @@ def clean(
             f"look at {examples}, and at the numbers in cleaning.py."
         )
     if deduplicating:
-        _deduplicate(filtered, directory, launcher)
-    report = _report(rules, logs, examples)
+        _deduplicate(filtered, texts, minhash, logs, examples, launcher)
+    report = {"texts": texts.name, **_report(rules, logs, examples)}
     write_atomically(directory / REPORT, json.dumps(report, ensure_ascii=False, indent=1).encode())
-    for temporary in ("filtered", "minhash"):
-        if (directory / temporary).exists():
-            (directory / temporary).rmtree()
+    for child in children(directory):
+        if child not in (texts, logs, examples, directory / REPORT):
+            child.rmtree()
     counts = report["counts"]
     logging.info("Cleaned %s %s: %d documents, %d texts, %d kept.",
                  documents.name, documents.split, counts["documents"], counts["texts"], counts["kept"])  # fmt: skip
@@ -150,7 +153,14 @@ def local_launcher(processes: int) -> Launcher:
     return Launcher("local", tasks=LOCAL_TASKS, workers=processes or os.cpu_count() or 1)
 
 
-def _deduplicate(filtered: epath.Path, directory: epath.Path, launcher: Launcher):
+def _deduplicate(
+    filtered: epath.Path,
+    texts: epath.Path,
+    minhash: epath.Path,
+    logs: epath.Path,
+    examples: epath.Path,
+    launcher: Launcher,
+):
     """MinHash over 5-grams of characters (Broder 1997), of each cluster of near-duplicates one text is kept."""
     from datatrove.pipeline.dedup import (
         MinhashDedupBuckets,
@@ -165,15 +175,13 @@ def _deduplicate(filtered: epath.Path, directory: epath.Path, launcher: Launcher
     from transformer_lm.datatrove_steps import Characters, KeepExamples, named
 
     config = MinhashConfig(n_grams=NGRAM, num_buckets=NUM_BUCKETS, hashes_per_bucket=HASHES_PER_BUCKET)
-    logs = directory / "logs"
-    signatures, pairs, clusters = (str(directory / "minhash" / name) for name in ("signatures", "pairs", "clusters"))
+    signatures, pairs, clusters = (str(minhash / name) for name in ("signatures", "pairs", "clusters"))
     signature = MinhashDedupSignature(signatures, config, language=Characters())
-    keep = named(MINHASH, MinhashDedupFilter(clusters, exclusion_writer=KeepExamples(directory / "examples", MINHASH)))
+    keep = named(MINHASH, MinhashDedupFilter(clusters, exclusion_writer=KeepExamples(examples, MINHASH)))
     launcher.run("signatures", [JsonlReader(str(filtered)), signature], logs / "signatures")
     launcher.run("pairs", [MinhashDedupBuckets(signatures, pairs, config=config)], logs / "pairs", tasks=NUM_BUCKETS)
     launcher.run("clusters", [MinhashDedupCluster(pairs, clusters, config)], logs / "clusters", tasks=1)
-    texts = JsonlWriter(str(directory / "texts"))
-    launcher.run("deduplicate", [JsonlReader(str(filtered)), keep, texts], logs / "deduplicate")
+    launcher.run("deduplicate", [JsonlReader(str(filtered)), keep, JsonlWriter(str(texts))], logs / "deduplicate")
 
 
 def _report(rules: tuple[str, ...], logs: epath.Path, examples: epath.Path) -> dict:

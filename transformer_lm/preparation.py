@@ -102,27 +102,33 @@ class Corpus:
     Attributes:
       documents: where they come from.
       preprocessing: from a document to its texts.
+      identity: all that determines the texts, for the manifest: dataset_name, split, source_fingerprint, preprocessor,
+        unicode_normalization, preprocessing_fingerprint; of a cleaned corpus also the rules and what they removed.
       weight: share in a mixture.
-      provenance: what else the manifest has to say: of a cleaned corpus, what was cleaned, and how.
     """
 
     documents: corpora.Documents
     preprocessing: Preprocessing
+    identity: dict
     weight: float = 1.0
-    provenance: dict = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def open(cls, documents: corpora.Documents, preprocessing: Preprocessing, weight: float = 1.0) -> "Corpus":
+        """A corpus as its source has it."""
+        identity = {
+            "dataset_name": documents.name,
+            "split": documents.split,
+            "source_fingerprint": documents.source.fingerprint,
+            "preprocessor": preprocessing.preprocessor,
+            "unicode_normalization": preprocessing.unicode_normalization,
+            "preprocessing_fingerprint": preprocessing.fingerprint,
+        }
+        return cls(documents, preprocessing, identity, weight)
 
     @property
-    def identity(self) -> dict:
-        """All that determines the texts."""
-        return {
-            "dataset_name": self.documents.name,
-            "split": self.documents.split,
-            "source_fingerprint": self.documents.source.fingerprint,
-            "preprocessor": self.preprocessing.preprocessor,
-            "unicode_normalization": self.preprocessing.unicode_normalization,
-            "preprocessing_fingerprint": self.preprocessing.fingerprint,
-            **self.provenance,
-        }
+    def title(self) -> str:
+        """Dataset and split, for messages."""
+        return f"{self.identity['dataset_name']} {self.identity['split']}"
 
     def texts(self) -> Iterator[str]:
         """All texts, in order."""
@@ -233,12 +239,9 @@ def prepare(config: DataConfig, workdir: str, launcher: Launcher | None = None) 
         for name, split in ((config.dataset_name, config.train_split), (eval_name, config.eval_split))
     )
     if config.cleaning_rules:
+        local = cleaning.local_launcher(config.prepare_processes)
         train, evaluation = (
-            [
-                _clean(corpus, config, root, launcher or cleaning.local_launcher(config.prepare_processes))
-                for corpus in part
-            ]
-            for part in (train, evaluation)
+            [_clean(corpus, config, root, launcher or local) for corpus in part] for part in (train, evaluation)
         )
     tokenizer_path = absolute(config.vocab_path or epath.Path(workdir) / "sentencepiece_model")
     spm = tokenizer.load_or_train(
@@ -279,7 +282,7 @@ def open_corpora(name: str | list, split: str, config: DataConfig) -> list[Corpu
             f"dataset_name={name!r} must be a name or a list of (name, weight) with weights above 0."
         ) from error
     return [
-        Corpus(
+        Corpus.open(
             corpora.open_documents(part, split, config.options),
             dataset_preprocessor.for_dataset(part, config.preprocessor, config.unicode_normalization),
             weight / total,
@@ -290,15 +293,14 @@ def open_corpora(name: str | list, split: str, config: DataConfig) -> list[Corpu
 
 def _clean(corpus: Corpus, config: DataConfig, root: epath.Path, launcher: Launcher) -> Corpus:
     """The corpus with only the texts that the rules keep, which are written to disk in between."""
-    provenance = corpus.identity | {"cleaning_rules": config.cleaning_rules, "cleaning_version": cleaning.VERSION}
-    directory = root / f"cleaned-{_digest(provenance)}"
+    identity = corpus.identity | {"cleaning_rules": config.cleaning_rules, "cleaning_version": cleaning.VERSION}
+    directory = root / f"cleaned-{_digest(identity)}"
     if not (directory / cleaning.REPORT).exists():
         rules = cleaning.parse_rules(config.cleaning_rules)
         cleaning.clean(corpus.documents, corpus.preprocessing, rules, directory, launcher)
     report = json.loads((directory / cleaning.REPORT).read_text())
-    documents = corpora.open_documents(f"jsonl:{directory}/texts/*.jsonl.gz", "train")
-    kept = {"cleaned_from": provenance, "cleaning_counts": report["counts"]}
-    return Corpus(documents, Preprocessing(), corpus.weight, kept)
+    documents = corpora.open_documents(f"jsonl:{directory}/{report['texts']}/*.jsonl.gz", "train")
+    return Corpus(documents, Preprocessing(), identity | {"cleaning_counts": report["counts"]}, corpus.weight)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,11 +337,6 @@ class RowsPlan:
         return self.root / _digest(self.identity)
 
     @property
-    def title(self) -> str:
-        """For progress bars."""
-        return f"{self.corpus.documents.name} {self.corpus.documents.split}"
-
-    @property
     def write_block(self) -> Callable[[str, list[str]], dict]:
         """`write_block` with all but the block's name and documents filled in; can be sent to other processes."""
         preprocessing = self.corpus.preprocessing
@@ -370,10 +367,10 @@ def finish_rows(plan: RowsPlan, names: list[str]) -> PreparedCorpus:
     """Writes the manifest of rows whose blocks (`names`, in order) are all there.
 
     The manifest says what made the rows (dataset_name, split, source_fingerprint, preprocessor, unicode_normalization,
-    tokenizer_sha256, vocab_size, row_length, format_version, dtype, transformer_lm_version; of a cleaned corpus what it
-    was cleaned from, by which rules, and how many texts each removed) and counts documents, empty_documents (without a
-    text), texts, nul_characters (removed), characters and bytes (UTF-8) of the texts, tokens (EOS included), rows, and
-    padding (slots without a token).
+    tokenizer_sha256, vocab_size, row_length, format_version, dtype, transformer_lm_version; of a cleaned corpus by
+    which rules, and how many texts each removed) and counts documents, empty_documents (without a text), texts,
+    nul_characters (removed), characters and bytes (UTF-8) of the texts, tokens (EOS included), rows, and padding
+    (slots without a token).
     """
     directory = plan.directory
     blocks = [json.loads((directory / f"{name}.json").read_text()) for name in names]
@@ -397,13 +394,13 @@ def finish_rows(plan: RowsPlan, names: list[str]) -> PreparedCorpus:
     write_atomically(directory / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1).encode())
     logging.info(
         "%s: %d documents, %d texts, %d characters, %d tokens (%.2f characters each), %d rows of %d, %.2f %% padding.",
-        plan.title, counts["documents"], counts["texts"], counts["characters"], counts["tokens"],
+        plan.corpus.title, counts["documents"], counts["texts"], counts["characters"], counts["tokens"],
         manifest["characters_per_token"], counts["rows"], plan.row_length,
         100 * counts["padding"] / (counts["rows"] * plan.row_length),
     )  # fmt: skip
     for name, what in (("empty_documents", "documents without text"), ("nul_characters", "NUL characters")):
         if counts[name]:
-            logging.info("%s: left out %d %s.", plan.title, counts[name], what)
+            logging.info("%s: left out %d %s.", plan.corpus.title, counts[name], what)
     return PreparedCorpus(directory, manifest)
 
 
@@ -472,7 +469,7 @@ def _run(plan: RowsPlan, processes: int) -> list[str]:
     characters = 0
     waiting: set[concurrent.futures.Future] = set()
     done = {path.name: path for path in children(plan.directory) if path.suffix == ".json"}
-    with console.progress(f"Preparing {plan.title}") as report, _pool(processes) as pool:
+    with console.progress(f"Preparing {plan.corpus.title}") as report, _pool(processes) as pool:
 
         def collect(when):
             nonlocal waiting, characters

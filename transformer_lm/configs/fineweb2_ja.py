@@ -2,8 +2,8 @@
 
 python3 main.py --workdir=logs/fineweb2_ja --config=configs/fineweb2_ja.py
 
-Needs the extra `hf`. It is far more text than this network needs: narrow train_split ("train[:10000000]"), or prepare it
-on many machines (docs/en/cluster.md). Not trained to its end yet: there is no score to expect.
+Needs the extra `hf`. It is far more text than this network needs: narrow train_split ("train[:10000000]"), or prepare
+it on many machines (docs/en/cluster.md). Not trained to its end yet: there is no score to expect.
 """
 
 from transformer_lm.configs import wikipedia_ja
