@@ -85,6 +85,7 @@ class HojicharFilter(BaseFilter):
 def named(name: str, step: PipelineStep) -> PipelineStep:
     """The step, with its counts under a name of our own."""
     step.name = step.stats.name = name
+    step.type = step.type or "STEP"
     return step
 
 
