@@ -10,19 +10,19 @@ import json
 import os
 import re
 import shutil
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
-import msgpack
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from transformer_lm import models
+from transformer_lm import models, msgpack_arrays
 from transformer_lm.errors import UserError
-from transformer_lm.files import write_atomically
+from transformer_lm.files import local_copy, write_atomically
+from transformer_lm.msgpack_arrays import StoredArray
 from transformer_lm.tokenizer import Tokenizer
 
 CHECKPOINTS_DIR = "checkpoints"
@@ -251,8 +251,6 @@ def _load_workdir(workdir: epath.Path) -> LoadedModel:
 # The original's checkpoints. ------------------------------------------------------------------------------------------
 
 _ORIGINAL_NAME = re.compile(r"checkpoint_(\d+)")
-_ARRAY_EXTENSION = 1  # flax.serialization's msgpack extension type for arrays
-_ARRAY_DTYPES = {b"float32", b"float16", b"float64"}
 
 # Our name -> the original's, below "decoder"; {i} is the layer.
 _ORIGINAL_NAMES = {
@@ -277,30 +275,51 @@ _ORIGINAL_NAMES = {
 
 
 def _load_original(path: epath.Path) -> LoadedModel:
-    """The model in an original `checkpoint_N`; the network's sizes follow from the arrays' shapes."""
+    """The model in an original `checkpoint_N`; the network's sizes follow from the arrays' shapes.
+
+    The parameters are read into their place one by one: at no time is there a second copy of more than one of them.
+    """
     match = _ORIGINAL_NAME.fullmatch(path.name)
-    arrays = _flatten(read_msgpack_params(path).get("decoder", {}))
+    local = local_copy(path)
+    try:
+        with open(local, "rb") as file:
+            stored = msgpack_arrays.read_entry(file, os.path.getsize(local), "params")
+            if not isinstance(stored, dict) or not isinstance(stored.get("decoder"), dict):
+                raise UserError(f"{path} is not a checkpoint of the original: it holds no params.")
+            params = _read_original_params(path, file, _flatten(stored["decoder"]))
+    except msgpack_arrays.TruncatedError as error:
+        raise UserError(f"{path} is truncated ({error}); copy or download it again.") from error
+    except msgpack_arrays.MalformedError as error:
+        raise UserError(f"{path} is not a checkpoint of the original: {error}.") from error
+    config = _original_config(path, params)
+    shapes = jax.tree.map(lambda x: x.shape, models.abstract_params(config))
+    if shapes != jax.tree.map(np.shape, params):
+        raise UserError(f"{path}: the shapes of its arrays do not belong together.")
+    return LoadedModel(config, params, int(match[1]) if match else 0, path.parent / TOKENIZER_FILE)
+
+
+def _read_original_params(path: epath.Path, file: BinaryIO, arrays: dict[str, StoredArray]) -> models.Params:
+    """Our tree of parameters, float32, layers stacked, from the original's arrays."""
     layers = len({name.split(".")[0] for name in arrays if name.startswith("encoderdecoderblock_")})
-    params: models.Params = {}
-    expected = set()
+    wanted: dict[str, list[StoredArray]] = {}
     for ours, theirs in _ORIGINAL_NAMES.items():
         names = [theirs.format(i=i) for i in range(layers)] if "{i}" in theirs else [theirs]
         if ours.startswith("logits.") and names[0] not in arrays:
             continue  # logits_via_embedding
         if not layers or not set(names) <= arrays.keys():
             raise UserError(f"{path} is not a checkpoint of the original's network: it has no {theirs}.")
-        expected.update(names)
-        values = [arrays.pop(name).astype(np.float32, copy=False) for name in names]
-        if any(value.shape != values[0].shape for value in values):
+        wanted[ours] = [arrays.pop(name) for name in names]
+        if any(array.shape != wanted[ours][0].shape for array in wanted[ours]):
             raise UserError(f"{path}: layers differ in the shape of {theirs}.")
-        _insert(params, ours, np.stack(values) if "{i}" in theirs else values[0])
     if arrays:
         raise UserError(f"{path} is not a checkpoint of the original's network: {sorted(arrays)[0]} is unknown.")
-    config = _original_config(path, params)
-    shapes = jax.tree.map(lambda x: x.shape, models.abstract_params(config))
-    if shapes != jax.tree.map(np.shape, params):
-        raise UserError(f"{path}: the shapes of its arrays do not belong together.")
-    return LoadedModel(config, params, int(match[1]) if match else 0, path.parent / TOKENIZER_FILE)
+    params: models.Params = {}
+    for ours, stored in wanted.items():
+        value = np.empty((len(stored), *stored[0].shape), np.float32)
+        for out, array in zip(value, stored, strict=True):
+            array.read_into(file, out)
+        _insert(params, ours, value if ours.startswith("blocks.") else value[0])
+    return params
 
 
 def _original_config(path: epath.Path, params: models.Params) -> models.TransformerConfig:
@@ -320,42 +339,9 @@ def _original_config(path: epath.Path, params: models.Params) -> models.Transfor
     )
 
 
-def read_msgpack_params(path: epath.Path) -> dict:
-    """The tree under "params" of a Flax msgpack checkpoint, as NumPy arrays; everything else is skipped unread.
-
-    Raises:
-      UserError: the file is truncated, is no msgpack, or holds no such tree.
-    """
-    try:
-        with path.open("rb") as file:
-            unpacker = msgpack.Unpacker(file, ext_hook=_decode_array, max_buffer_size=2**31 - 1, raw=False)
-            for _ in range(unpacker.read_map_header()):
-                if unpacker.unpack() == "params":
-                    params = unpacker.unpack()
-                    if isinstance(params, dict):
-                        return params
-                    break
-                unpacker.skip()
-    except (msgpack.OutOfData, EOFError) as error:
-        raise UserError(f"{path} ends too early: the file is truncated; copy or download it again.") from error
-    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
-        raise UserError(f"{path} is not a checkpoint of the original: {_first_line(error)}.") from error
-    raise UserError(f"{path} is not a checkpoint of the original: it holds no params.")
-
-
-def _decode_array(code: int, data: bytes) -> np.ndarray:
-    """An array as flax.serialization packs it: (shape, dtype name, bytes)."""
-    if code != _ARRAY_EXTENSION:
-        raise ValueError(f"unknown msgpack extension {code}")
-    shape, dtype, buffer = msgpack.unpackb(data, raw=True)
-    if dtype not in _ARRAY_DTYPES:
-        raise ValueError(f"array of dtype {dtype!r}")
-    return np.frombuffer(buffer, np.dtype(dtype.decode())).reshape(shape)
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:
+def _flatten(tree: Any, prefix: str = "") -> dict[str, StoredArray]:
     """{"a": {"b": x}} -> {"a.b": x}."""
-    if isinstance(tree, np.ndarray):
+    if isinstance(tree, StoredArray):
         return {prefix[:-1]: tree}
     if not isinstance(tree, dict):
         raise UserError(f"{prefix[:-1] or 'params'} is a {type(tree).__name__}, not an array.")
