@@ -37,12 +37,13 @@ VOCAB_SIZE, ROW_LENGTH = 8000, 256
 
 def texts():
     """Endless texts: the corpus again and again."""
+    tales = [] if _CORPUS.value else [mukashi.tale(number) for number in range(10_000)]
     while True:
         if _CORPUS.value:
             with gzip.open(_CORPUS.value, "rt", encoding="utf-8") as lines:
                 yield from (json.loads(line)["text"] for line in lines)
         else:
-            yield from map(mukashi.tale, range(40_000))
+            yield from tales
 
 
 def write_corpus(path: Path, *, max_chars: float = float("inf"), max_bytes: float = float("inf")) -> list[str]:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from conftest import run
-from real_datasets import make_hub_cache, make_tfds, wiki40b_document
+from real_datasets import make_hub_cache, make_tfds, parquet, wiki40b_document
 
 from transformer_lm.corpora import mukashi
 
@@ -35,7 +35,8 @@ def environment(tmp_path_factory):
         for c in "ABCDEFG"
     ]
     make_tfds(folder / "tfds", "lm1b", {"train": words * 20, "test": words[:50]})
-    make_hub_cache(folder / "hf", "range3/cc100-ja", {"data/train-00000.parquet": [f"{tale}\n" for tale in tales * 2]})
+    lines = [f"{tale}\n" for tale in tales * 2]
+    make_hub_cache(folder / "hf", "range3/cc100-ja", {"data/train-00000.parquet": parquet(lines)})
     return os.environ | {
         "TFDS_DATA_DIR": str(folder / "tfds"), "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1",
     }  # fmt: skip

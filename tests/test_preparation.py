@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
+from conftest import command
 
 from transformer_lm import corpora, packing, preparation
 from transformer_lm.errors import UserError
@@ -138,8 +140,8 @@ def test_killed_and_started_again(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
 
     def start(workdir):
-        command = [sys.executable, str(script), str(tmp_path / "spm"), str(workdir)]
-        return subprocess.Popen(command, env=environment, start_new_session=True)
+        arguments = [sys.executable, str(script), str(tmp_path / "spm"), str(workdir)]
+        return subprocess.Popen(arguments, env=environment, start_new_session=True)
 
     assert start(tmp_path / "unbroken").wait() == 0
     workdir, blocks_seen = tmp_path / "broken", 0
@@ -157,6 +159,26 @@ def test_killed_and_started_again(tmp_path):
     assert [folder.name for folder in folders[0]] == [folder.name for folder in folders[1]]
     for unbroken, broken in zip(*folders, strict=True):
         assert files_of(unbroken) == files_of(broken)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc, which is Linux's")
+def test_a_killed_worker_is_an_error_in_one_line(tmp_path):
+    """As when the system runs out of memory; the same command goes on."""
+    fields = {"train_split": "train[:8000]", "vocab_path": tmp_path / "spm", "prepare_processes": 2}
+    arguments = command("prepare_data", tmp_path, **fields)
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob("prepared/*")):
+        time.sleep(0.01)
+    workers = []
+    while process.poll() is None and len(workers) < 3:  # two, and multiprocessing's own
+        workers = (Path("/proc") / str(process.pid) / "task" / str(process.pid) / "children").read_text().split()
+        time.sleep(0.01)
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    errors = process.communicate()[1]
+    assert process.returncode == 1
+    assert [line for line in errors.splitlines() if line.startswith("error: A process that prepares rows was killed")]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_padding_of_literature_is_below_3_percent(literature, tmp_path):

@@ -19,7 +19,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from transformer_lm import models, msgpack_arrays
+from transformer_lm import hub, models, msgpack_arrays
 from transformer_lm.errors import UserError
 from transformer_lm.files import local_copy, write_atomically
 from transformer_lm.msgpack_arrays import StoredArray
@@ -162,13 +162,13 @@ def load_model(address: os.PathLike | str) -> LoadedModel:
     """Loads a model for generation.
 
     Args:
-      address: a workdir of this project, a folder with the original's `checkpoint_N` and `sentencepiece_model`, or
-        such a `checkpoint_N` itself.
+      address: a workdir of this project, a folder with the original's `checkpoint_N` and `sentencepiece_model`, such
+        a `checkpoint_N` itself, or hf://OWNER/NAME[@REVISION].
 
     Raises:
       UserError: there is no model, or it cannot be read.
     """
-    path = epath.Path(address).expanduser()
+    path = epath.Path(hub.fetch(address) if hub.is_address(address) else address).expanduser()
     if not path.exists():
         raise UserError(f"No model at {path}: no such file or folder.")
     if path.is_file():

@@ -9,7 +9,7 @@ from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from transformer_lm import console, recipe
+from transformer_lm import console, hub, recipe
 from transformer_lm.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that holds all that a run is.")
@@ -37,6 +37,8 @@ def run(main: Callable[[recipe.Recipe, str], None], *, needs_config: bool = True
                 raise UserError("--workdir is missing: name a folder for the run, like --workdir=logs/my_model.")
             if needs_config and not flags.FLAGS["config"].present:
                 raise UserError("--config is missing: name a recipe, like --config=configs/japanese_0.1b_v1.py.")
+            if needs_config and hub.is_address(_WORKDIR.value):
+                raise UserError(f"--workdir={_WORKDIR.value}: a run cannot be written to the hub; name a folder.")
             main(recipe.read(_config(_WORKDIR.value)), _WORKDIR.value)
 
     app.run(start, flags_parser=_parse_flags)
@@ -45,6 +47,8 @@ def run(main: Callable[[recipe.Recipe, str], None], *, needs_config: bool = True
 def _config(workdir: str) -> ConfigDict:
     """The recipe of the command line, or else the workdir's with the command line's overrides."""
     config = _CONFIG.value
+    if hub.is_address(workdir):
+        return config
     saved = epath.Path(workdir).expanduser() / "config.json"
     if flags.FLAGS["config"].present or not saved.exists():
         return config

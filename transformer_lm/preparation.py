@@ -10,6 +10,7 @@ One machine does the work with processes of its own. For many, the same function
 """
 
 import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import functools
 import hashlib
@@ -351,7 +352,13 @@ def prepare_rows(plan: RowsPlan, processes: int = 0, launcher: Launcher | None =
     """Tokenizes and packs documents into rows, with processes of this machine (0: one a core) or by a launcher."""
     plan.directory.mkdir(parents=True, exist_ok=True)
     if launcher is None:
-        return finish_rows(plan, _run(plan, processes or os.cpu_count() or 1))
+        try:
+            return finish_rows(plan, _run(plan, processes or os.cpu_count() or 1))
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise UserError(
+                "A process that prepares rows was killed, perhaps for want of memory. Run the same command to go on; "
+                "with a smaller prepare_processes it needs less."
+            ) from error
     optional_import("datatrove", "prep", f"--executor={launcher.executor}")
     from transformer_lm import datatrove_steps as steps
 

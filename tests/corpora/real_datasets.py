@@ -1,5 +1,6 @@
 """Small datasets in the real formats, made by the libraries that made the real ones."""
 
+import io
 import json
 import os
 import re
@@ -65,27 +66,31 @@ def _as_tfrecord(folder: Path):
     info.write_text(re.sub(r'"fileFormat": "\w+"', '"fileFormat": "tfrecord"', info.read_text()))
 
 
-def make_hub_cache(home: Path, repository: str, files: dict[str, list[str]], readme: str = ""):
-    """A dataset in the hub's cache as `hf download` leaves it: blobs, snapshots, refs. Texts a Parquet file."""
+def make_hub_cache(
+    home: Path, repository: str, files: dict[str, bytes], kind: str = "datasets", revision: str = "main"
+):
+    """A repository in the hub's cache as `hf download` leaves it: blobs, snapshots, refs."""
+    folder = home / "hub" / f"{kind}--{repository.replace('/', '--')}"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / revision).write_text(commit)
+    (folder / "blobs").mkdir()
+    for number, (name, content) in enumerate(files.items()):
+        blob = folder / "blobs" / f"{number:040x}"
+        blob.write_bytes(content)
+        path = folder / "snapshots" / commit / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(os.path.relpath(blob, path.parent))
+
+
+def parquet(texts: list[str]) -> bytes:
+    """A Parquet file with columns id and text."""
     import pyarrow as pa
     import pyarrow.parquet
 
-    folder = home / "hub" / f"datasets--{repository.replace('/', '--')}"
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    snapshot = folder / "snapshots" / commit
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text(commit)
-    (folder / "blobs").mkdir()
-    for number, (name, texts) in enumerate({"README.md": None, **files}.items()):
-        blob = folder / "blobs" / f"{number:040x}"
-        if texts is None:
-            blob.write_text(readme)
-        else:
-            table = pa.table({"id": [str(i) for i in range(len(texts))], "text": texts})
-            pyarrow.parquet.write_table(table, blob)
-        path = snapshot / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.symlink_to(os.path.relpath(blob, path.parent))
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pa.table({"id": [str(i) for i in range(len(texts))], "text": texts}), buffer)
+    return buffer.getvalue()
 
 
 def write_jsonl(path: Path, texts: list[str], field: str = "text"):

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from real_datasets import make_hub_cache
+from real_datasets import make_hub_cache, parquet
 
 from transformer_lm import corpora
 from transformer_lm.corpora import huggingface
@@ -32,14 +32,15 @@ configs:
 def home(tmp_path_factory):
     """HF_HOME with cc100's mirror and a repository of several configurations."""
     home = tmp_path_factory.mktemp("hf")
-    files = {f"data/train-0000{i}-of-00003.parquet": LINES[20 * i : 20 * (i + 1)] for i in range(3)}
-    make_hub_cache(home, "range3/cc100-ja", files)
+    files = {f"data/train-0000{i}-of-00003.parquet": parquet(LINES[20 * i : 20 * (i + 1)]) for i in range(3)}
+    make_hub_cache(home, "range3/cc100-ja", files | {"README.md": b""})
     files = {
-        "data/jpn_Jpan/train/000.parquet": ["日本語の文書一", "日本語の文書二"],
-        "data/jpn_Jpan/test/000.parquet": ["試験の文書"],
-        "data/kor_Hang/train/000.parquet": ["한국어"],
+        "README.md": FINEWEB.encode(),
+        "data/jpn_Jpan/train/000.parquet": parquet(["日本語の文書一", "日本語の文書二"]),
+        "data/jpn_Jpan/test/000.parquet": parquet(["試験の文書"]),
+        "data/kor_Hang/train/000.parquet": parquet(["한국어"]),
     }
-    make_hub_cache(home, "HuggingFaceFW/fineweb-2", files, FINEWEB)
+    make_hub_cache(home, "HuggingFaceFW/fineweb-2", files)
     return home
 
 
