@@ -161,19 +161,29 @@ def test_killed_and_started_again(tmp_path):
         assert files_of(unbroken) == files_of(broken)
 
 
+def workers_of(process: subprocess.Popen) -> list[int]:
+    """Its worker processes, found in Linux's /proc."""
+    folder = Path("/proc") / str(process.pid) / "task" / str(process.pid)
+    try:
+        children = map(int, (folder / "children").read_text().split())
+        return [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    except OSError:
+        return []
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc, which is Linux's")
-def test_a_killed_worker_is_an_error_in_one_line(tmp_path):
+def test_a_killed_worker_is_an_error_in_one_line(tmp_path, tales_tokenizer):
     """As when the system runs out of memory; the same command goes on."""
-    fields = {"train_split": "train[:8000]", "vocab_path": tmp_path / "spm", "prepare_processes": 2}
-    arguments = command("prepare_data", tmp_path, **fields)
+    (tmp_path / "spm").write_bytes(tales_tokenizer.model)
+    tales = "\n\n".join(corpora.mukashi.tale(number) for number in range(1000)) + "\n\n"
+    (tmp_path / "tales.txt").write_text(tales * 100, encoding="utf-8")
+    name = f"text:{tmp_path}/tales.txt"
+    fields = {"dataset_name": name, "train_split": "train", "eval_dataset_name": name, "eval_split": "train[:9]"}
+    arguments = command("prepare_data", tmp_path, **fields, vocab_path=tmp_path / "spm", prepare_processes=2)
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not list(tmp_path.glob("prepared/*")):
+    while process.poll() is None and len(workers_of(process)) < 2:
         time.sleep(0.01)
-    workers = []
-    while process.poll() is None and len(workers) < 3:  # two, and multiprocessing's own
-        workers = (Path("/proc") / str(process.pid) / "task" / str(process.pid) / "children").read_text().split()
-        time.sleep(0.01)
-    os.kill(int(workers[-1]), signal.SIGKILL)
+    os.kill(workers_of(process)[1], signal.SIGKILL)
     errors = process.communicate()[1]
     assert process.returncode == 1
     assert [line for line in errors.splitlines() if line.startswith("error: A process that prepares rows was killed")]
