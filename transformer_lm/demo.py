@@ -8,9 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
-import jax
-
-from transformer_lm import checkpoints, cli, console, metrics, models, preparation, recipe, train
+from transformer_lm import cli, console, language_model, metrics, models, preparation, recipe, train
 from transformer_lm.configs import mukashi as config
 from transformer_lm.corpora import mukashi
 from transformer_lm.files import write_atomically
@@ -27,17 +25,16 @@ def main(demo: recipe.Recipe, workdir: Path):
     train.train_and_evaluate(demo, data, str(workdir))
     train_seconds = time.perf_counter() - start
 
-    loaded = checkpoints.load_model(workdir)
-    texts = train.generate_texts(
-        loaded.config, jax.device_put(loaded.params), data.tokenizer, demo.prompts, demo.sampling,
-        seed=demo.seed, num_samples=NUM_TALES,
-    )  # fmt: skip
+    model = language_model.load(workdir)
+    texts = language_model.generate_texts(
+        model.config, model.params, model.tokenizer, demo.prompts, demo.sampling, seed=demo.seed, num_samples=NUM_TALES
+    )
     summary = {
         "eval_bits_per_char": metrics.read_last(workdir, "eval_bits_per_char"),
         "source_bits_per_char": mukashi.bits_per_char(),
         "train_seconds": train_seconds,
         "samples": [text["text"] for text in texts],
-        "params": models.count_params(loaded.config),
+        "params": models.count_params(model.config),
     }
     write_atomically(workdir / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1).encode())
 

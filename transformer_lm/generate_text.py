@@ -10,13 +10,11 @@ that lies there; of the recipe only sampling_*, max_predict_length, prompts (one
 Without --config, the workdir's own recipe is taken.
 """
 
-import dataclasses
 import json
 
-import jax
 from absl import flags, logging
 
-from transformer_lm import checkpoints, cli, tokenizer, train
+from transformer_lm import cli, language_model
 from transformer_lm.errors import UserError
 from transformer_lm.recipe import Recipe
 
@@ -30,23 +28,12 @@ def main(recipe: Recipe, workdir: str):
     """Continues the recipe's prompts with the workdir's model."""
     if _NUM_GENERATED_TEXTS.value < 1:
         raise UserError(f"--num_generated_texts={_NUM_GENERATED_TEXTS.value} must be at least 1.")
-    loaded = checkpoints.load_model(workdir)
-    spm = tokenizer.Tokenizer.load(loaded.tokenizer_path)
-    if spm.vocab_size != loaded.config.vocab_size:
-        raise UserError(
-            f"{loaded.tokenizer_path} has {spm.vocab_size} pieces, but the model {loaded.config.vocab_size}: "
-            "they do not belong together."
-        )
-    logging.info("Generating text with the model of step %d.", loaded.step)
-    texts = train.generate_texts(
-        dataclasses.replace(loaded.config, dtype=recipe.model.dtype),
-        jax.device_put(loaded.params),
-        spm,
-        recipe.prompts,
-        recipe.sampling,
-        seed=recipe.seed,
-        num_samples=_NUM_GENERATED_TEXTS.value,
-    )
+    model = language_model.load(workdir, dtype=recipe.model.dtype)
+    logging.info("Generating text with the model of step %d.", model.step)
+    texts = language_model.generate_texts(
+        model.config, model.params, model.tokenizer, recipe.prompts, recipe.sampling,
+        seed=recipe.seed, num_samples=_NUM_GENERATED_TEXTS.value,
+    )  # fmt: skip
     for text in texts:
         if _OUTPUT.value == "jsonl":
             print(json.dumps(text, ensure_ascii=False), flush=True)

@@ -23,15 +23,14 @@ from transformer_lm import (
     checkpoints,
     console,
     input_pipeline,
+    language_model,
     metrics,
     models,
     optimizers,
     preparation,
-    sampler,
     sharding,
 )
 from transformer_lm.errors import UserError
-from transformer_lm.tokenizer import Tokenizer
 
 LN2 = math.log(2)
 
@@ -361,7 +360,9 @@ def train_and_evaluate(recipe, data: preparation.PreparedData, workdir: str):
     def run_evaluation():
         rows = input_pipeline.eval_batches(data.eval, batch_size=eval_batch_size, max_batches=config.num_eval_steps)
         writer.write(step, evaluate(eval_step, state.params, map(place, rows), data.eval.manifest))
-        texts = generate_texts(model, state.params, data.tokenizer, recipe.prompts, recipe.sampling, seed=recipe.seed)
+        texts = language_model.generate_texts(
+            model, state.params, data.tokenizer, recipe.prompts, recipe.sampling, seed=recipe.seed
+        )
         writer.write_samples(step, [text["text"] for text in texts])
 
     def save():
@@ -404,29 +405,3 @@ def train_and_evaluate(recipe, data: preparation.PreparedData, workdir: str):
     if stopping and step < config.num_train_steps:
         kept = "a checkpoint is saved; run the same command to go on" if config.save_checkpoints else "nothing is saved"
         logging.info("Stopped by %s at step %d: %s.", signals[0], step, kept)
-
-
-def generate_texts(
-    model: models.TransformerConfig,
-    params: models.Params,
-    tokenizer: Tokenizer,
-    prompts: Iterable[str],
-    sampling: sampler.SamplingConfig,
-    *,
-    seed: int,
-    num_samples: int = 1,
-) -> list[dict]:
-    """Continues texts: for each prompt `num_samples` dicts of prompt, text, tokens, finished; prompts included."""
-    prompts = list(prompts)
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
-    written = sampler.generate(model, params, ids, num_samples=num_samples, sampling=sampling, seed=seed)
-    return [
-        {
-            "prompt": prompt,
-            "text": tokenizer.decode(prompt_ids + text.tokens),
-            "tokens": prompt_ids + text.tokens,
-            "finished": text.finished,
-        }
-        for prompt, prompt_ids, texts in zip(prompts, ids, written, strict=True)
-        for text in texts
-    ]
