@@ -234,16 +234,9 @@ def prepare(config: DataConfig, workdir: str, launcher: Launcher | None = None) 
       UserError: a dataset or split does not exist (before any long work), or its content cannot be used.
     """
     root = absolute(config.prepared_dir or epath.Path(workdir) / "prepared")
-    eval_name = config.eval_dataset_name or config.dataset_name
-    train, evaluation = (
-        open_corpora(name, split, config)
-        for name, split in ((config.dataset_name, config.train_split), (eval_name, config.eval_split))
-    )
-    if config.cleaning_rules:
-        local = cleaning.local_launcher(config.prepare_processes)
-        train, evaluation = (
-            [_clean(corpus, config, root, launcher or local) for corpus in part] for part in (train, evaluation)
-        )
+    train = open_corpora(config.dataset_name, config.train_split, config)
+    evaluation = open_corpora(config.eval_dataset_name or config.dataset_name, config.eval_split, config)
+    train, evaluation = (_cleaned(part, config, root, launcher) for part in (train, evaluation))
     tokenizer_path = absolute(config.vocab_path or epath.Path(workdir) / "sentencepiece_model")
     spm = tokenizer.load_or_train(
         tokenizer_path,
@@ -254,20 +247,43 @@ def prepare(config: DataConfig, workdir: str, launcher: Launcher | None = None) 
     )
     if spm.vocab_size != config.vocab_size:
         logging.info("The tokenizer at %s has %d pieces; so has the model.", tokenizer_path, spm.vocab_size)
-
-    def rows(mixture: list[Corpus], row_length: int) -> PreparedCorpus | PreparedMixture:
-        parts = []
-        for corpus in mixture:
-            plan = RowsPlan(corpus, spm, str(tokenizer_path), row_length, root)
-            if (plan.directory / MANIFEST).exists():
-                parts.append(PreparedCorpus.load(plan.directory))
-            else:
-                parts.append(prepare_rows(plan, config.prepare_processes, launcher))
-        return parts[0] if len(parts) == 1 else PreparedMixture(tuple(parts), tuple(part.weight for part in mixture))
-
+    rows = functools.partial(_rows_of, config=config, spm=spm, path=tokenizer_path, root=root, launcher=launcher)
     return PreparedData(
-        spm, tokenizer_path, rows(train, config.max_target_length), rows(evaluation, config.max_eval_target_length)
+        spm,
+        tokenizer_path,
+        rows(train, row_length=config.max_target_length),
+        rows(evaluation, row_length=config.max_eval_target_length),
     )
+
+
+def prepare_evaluation(
+    config: DataConfig, tokenizer_path: epath.Path, root: epath.Path
+) -> PreparedCorpus | PreparedMixture:
+    """The evaluation rows of a recipe alone, for a tokenizer that is there; found or made below `root`."""
+    evaluation = open_corpora(config.eval_dataset_name or config.dataset_name, config.eval_split, config)
+    evaluation = _cleaned(evaluation, config, root, None)
+    spm = tokenizer.Tokenizer.load(tokenizer_path)
+    return _rows_of(evaluation, config.max_eval_target_length, config, spm, tokenizer_path, root, None)
+
+
+def _rows_of(
+    mixture: list[Corpus],
+    row_length: int,
+    config: DataConfig,
+    spm: tokenizer.Tokenizer,
+    path: epath.Path,
+    root: epath.Path,
+    launcher: Launcher | None,
+) -> PreparedCorpus | PreparedMixture:
+    """The rows of a corpus or a mixture, found or made."""
+    parts = []
+    for corpus in mixture:
+        plan = RowsPlan(corpus, spm, str(path), row_length, root)
+        if (plan.directory / MANIFEST).exists():
+            parts.append(PreparedCorpus.load(plan.directory))
+        else:
+            parts.append(prepare_rows(plan, config.prepare_processes, launcher))
+    return parts[0] if len(parts) == 1 else PreparedMixture(tuple(parts), tuple(part.weight for part in mixture))
 
 
 def open_corpora(name: str | list, split: str, config: DataConfig) -> list[Corpus]:
@@ -290,6 +306,14 @@ def open_corpora(name: str | list, split: str, config: DataConfig) -> list[Corpu
         )
         for part, weight in parts
     ]
+
+
+def _cleaned(mixture: list[Corpus], config: DataConfig, root: epath.Path, launcher: Launcher | None) -> list[Corpus]:
+    """The corpora as they are, or cleaned where the recipe has rules."""
+    if not config.cleaning_rules:
+        return mixture
+    launcher = launcher or cleaning.local_launcher(config.prepare_processes)
+    return [_clean(corpus, config, root, launcher) for corpus in mixture]
 
 
 def _clean(corpus: Corpus, config: DataConfig, root: epath.Path, launcher: Launcher) -> Corpus:

@@ -44,7 +44,7 @@ class Tokenizer:
         ids = (self._processor.unk_id(), self._processor.bos_id(), self._processor.eos_id())
         if ids != (UNK_ID, BOS_ID, EOS_ID):
             raise UserError(f"{source} has the ids (unk, bos, eos) = {ids}; {(UNK_ID, BOS_ID, EOS_ID)} are needed.")
-        self.model = model
+        self.model, self.source = model, source
         self.fingerprint = hashlib.sha256(model).hexdigest()
 
     @classmethod
