@@ -76,23 +76,42 @@ def test_local_tasks(config, local_way, launcher, tmp_path):
     assert again.train.manifest == data.train.manifest
 
 
+RAY = """
+import glob, json, os, signal, sys, threading, time
+import ray
+from test_preparation import data_config
+from transformer_lm import preparation
+from transformer_lm.launcher import Launcher
+
+def kill_a_worker():  # the first that works on a task, in the middle of it
+    while True:
+        for path in glob.glob("/proc/[0-9]*/cmdline"):
+            try:
+                if open(path, "rb").read().startswith(b"ray::RankWorker.run_for_rank"):
+                    os.kill(int(path.split("/")[2]), signal.SIGKILL)
+                    print("killed", flush=True)
+                    return
+            except OSError:
+                pass
+        time.sleep(0.005)
+
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+threading.Thread(target=kill_a_worker, daemon=True).start()
+config = data_config(**json.loads(sys.argv[1]))
+preparation.prepare(config, sys.argv[2], Launcher("ray", tasks=4, workers=2, mem_per_task_gb=1))
+"""
+
+
 def test_ray(config, local_way, tmp_path):
-    """Two workers of a Ray cluster on this machine, in a process that ends with it."""
+    """Two workers of a Ray cluster on this machine; one is killed, and its task is done again."""
     pytest.importorskip("ray")
-    code = (
-        "import sys, json, ray\n"
-        "from test_preparation import data_config\n"
-        "from transformer_lm import preparation\n"
-        "from transformer_lm.launcher import Launcher\n"
-        "ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)\n"
-        "config = data_config(**json.loads(sys.argv[1]))\n"
-        "preparation.prepare(config, sys.argv[2], Launcher('ray', tasks=4, workers=2, mem_per_task_gb=1))\n"
-    )
     fields = json.dumps(dataclasses.asdict(config))
     environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-    arguments = [sys.executable, "-c", code, fields, str(tmp_path)]
+    arguments = [sys.executable, "-c", RAY, fields, str(tmp_path)]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
+    if os.path.exists("/proc"):
+        assert done.stdout.splitlines().count("killed") == 1
     assert_same_documents(preparation.prepare(config, str(tmp_path)), local_way)
 
 
