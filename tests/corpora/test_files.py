@@ -1,9 +1,12 @@
 """Documents from files."""
 
 import bz2
+import functools
 import gzip
+import http.server
 import json
 import lzma
+import threading
 
 import pytest
 
@@ -168,6 +171,19 @@ def test_remote_files():
     before = documents.source.fingerprint
     memory.pipe("/corpus/0.txt.gz", gzip.compress(b"changed"))
     assert corpora.open_source("text:memory://corpus/*.txt.gz").fingerprint != before
+
+
+def test_over_http(tmp_path):
+    """A published file like cc100's ja.txt.xz, by its address."""
+    pytest.importorskip("aiohttp")
+    (tmp_path / "ja.txt.xz").write_bytes(lzma.compress("\n\n".join(POEMS).encode()))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert read(f"text:http://127.0.0.1:{server.server_port}/ja.txt.xz") == POEMS
+        with pytest.raises(UserError, match="No file matches"):
+            read(f"text:http://127.0.0.1:{server.server_port}/ko.txt.xz")
+        server.shutdown()
 
 
 def test_missing_packages_are_named():

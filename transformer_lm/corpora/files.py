@@ -147,7 +147,7 @@ class Files(Source):
     @property
     def fingerprint(self) -> str:
         """A hash of the files' names and sizes, and of their versions or times of change."""
-        versions = ("mtime", "etag", "ETag", "md5Hash", "generation", "LastModified")
+        versions = ("mtime", "etag", "ETag", "md5Hash", "generation", "LastModified", "Last-Modified")
         facts = [
             (info["name"], info["size"], *(str(info[name]) for name in versions if name in info))
             for info in self._infos
