@@ -65,7 +65,7 @@ def prepare(corpus: Path, spm_path: Path, folder: Path):
     shutil.rmtree(folder, ignore_errors=True)
     source = preparation.Corpus.open(corpora.open_documents(f"jsonl:{corpus}", "train"), preparation.Preprocessing())
     spm = tokenizer.Tokenizer.load(spm_path)
-    plan = preparation.RowsPlan(source, spm, str(spm_path), ROW_LENGTH, files.absolute(folder))
+    plan = preparation.RowsPlan(source, spm, ROW_LENGTH, files.absolute(folder))
     preparation.prepare_rows(plan, CORES)
 
 

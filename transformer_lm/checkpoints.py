@@ -21,7 +21,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from transformer_lm import hub, models, msgpack_arrays
 from transformer_lm.errors import UserError
-from transformer_lm.files import local_copy, write_atomically
+from transformer_lm.files import absolute, local_copy, write_atomically
 from transformer_lm.msgpack_arrays import StoredArray
 from transformer_lm.tokenizer import Tokenizer
 
@@ -37,7 +37,7 @@ class Checkpoints:
     def __init__(self, workdir: os.PathLike | str, keep: int = 1):
         self._directory = epath.Path(workdir) / CHECKPOINTS_DIR
         self._manager = ocp.CheckpointManager(
-            _absolute(self._directory),
+            absolute(self._directory),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.LatestN(keep), cleanup_tmp_directories=True
             ),
@@ -137,10 +137,6 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
 
 
-def _absolute(path: epath.Path) -> epath.Path:
-    return path if "://" in str(path) else epath.Path(os.path.abspath(path))
-
-
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
     """A model as it lies somewhere, ready for generation; no optimizer.
@@ -228,7 +224,7 @@ def _load_workdir(workdir: epath.Path) -> LoadedModel:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cpu), models.abstract_params(config)
     )
     manager = ocp.CheckpointManager(
-        _absolute(workdir / CHECKPOINTS_DIR),
+        absolute(workdir / CHECKPOINTS_DIR),
         options=ocp.CheckpointManagerOptions(read_only=True, create=False),
         item_names=("params", "opt_state", "progress"),
     )

@@ -13,9 +13,9 @@ from absl import logging
 from etils import epath
 
 from transformer_lm import corpora
-from transformer_lm.corpora.base import optional_import
 from transformer_lm.dataset_preprocessor import Preprocessing
 from transformer_lm.errors import UserError
+from transformer_lm.extras import optional_import
 from transformer_lm.files import children, write_atomically
 from transformer_lm.launcher import Launcher
 

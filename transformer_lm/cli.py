@@ -37,9 +37,10 @@ def run(main: Callable[[recipe.Recipe, str], None], *, needs_config: bool = True
                 raise UserError("--workdir is missing: name a folder for the run, like --workdir=logs/my_model.")
             if needs_config and not flags.FLAGS["config"].present:
                 raise UserError("--config is missing: name a recipe, like --config=configs/japanese_0.1b_v1.py.")
-            if needs_config and hub.is_address(_WORKDIR.value):
-                raise UserError(f"--workdir={_WORKDIR.value}: a run cannot be written to the hub; name a folder.")
-            main(recipe.read(_config(_WORKDIR.value)), _WORKDIR.value)
+            workdir = os.path.expanduser(_WORKDIR.value)
+            if needs_config and hub.is_address(workdir):
+                raise UserError(f"--workdir={workdir}: a run cannot be written to the hub; name a folder.")
+            main(recipe.read(_config(workdir)), workdir)
 
     app.run(start, flags_parser=_parse_flags)
 
@@ -49,7 +50,7 @@ def _config(workdir: str) -> ConfigDict:
     config = _CONFIG.value
     if hub.is_address(workdir):
         return config
-    saved = epath.Path(workdir).expanduser() / "config.json"
+    saved = epath.Path(workdir) / "config.json"
     if flags.FLAGS["config"].present or not saved.exists():
         return config
     overrides = flags.FLAGS["config"].override_values

@@ -15,7 +15,7 @@ import json
 import jax
 from etils import epath
 
-from transformer_lm import cli, files, hub, input_pipeline, language_model, preparation, sharding, train
+from transformer_lm import cli, files, hub, language_model, preparation, sharding, train
 from transformer_lm.recipe import Recipe
 
 
@@ -25,14 +25,11 @@ def main(recipe: Recipe, workdir: str):
     beside = epath.Path(workdir) / "prepared"
     has_rows = not hub.is_address(workdir) and beside.exists()
     root = files.absolute(recipe.data.prepared_dir or (beside if has_rows else files.cache_folder() / "prepared"))
-    rows = preparation.prepare_evaluation(recipe.data, files.absolute(model.tokenizer.source), root)
+    rows = preparation.prepare_evaluation(recipe.data, model.tokenizer, root)
     mesh = sharding.make_mesh()
     config = dataclasses.replace(model.config, max_len=max(model.config.max_len, rows.row_length))
-    batch_size = (recipe.train.eval_per_device_batch_size or recipe.train.per_device_batch_size) * mesh.size
-    batches = input_pipeline.eval_batches(rows, batch_size=batch_size, max_batches=recipe.train.num_eval_steps)
-    placed = (jax.device_put(batch, sharding.batch_sharding(mesh)) for batch in batches)
     params = jax.device_put(model.params, sharding.replicated(mesh))
-    values = train.evaluate(jax.jit(train.make_eval_step(config)), params, placed, rows.manifest)
+    values = train.evaluate_rows(jax.jit(train.make_eval_step(config)), params, rows, recipe.train, mesh)
     print(json.dumps({"step": model.step, **values}))
 
 

@@ -16,13 +16,11 @@ def write_atomically(path: os.PathLike | str, content: bytes):
     path.parent.mkdir(parents=True, exist_ok=True)
     if is_remote(path):
         path.write_bytes(content)  # an object store shows an object when it is whole
-        return
-    temporary = path.with_name(f"{path.name}.tmp{uuid.uuid4().hex}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    else:
+        write_file_atomically(path, lambda temporary: Path(temporary).write_bytes(content))
 
 
-def write_file_atomically(path: os.PathLike | str, write: Callable[[str], None]):
+def write_file_atomically(path: os.PathLike | str, write: Callable[[str], object]):
     """As `write_atomically`, for a library that writes to the name of a local file."""
     path = epath.Path(path)
     folder = cache_folder() if is_remote(path) else Path(path).parent

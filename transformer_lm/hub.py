@@ -2,8 +2,8 @@
 
 import os
 
-from transformer_lm.corpora.base import optional_import
 from transformer_lm.errors import UserError
+from transformer_lm.extras import optional_import
 
 SCHEME = "hf://"
 FILES = ["checkpoint_*", "sentencepiece_model"]  # what the original published; nothing else is asked for

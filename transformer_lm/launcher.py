@@ -16,8 +16,8 @@ from absl import logging
 from etils import epath
 
 from transformer_lm import console
-from transformer_lm.corpora.base import optional_import
 from transformer_lm.errors import UserError
+from transformer_lm.extras import optional_import
 
 EXECUTORS = ("local", "slurm", "ray")
 POLL_SECONDS = 20

@@ -76,6 +76,10 @@ def read_entry(file: BinaryIO, size: int, name: str) -> Any:
     raise MalformedError(f"it holds no {name}")
 
 
+def _begins_map(first: int) -> bool:
+    return first >> 4 == 0x8 or first in (0xDE, 0xDF)
+
+
 class _Reader:
     """Reads msgpack values one after the other."""
 
@@ -103,11 +107,12 @@ class _Reader:
     def read_map_header(self) -> int:
         """The number of entries of the map that begins here."""
         first = self._take(1)[0]
-        if first >> 4 == 0x8:
-            return first & 0x0F
-        if first in (0xDE, 0xDF):
-            return self._number(_SIZES[2 << (first - 0xDE)])
-        raise MalformedError("it does not begin with a map")
+        if not _begins_map(first):
+            raise MalformedError("it does not begin with a map")
+        return self._map_count(first)
+
+    def _map_count(self, first: int) -> int:
+        return first & 0x0F if first <= 0x8F else self._number(_SIZES[2 << (first - 0xDE)])
 
     def read(self, depth: int) -> Any:
         """The value that begins here: dict, list, text, number, StoredArray, or None for other bytes."""
@@ -119,9 +124,8 @@ class _Reader:
         first = self._take(1)[0]
         if first <= 0x7F or first >= 0xE0:
             return first if first <= 0x7F else first - 0x100
-        if first <= 0x8F or first in (0xDE, 0xDF):
-            count = first & 0x0F if first <= 0x8F else self._number(_SIZES[2 << (first - 0xDE)])
-            return self._map(count, depth)
+        if _begins_map(first):
+            return self._map(self._map_count(first), depth)
         if first <= 0x9F or first in (0xDC, 0xDD):
             count = first & 0x0F if first <= 0x9F else self._number(_SIZES[2 << (first - 0xDC)])
             self._need(count)

@@ -26,9 +26,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from transformer_lm import __version__, cleaning, console, corpora, dataset_preprocessor, packing, tokenizer
-from transformer_lm.corpora.base import optional_import
 from transformer_lm.dataset_preprocessor import Preprocessing
 from transformer_lm.errors import UserError
+from transformer_lm.extras import optional_import
 from transformer_lm.files import absolute, children, write_atomically, write_file_atomically
 from transformer_lm.launcher import Launcher
 
@@ -216,7 +216,6 @@ class PreparedData:
     """All that training reads."""
 
     tokenizer: tokenizer.Tokenizer
-    tokenizer_path: epath.Path
     train: PreparedCorpus | PreparedMixture
     eval: PreparedCorpus | PreparedMixture
 
@@ -247,23 +246,21 @@ def prepare(config: DataConfig, workdir: str, launcher: Launcher | None = None) 
     )
     if spm.vocab_size != config.vocab_size:
         logging.info("The tokenizer at %s has %d pieces; so has the model.", tokenizer_path, spm.vocab_size)
-    rows = functools.partial(_rows_of, config=config, spm=spm, path=tokenizer_path, root=root, launcher=launcher)
+    rows = functools.partial(_rows_of, config=config, spm=spm, root=root, launcher=launcher)
     return PreparedData(
         spm,
-        tokenizer_path,
         rows(train, row_length=config.max_target_length),
         rows(evaluation, row_length=config.max_eval_target_length),
     )
 
 
 def prepare_evaluation(
-    config: DataConfig, tokenizer_path: epath.Path, root: epath.Path
+    config: DataConfig, spm: tokenizer.Tokenizer, root: epath.Path
 ) -> PreparedCorpus | PreparedMixture:
-    """The evaluation rows of a recipe alone, for a tokenizer that is there; found or made below `root`."""
+    """The evaluation rows of a recipe alone, for a tokenizer read from a file; found or made below `root`."""
     evaluation = open_corpora(config.eval_dataset_name or config.dataset_name, config.eval_split, config)
     evaluation = _cleaned(evaluation, config, root, None)
-    spm = tokenizer.Tokenizer.load(tokenizer_path)
-    return _rows_of(evaluation, config.max_eval_target_length, config, spm, tokenizer_path, root, None)
+    return _rows_of(evaluation, config.max_eval_target_length, config, spm, root, None)
 
 
 def _rows_of(
@@ -271,14 +268,13 @@ def _rows_of(
     row_length: int,
     config: DataConfig,
     spm: tokenizer.Tokenizer,
-    path: epath.Path,
     root: epath.Path,
     launcher: Launcher | None,
 ) -> PreparedCorpus | PreparedMixture:
     """The rows of a corpus or a mixture, found or made."""
     parts = []
     for corpus in mixture:
-        plan = RowsPlan(corpus, spm, str(path), row_length, root)
+        plan = RowsPlan(corpus, spm, row_length, root)
         if (plan.directory / MANIFEST).exists():
             parts.append(PreparedCorpus.load(plan.directory))
         else:
@@ -334,15 +330,13 @@ class RowsPlan:
 
     Attributes:
       corpus: what they hold.
-      tokenizer: what cuts the texts into tokens.
-      tokenizer_path: where it lies, for worker processes to load.
+      tokenizer: what cuts the texts into tokens; worker processes load it from its source.
       row_length: T.
       root: the folder below which the rows' own folder lies.
     """
 
     corpus: Corpus
     tokenizer: tokenizer.Tokenizer
-    tokenizer_path: str
     row_length: int
     root: epath.Path
 
@@ -365,7 +359,9 @@ class RowsPlan:
     def write_block(self) -> Callable[[str, list[str]], dict]:
         """`write_block` with all but the block's name and documents filled in; can be sent to other processes."""
         preprocessing = self.corpus.preprocessing
-        return functools.partial(write_block, str(self.directory), self.tokenizer_path, self.row_length, preprocessing)
+        return functools.partial(
+            write_block, str(self.directory), self.tokenizer.source, self.row_length, preprocessing
+        )
 
 
 def _digest(identity: dict) -> str:

@@ -34,7 +34,7 @@ class Tokenizer:
     """A trained SentencePiece model."""
 
     def __init__(self, model: bytes, source: str = "SentencePiece model"):
-        """`model` holds the bytes of a `.model` file; `source` names it in errors. Raises UserError if it is none."""
+        """`model` holds the bytes of the file `source`, which errors name. Raises UserError if it is no model."""
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:

@@ -206,6 +206,14 @@ def evaluate(eval_step: Callable, params: models.Params, batches: Iterable, mani
     }
 
 
+def evaluate_rows(eval_step: Callable, params: models.Params, rows, config: TrainConfig, mesh) -> dict[str, float]:
+    """`evaluate` on prepared rows (a `PreparedCorpus` or `PreparedMixture`), spread over the mesh."""
+    batch_size = (config.eval_per_device_batch_size or config.per_device_batch_size) * mesh.size
+    batches = input_pipeline.eval_batches(rows, batch_size=batch_size, max_batches=config.num_eval_steps)
+    placed = (jax.device_put(batch, sharding.batch_sharding(mesh)) for batch in batches)
+    return evaluate(eval_step, params, placed, rows.manifest)
+
+
 def flops_per_token(model: models.TransformerConfig, length: int) -> float:
     """Model FLOPs of forward and backward pass a token (Chowdhery et al. 2022, appendix B): 6 N + 12 L H K T.
 
@@ -351,15 +359,13 @@ def train_and_evaluate(recipe, data: preparation.PreparedData, workdir: str):
     train_step = jax.jit(make_train_step(model, optimizer, config.label_smoothing), donate_argnums=0)
     eval_step = jax.jit(make_eval_step(model))
     batch_size = config.per_device_batch_size * mesh.size
-    eval_batch_size = (config.eval_per_device_batch_size or config.per_device_batch_size) * mesh.size
     batches = input_pipeline.train_batches(data.train, batch_size=batch_size, seed=recipe.seed, start_step=start)
 
     def place(batch):
         return jax.device_put(batch, sharding.batch_sharding(mesh))
 
     def run_evaluation():
-        rows = input_pipeline.eval_batches(data.eval, batch_size=eval_batch_size, max_batches=config.num_eval_steps)
-        writer.write(step, evaluate(eval_step, state.params, map(place, rows), data.eval.manifest))
+        writer.write(step, evaluate_rows(eval_step, state.params, data.eval, config, mesh))
         texts = language_model.generate_texts(
             model, state.params, data.tokenizer, recipe.prompts, recipe.sampling, seed=recipe.seed
         )

@@ -8,8 +8,8 @@ import io
 import re
 import zipfile
 
-from transformer_lm.corpora.base import optional_import
 from transformer_lm.errors import UserError
+from transformer_lm.extras import optional_import
 
 UNKNOWN_CHARACTER = "〓"  # the printers' mark for a character that is not at hand
 _RULE = re.compile(r"^-{20,}[ \u3000]*$", re.MULTILINE)  # lines of hyphens around the explanation of the notation

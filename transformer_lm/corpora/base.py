@@ -2,11 +2,7 @@
 
 import abc
 import dataclasses
-import importlib
 from collections.abc import Iterator
-from types import ModuleType
-
-from transformer_lm.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +80,3 @@ class Source(abc.ABC):
                     yield document
                 number += 1
             first = number
-
-
-def optional_import(module: str, extra: str, what: str) -> ModuleType:
-    """Imports a library that only some users need, or says how to get it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{what} needs the package {error.name}: pip install 'transformer-lm-japanese[{extra}]' "
-            f"(in a clone: pip install -c constraints.txt -e '.[{extra}]')."
-        ) from error

@@ -19,8 +19,9 @@ from typing import BinaryIO
 import fsspec
 
 from transformer_lm.corpora import aozora
-from transformer_lm.corpora.base import Options, Source, optional_import
+from transformer_lm.corpora.base import Options, Source
 from transformer_lm.errors import UserError
+from transformer_lm.extras import optional_import
 
 if sys.version_info >= (3, 14):
     from compression import zstd

@@ -8,9 +8,10 @@ import itertools
 import os
 from collections.abc import Iterator
 
-from transformer_lm.corpora.base import Options, Source, optional_import
+from transformer_lm.corpora.base import Options, Source
 from transformer_lm.corpora.files import check_texts
 from transformer_lm.errors import UserError
+from transformer_lm.extras import optional_import
 
 SHARD_DOCUMENTS = 100_000
 READ_DOCUMENTS = 256

@@ -14,9 +14,10 @@ from typing import BinaryIO
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 
-from transformer_lm.corpora.base import Options, Source, optional_import
+from transformer_lm.corpora.base import Options, Source
 from transformer_lm.corpora.files import parquet_column
 from transformer_lm.errors import UserError
+from transformer_lm.extras import optional_import
 from transformer_lm.files import local_copy
 
 READ_RECORDS = 256  # read at once from an ArrayRecord file
