@@ -235,5 +235,5 @@ class TestLoadModel:
     def test_foreign_config(self, tmp_path):
         (tmp_path / "checkpoints").mkdir()
         (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-        with pytest.raises(UserError, match=r"is not the config.json of a workdir"):
+        with pytest.raises(UserError, match=r"config\.json does not describe a network"):
             checkpoints.load_model(tmp_path)

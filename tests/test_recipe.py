@@ -3,6 +3,7 @@
 import importlib.util
 
 import pytest
+from etils import epath
 
 from transformer_lm import recipe
 from transformer_lm.configs import base
@@ -96,8 +97,13 @@ def test_every_field_reaches_its_room():
     assert read.data.max_corpus_chars == 4e8
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"recipe": 3}'])
-def test_foreign_config_json(tmp_path, content):
+@pytest.mark.parametrize("content", ["", "[]", '{"recipe": 3}', '{"a":' * 10_000])
+def test_broken_config_json(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UserError, match=r"is not the config\.json of a workdir"):
-        recipe.read_saved(tmp_path / "config.json")
+    with pytest.raises(UserError, match=r"config\.json is not "):
+        recipe.read_saved(epath.Path(tmp_path / "config.json"))
+
+
+def test_config_json_of_an_exported_model(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert recipe.read_saved(epath.Path(tmp_path / "config.json")) == {}

@@ -19,9 +19,9 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from transformer_lm import hub, models, msgpack_arrays
+from transformer_lm import hub, huggingface, models, msgpack_arrays
 from transformer_lm.errors import UserError
-from transformer_lm.files import absolute, local_copy, write_atomically
+from transformer_lm.files import absolute, local_copy, read_json, write_atomically
 from transformer_lm.msgpack_arrays import StoredArray
 from transformer_lm.tokenizer import Tokenizer
 
@@ -159,7 +159,7 @@ def load_model(address: os.PathLike | str) -> LoadedModel:
 
     Args:
       address: a workdir of this project, a folder with the original's `checkpoint_N` and `sentencepiece_model`, such
-        a `checkpoint_N` itself, or hf://OWNER/NAME[@REVISION].
+        a `checkpoint_N` itself, a folder that export_huggingface.py wrote, or hf://OWNER/NAME[@REVISION].
 
     Raises:
       UserError: there is no model, or it cannot be read.
@@ -174,9 +174,11 @@ def load_model(address: os.PathLike | str) -> LoadedModel:
     numbered = [(int(match[1]), child) for child in path.iterdir() if (match := _ORIGINAL_NAME.fullmatch(child.name))]
     if numbered:
         return _load_original(max(numbered)[1])
+    if huggingface.is_model(path):
+        return LoadedModel(*huggingface.load(path), path / TOKENIZER_FILE)
     raise UserError(
-        f"No model in {path}: neither a trained workdir ({CONFIG_FILE} and {CHECKPOINTS_DIR}/) "
-        "nor an original checkpoint (checkpoint_N)."
+        f"No model in {path}: neither a trained workdir ({CONFIG_FILE} and {CHECKPOINTS_DIR}/), nor an original "
+        f"checkpoint (checkpoint_N), nor an exported folder ({huggingface.WEIGHTS_FILE})."
     )
 
 
@@ -210,11 +212,8 @@ _SHAPING_FIELDS = (
 def read_run_config(workdir: epath.Path) -> tuple[models.TransformerConfig, str]:
     """The network and the tokenizer's hash in a workdir's config.json; raises UserError if it is not such a file."""
     path = workdir / CONFIG_FILE
-    try:
-        content = json.loads(path.read_text())
-        return models.TransformerConfig(**content["model"]), content["tokenizer_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not the config.json of a workdir ({error!r}).") from error
+    content = read_json(path)
+    return models.TransformerConfig.from_json(content.get("model"), str(path)), content.get("tokenizer_sha256", "")
 
 
 def _load_workdir(workdir: epath.Path) -> LoadedModel:

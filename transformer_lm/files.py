@@ -1,6 +1,7 @@
 """Files that are whole or not there, local or remote."""
 
 import hashlib
+import json
 import os
 import shutil
 import uuid
@@ -8,6 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from etils import epath
+
+from transformer_lm.errors import UserError
+
+MAX_JSON_BYTES = 64 << 20  # the longest that is written here, an index of a hundred thousand tensors, has 10 MB
 
 
 def write_atomically(path: os.PathLike | str, content: bytes):
@@ -33,6 +38,22 @@ def write_file_atomically(path: os.PathLike | str, write: Callable[[str], object
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: epath.Path) -> dict:
+    """The object in a JSON file that may be anybody's; raises UserError if it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.stat().length <= MAX_JSON_BYTES else None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a JSON file ({type(error).__name__}).") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object of at most {MAX_JSON_BYTES} bytes.")
+    return content
+
+
+def write_json(path: Path, content: dict):
+    """A JSON file that people read."""
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def local_copy(path: os.PathLike | str) -> Path:

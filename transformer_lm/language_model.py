@@ -117,19 +117,14 @@ def load(address: os.PathLike | str, *, dtype: str = "float32") -> LanguageModel
     """Loads a model for generation and scoring; no optimizer.
 
     Args:
-      address: a workdir, a folder or file of the original's, or hf://OWNER/NAME[@REVISION].
+      address: a workdir, a folder or file of the original's, an exported folder, or hf://OWNER/NAME[@REVISION].
       dtype: what the network computes in: "float32" or "bfloat16".
 
     Raises:
       UserError: there is no model, or it cannot be read.
     """
     loaded = checkpoints.load_model(address)
-    tokenizer = Tokenizer.load(loaded.tokenizer_path)
-    if tokenizer.vocab_size != loaded.config.vocab_size:
-        raise UserError(
-            f"{loaded.tokenizer_path} has {tokenizer.vocab_size} pieces, but the model {loaded.config.vocab_size}: "
-            "they do not belong together."
-        )
+    tokenizer = Tokenizer.load_for(loaded.tokenizer_path, loaded.config.vocab_size)
     config = dataclasses.replace(loaded.config, dtype=dtype)
     return LanguageModel(config, jax.device_put(loaded.params), tokenizer, loaded.step)
 

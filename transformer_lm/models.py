@@ -70,6 +70,25 @@ class TransformerConfig:
         if self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}.")
 
+    @classmethod
+    def from_json(cls, fields: Any, source: str) -> "TransformerConfig":
+        """The network that somebody else's JSON describes; `source` is named in errors.
+
+        Raises:
+          UserError: a field is unknown or of another type, or its value impossible.
+        """
+        if not isinstance(fields, dict):
+            raise UserError(f"{source} does not describe a network.")
+        types = {field.name: field.type for field in dataclasses.fields(cls)}
+        for name, value in fields.items():
+            if name not in types:
+                raise UserError(f"{source}: {str(name)[:80]!r} is no field of the network in this version.")
+            if type(value) is not types[name] and not (types[name] is float and type(value) is int):
+                raise UserError(f"{source}: {name}={str(value)[:80]} must be of the type {types[name].__name__}.")
+        if "vocab_size" not in fields:
+            raise UserError(f"{source}: the network has no vocab_size.")
+        return cls(**fields)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """From a recipe's ConfigDict to the small frozen dataclasses that the rooms take. Below here, no ConfigDict."""
 
 import dataclasses
-import json
 
 from etils import epath
 from ml_collections import ConfigDict
 
 from transformer_lm.errors import UserError
+from transformer_lm.files import read_json
 from transformer_lm.models import TransformerConfig
 from transformer_lm.optimizers import OptimizerConfig
 from transformer_lm.preparation import DataConfig
@@ -66,12 +66,11 @@ def read(config: ConfigDict) -> Recipe:
 
 
 def read_saved(path: epath.Path) -> dict:
-    """The fields of the recipe in a workdir's config.json."""
-    try:
-        fields = json.loads(path.read_text())["recipe"]
-        return dict(fields)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not the config.json of a workdir ({error!r}).") from error
+    """The fields of the recipe in a workdir's config.json; none where it is another one, like an exported model's."""
+    fields = read_json(path).get("recipe", {})
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} is not the config.json of a workdir: its recipe is no object.")
+    return fields
 
 
 def _pick(dataclass, config: ConfigDict, **given):

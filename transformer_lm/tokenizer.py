@@ -19,6 +19,7 @@ import rich.text
 import sentencepiece
 from absl import logging
 from etils import epath
+from sentencepiece import sentencepiece_model_pb2
 
 from transformer_lm import console
 from transformer_lm.errors import UserError
@@ -27,6 +28,7 @@ from transformer_lm.files import write_atomically
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2  # SentencePiece's own defaults, on which the original's weights rest
 SAMPLE_CHARS = 1000  # texts are sampled for training in runs of at most this many characters
 LOUD_CHARS = 20_000_000  # with more of them training takes minutes, and SentencePiece's own progress is shown
+SCORE_STEP = 2**-8
 ENCODE_CHARS = 1_000_000  # longer texts are encoded in parts: SentencePiece takes some hundred bytes a character
 
 
@@ -54,6 +56,16 @@ class Tokenizer:
         if not path.exists():
             raise UserError(f"No tokenizer at {path}.")
         return cls(path.read_bytes(), str(path))
+
+    @classmethod
+    def load_for(cls, path: os.PathLike | str, vocab_size: int) -> "Tokenizer":
+        """Reads the tokenizer of a model with `vocab_size` ids; raises UserError if it has another number of pieces."""
+        loaded = cls.load(path)
+        if loaded.vocab_size != vocab_size:
+            raise UserError(
+                f"{path} has {loaded.vocab_size} pieces, but the model {vocab_size}: they do not belong together."
+            )
+        return loaded
 
     @property
     def vocab_size(self) -> int:
@@ -123,7 +135,20 @@ def train(
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **arguments)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(_explain(str(error), arguments)) from error
-    return model.getvalue()
+    return _with_round_scores(model.getvalue())
+
+
+def _with_round_scores(model: bytes) -> bytes:
+    """The model with its pieces' scores, log probabilities, rounded to multiples of SCORE_STEP.
+
+    SentencePiece adds scores up in float32. With scores of 24 bits the sum's rounding depends on all the text before,
+    and decides between ways to cut that are equally good ("……" + "…" or "…" + "……"). Sums of round scores are exact up
+    to 2^16, some thousand tokens: the same words are cut alike wherever they stand, and by other programs too.
+    """
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    for piece in proto.pieces:
+        piece.score = round(piece.score / SCORE_STEP) * SCORE_STEP
+    return proto.SerializeToString()
 
 
 def load_or_train(path: epath.Path, mixture: Iterable[tuple[Iterable[str], float]], **arguments) -> Tokenizer:

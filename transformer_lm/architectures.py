@@ -1,0 +1,253 @@
+"""Our networks as Hugging Face architectures: tables from their tensors to our parameters, and back.
+
+The original's network is computed by a stock GPT-2 that is a little wider. What GPT-2 cannot do as it stands are a bias
+on the logits and attention of another width than the residual stream; "ghosts" make up for it (the proof is in
+docs/huggingface.md). With D our width, W that of the GPT-2, there are W - D ghost dimensions and at least one more head:
+
+- Whatever is written to the residual stream carries the mean of its D values in every ghost dimension. So the stream's
+  mean over W is its mean over D, and its variance over W is D / W times that over D. LayerNorm computes ours, when its
+  scale is multiplied by sqrt(D / W) and its epsilon by D / W.
+- Nothing reads the ghosts: their scale in every LayerNorm is 0, and so are the ghost heads' weights.
+- In the last LayerNorm one ghost has bias 1: a feature that is always 1, whose weights are the logits' bias.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from transformer_lm import models
+from transformer_lm.models import TransformerConfig
+from transformer_lm.tokenizer import BOS_ID, EOS_ID, UNK_ID
+
+POSITIONS = 2048  # least rows of a table of positions: they are computed, not learned, so that more only cost space
+
+# A text begins with id 0, in training too. SentencePiece's own BOS, which never stands in a text, is left for padding:
+# without an attention mask transformers takes whatever is the padding token for padding.
+SPECIAL_TOKENS = {"bos_token_id": UNK_ID, "eos_token_id": EOS_ID, "pad_token_id": BOS_ID}
+
+
+class Sizes(NamedTuple):
+    """The sizes of a GPT-2 and of the network that it computes.
+
+    Attributes:
+      vocab: V.
+      emb: D, our width.
+      mlp: F.
+      layers: L.
+      heads: H, ours.
+      head: K.
+      all_heads: ours and ghosts.
+      width: W = all_heads * K, at least D + 1.
+      positions: rows of the table of positions.
+    """
+
+    vocab: int
+    emb: int
+    mlp: int
+    layers: int
+    heads: int
+    head: int
+    all_heads: int
+    width: int
+    positions: int
+
+
+def gpt2_sizes(model: TransformerConfig) -> Sizes:
+    """The smallest GPT-2 that computes a network."""
+    head = model.qkv_dim // model.num_heads
+    all_heads = max(model.num_heads, model.emb_dim // head + 1)
+    return Sizes(
+        vocab=model.vocab_size,
+        emb=model.emb_dim,
+        mlp=model.mlp_dim,
+        layers=model.num_layers,
+        heads=model.num_heads,
+        head=head,
+        all_heads=all_heads,
+        width=all_heads * head,
+        positions=max(model.max_len, POSITIONS),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A row of a table: a tensor of theirs, and the parameters of ours that it is made of.
+
+    Attributes:
+      name: theirs; {i} is the layer.
+      ours: dotted names in our tree; () for a tensor that has no parameters of its own.
+      shape: sizes -> its shape.
+      export: (sizes, *ours) -> theirs; ours are those of one layer.
+      restore: (sizes, theirs) -> ours, a tuple; None where `ours` are restored from other tensors.
+      rounds: whether `export` rounds; then our own values are kept beside the tensor.
+    """
+
+    name: str
+    ours: tuple[str, ...]
+    shape: Callable[[Sizes], tuple[int, ...]]
+    export: Callable[..., np.ndarray]
+    restore: Callable[..., tuple[np.ndarray, ...]] | None = None
+    rounds: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """An architecture that others know.
+
+    Attributes:
+      name: the class in transformers.
+      sizes: network -> its sizes there.
+      settings: network -> what its config.json says.
+      tensors: network -> the table.
+    """
+
+    name: str
+    sizes: Callable[[TransformerConfig], Sizes]
+    settings: Callable[[TransformerConfig], dict]
+    tensors: Callable[[TransformerConfig], tuple[Tensor, ...]]
+
+
+def _pad(x: np.ndarray, *shape: int) -> np.ndarray:
+    """x at the beginning of zeros of a larger shape."""
+    out = np.zeros(shape, np.float32)
+    out[tuple(slice(size) for size in x.shape)] = x
+    return out
+
+
+def _with_mean(x: np.ndarray, width: int) -> np.ndarray:
+    """[..., D] -> [..., W], the mean of the D values in every ghost."""
+    mean = x.mean(axis=-1, keepdims=True, dtype=np.float64).astype(np.float32)
+    return np.concatenate([x, np.broadcast_to(mean, (*x.shape[:-1], width - x.shape[-1]))], axis=-1)
+
+
+def _positions(s: Sizes) -> np.ndarray:
+    return _with_mean(models.sinusoidal_positions(s.positions, s.emb), s.width)
+
+
+def _attention_in(s: Sizes, *kernels: np.ndarray) -> np.ndarray:
+    """Query, key and value kernels [D, H, K] -> [W, 3 * W]."""
+    flat = [_pad(kernel.reshape(s.emb, s.heads * s.head), s.width, s.width) for kernel in kernels]
+    return np.concatenate(flat, axis=1)
+
+
+def _attention_in_restored(s: Sizes, x: np.ndarray) -> tuple[np.ndarray, ...]:
+    parts = np.split(x[: s.emb], 3, axis=1)
+    return tuple(part[:, : s.heads * s.head].reshape(s.emb, s.heads, s.head) for part in parts)
+
+
+def _attention_out(s: Sizes, kernel: np.ndarray) -> np.ndarray:
+    """[H, K, D] -> [W, W]."""
+    return _pad(_with_mean(kernel.reshape(s.heads * s.head, s.emb), s.width), s.width, s.width)
+
+
+def _logits(s: Sizes, kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """[D, V] and [V] -> [V, W]; the bias are the weights of the first ghost."""
+    return _pad(np.concatenate([kernel.T, bias[:, None]], axis=1), s.vocab, s.width)
+
+
+def _norm(theirs: str, ours: str, constant: float = 0.0) -> tuple[Tensor, Tensor]:
+    """A LayerNorm; `constant` is what comes out of it in the first ghost."""
+    ratio = lambda s: np.sqrt(s.emb / s.width)  # noqa: E731
+    return (
+        Tensor(
+            f"{theirs}.weight", (f"{ours}.scale",), lambda s: (s.width,),
+            lambda s, scale: _pad((scale * ratio(s)).astype(np.float32), s.width),
+            lambda s, x: ((x[: s.emb] / ratio(s)).astype(np.float32),),
+            rounds=True,
+        ),
+        Tensor(
+            f"{theirs}.bias", (f"{ours}.bias",), lambda s: (s.width,),
+            lambda s, bias: _pad(np.append(bias, np.float32(constant)), s.width),
+            lambda s, x: (x[: s.emb],),
+        ),
+    )  # fmt: skip
+
+
+_GPT2_BODY = (
+    Tensor(
+        "transformer.wte.weight", ("embed.embedding",), lambda s: (s.vocab, s.width),
+        lambda s, x: _with_mean(x, s.width), lambda s, x: (x[:, : s.emb],),
+    ),
+    Tensor("transformer.wpe.weight", (), lambda s: (s.positions, s.width), _positions),
+    *_norm("transformer.h.{i}.ln_1", "blocks.attention_norm"),
+    Tensor(
+        "transformer.h.{i}.attn.c_attn.weight",
+        ("blocks.attention.query.kernel", "blocks.attention.key.kernel", "blocks.attention.value.kernel"),
+        lambda s: (s.width, 3 * s.width), _attention_in, _attention_in_restored,
+    ),
+    Tensor(
+        "transformer.h.{i}.attn.c_attn.bias", (), lambda s: (3 * s.width,),
+        lambda s: np.zeros(3 * s.width, np.float32),
+    ),
+    Tensor(
+        "transformer.h.{i}.attn.c_proj.weight", ("blocks.attention.out.kernel",), lambda s: (s.width, s.width),
+        _attention_out, lambda s, x: (x[: s.heads * s.head, : s.emb].reshape(s.heads, s.head, s.emb),),
+    ),
+    Tensor(
+        "transformer.h.{i}.attn.c_proj.bias", (), lambda s: (s.width,), lambda s: np.zeros(s.width, np.float32)
+    ),
+    *_norm("transformer.h.{i}.ln_2", "blocks.mlp_norm"),
+    Tensor(
+        "transformer.h.{i}.mlp.c_fc.weight", ("blocks.mlp.wi.kernel",), lambda s: (s.width, s.mlp),
+        lambda s, x: _pad(x, s.width, s.mlp), lambda s, x: (x[: s.emb],),
+    ),
+    Tensor(
+        "transformer.h.{i}.mlp.c_fc.bias", ("blocks.mlp.wi.bias",), lambda s: (s.mlp,),
+        lambda s, x: x, lambda s, x: (x,),
+    ),
+    Tensor(
+        "transformer.h.{i}.mlp.c_proj.weight", ("blocks.mlp.wo.kernel",), lambda s: (s.mlp, s.width),
+        lambda s, x: _with_mean(x, s.width), lambda s, x: (x[:, : s.emb],),
+    ),
+    Tensor(
+        "transformer.h.{i}.mlp.c_proj.bias", ("blocks.mlp.wo.bias",), lambda s: (s.width,),
+        lambda s, x: _with_mean(x, s.width), lambda s, x: (x[: s.emb],),
+    ),
+    *_norm("transformer.ln_f", "norm", constant=1.0),
+)  # fmt: skip
+
+_GPT2_LOGITS = Tensor(
+    "lm_head.weight", ("logits.kernel", "logits.bias"), lambda s: (s.vocab, s.width),
+    _logits, lambda s, x: (x[:, : s.emb].T, x[:, s.emb]),
+)  # fmt: skip
+
+_GPT2_LOGITS_VIA_EMBEDDING = Tensor(
+    "lm_head.weight", ("embed.embedding",), lambda s: (s.vocab, s.width),
+    lambda s, x: _pad((x / np.sqrt(s.emb)).astype(np.float32), s.vocab, s.width),
+)  # fmt: skip
+
+
+def _gpt2_tensors(model: TransformerConfig) -> tuple[Tensor, ...]:
+    return (*_GPT2_BODY, _GPT2_LOGITS_VIA_EMBEDDING if model.logits_via_embedding else _GPT2_LOGITS)
+
+
+def _gpt2_settings(model: TransformerConfig) -> dict:
+    s = gpt2_sizes(model)
+    return {
+        "model_type": "gpt2",
+        "vocab_size": s.vocab,
+        "n_positions": s.positions,
+        "n_embd": s.width,
+        "n_layer": s.layers,
+        "n_head": s.all_heads,
+        "n_inner": s.mlp,
+        "activation_function": "relu",
+        "layer_norm_epsilon": models.LAYER_NORM_EPSILON * s.emb / s.width,
+        "embd_pdrop": model.dropout_rate,
+        "resid_pdrop": model.dropout_rate,
+        "attn_pdrop": model.attention_dropout_rate,
+        "tie_word_embeddings": False,
+        **SPECIAL_TOKENS,
+    }
+
+
+GPT2 = Architecture("GPT2LMHeadModel", gpt2_sizes, _gpt2_settings, _gpt2_tensors)
+
+ARCHITECTURES = {architecture.name: architecture for architecture in (GPT2,)}
+
+
+def architecture_of(model: TransformerConfig) -> Architecture:
+    """The architecture that computes a network."""
+    return GPT2

@@ -1,0 +1,69 @@
+"""Export a trained model as a Hugging Face model folder, which transformers and other tools load by name.
+
+python3 export_huggingface.py --workdir=logs/japanese_0.1b_v1 --output=exported/japanese_0.1b_v1
+
+--workdir is all that generate_text.py takes: a workdir, an original checkpoint, hf://OWNER/NAME. --output is a folder
+that is new or empty. It gets config.json, model.safetensors (in shards above 5 GB), tokenizer.json,
+tokenizer_config.json, generation_config.json, README.md (the model card) and sentencepiece_model; docs/huggingface.md
+says what is in them. Of the recipe only sampling_* and max_predict_length count, for generation_config.json.
+"""
+
+import shutil
+import uuid
+from pathlib import Path
+
+from absl import flags, logging
+
+from transformer_lm import architectures, checkpoints, cli, fast_tokenizer, files, huggingface, model_card
+from transformer_lm.errors import UserError
+from transformer_lm.recipe import Recipe
+from transformer_lm.sampler import SamplingConfig
+from transformer_lm.tokenizer import Tokenizer
+
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to write, new or empty.")
+
+
+def main(recipe: Recipe, workdir: str):
+    """Writes --output, whole or not at all."""
+    if not _OUTPUT.value or files.is_remote(_OUTPUT.value):
+        raise UserError(f"--output={_OUTPUT.value or ''} must name a local folder, like --output=exported/my_model.")
+    export(workdir, Path(_OUTPUT.value).expanduser().absolute(), recipe.sampling)
+
+
+def export(address: str, output: Path, sampling: SamplingConfig):
+    """Writes a model at an address, as `checkpoints.load_model` takes it, into a new folder."""
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"--output={output} exists and is not an empty folder; remove it or name another.")
+    loaded = checkpoints.load_model(address)
+    tokenizer = Tokenizer.load_for(loaded.tokenizer_path, loaded.config.vocab_size)
+    positions = architectures.architecture_of(loaded.config).sizes(loaded.config).positions
+    temporary = output.with_name(f"{output.name}.tmp{uuid.uuid4().hex}")
+    temporary.mkdir(parents=True)
+    try:
+        huggingface.save(temporary, loaded.config, loaded.params, loaded.step)
+        fast_tokenizer.save(temporary, tokenizer, positions)
+        files.write_json(temporary / "generation_config.json", _generation_settings(sampling, positions))
+        (temporary / checkpoints.TOKENIZER_FILE).write_bytes(tokenizer.model)
+        card = model_card.write(output.name, address, loaded.config, loaded.step, tokenizer)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        if output.exists():
+            output.rmdir()
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    logging.info("Exported the model of step %d to %s.", loaded.step, output)
+
+
+def _generation_settings(sampling: SamplingConfig, positions: int) -> dict:
+    """How transformers' generate() samples unless it is told otherwise."""
+    chosen = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    return {
+        **architectures.SPECIAL_TOKENS,
+        "do_sample": sampling.temperature > 0,
+        **(chosen if sampling.temperature > 0 else {}),
+        "max_length": min(sampling.max_length, positions),
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main, needs_config=False)

@@ -1,0 +1,152 @@
+"""A SentencePiece model as a fast tokenizer of the library `tokenizers`, for the tools of the Hugging Face world.
+
+The same ids for the same text; docs/huggingface.md counts where the two part. What makes them equal:
+
+- SentencePiece's normalization table maps single characters and sequences of them. `tokenizers` has the table too
+  (`Precompiled`), but looks a whole grapheme up at once and takes the first rule that fits, so that か + U+3099 stays in
+  two and other marks are lost. Here every character is made a grapheme of its own by a control character before it,
+  which breaks graphemes and is taken away again; then NFC composes, as the table's rules for sequences do.
+- No splitting into words: like SentencePiece's, the search for the best pieces runs over the whole text.
+- The names of control and byte pieces (`<s>`, `<0x41>`) are ordinary text where they stand in a text.
+"""
+
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from sentencepiece import sentencepiece_model_pb2
+
+from transformer_lm.architectures import SPECIAL_TOKENS
+from transformer_lm.errors import UserError
+from transformer_lm.extras import optional_import
+from transformer_lm.files import write_json
+from transformer_lm.tokenizer import UNK_ID, Tokenizer
+
+SPACE = "▁"  # U+2581, what SentencePiece writes a space as
+BREAK = "\u0001"  # a control character; graphemes end before and after it
+NORMALIZATIONS = ("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")  # tables that NFC completes
+
+
+def save(folder: Path, tokenizer: Tokenizer, max_length: int):
+    """Writes tokenizer.json and tokenizer_config.json; `max_length` is what users are warned above."""
+    fast = convert(tokenizer)
+    fast.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{
+            name.replace("_id", ""): fast.id_to_token(number)
+            for name, number in (SPECIAL_TOKENS | {"unk_token_id": UNK_ID}).items()
+        },
+        "split_special_tokens": True,  # "</s>" in a text is text
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": max_length,
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+def convert(tokenizer: Tokenizer) -> Any:
+    """The `tokenizers.Tokenizer` that gives a text the ids which `tokenizer` gives it, with id 0 put in front.
+
+    Raises:
+      UserError: the SentencePiece model is of a kind that has no counterpart.
+    """
+    tokenizers = optional_import("tokenizers", "hf", "The export")
+    proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
+    if proto.normalizer_spec.name not in NORMALIZATIONS:
+        raise UserError(
+            f"{tokenizer.source} normalizes by a table of its own ({proto.normalizer_spec.name!r}), which a fast "
+            f"tokenizer cannot follow; one of {', '.join(NORMALIZATIONS)} can be exported."
+        )
+    if proto.trainer_spec.treat_whitespace_as_suffix:
+        raise UserError(f"{tokenizer.source} treats white space as a suffix, which a fast tokenizer cannot follow.")
+    fast = tokenizers.Tokenizer(_model(tokenizers, proto, tokenizer))
+    fast.normalizer = _normalizer(tokenizers, proto.normalizer_spec)
+    fast.pre_tokenizer = _pre_tokenizer(tokenizers, proto)
+    fast.decoder = _decoder(tokenizers, proto.normalizer_spec)
+    unknown = proto.pieces[0].piece
+    fast.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{unknown} $A", pair=f"{unknown} $A $B", special_tokens=[(unknown, 0)]
+    )
+    fast.add_special_tokens([piece.piece for piece in proto.pieces if piece.type in (piece.CONTROL, piece.UNKNOWN)])
+    return fast
+
+
+def _model(tokenizers: ModuleType, proto: Any, tokenizer: Tokenizer) -> Any:
+    """The vocabulary, and how the best pieces are found."""
+    pieces, spec = proto.pieces, proto.trainer_spec
+    if spec.model_type == spec.UNIGRAM:
+        best = max((piece.score for piece in pieces if piece.type == piece.NORMAL), default=0.0)
+        vocabulary = [(piece.piece, _score(piece, best)) for piece in pieces]
+        return tokenizers.models.Unigram(vocabulary, unk_id=0, byte_fallback=spec.byte_fallback)
+    if spec.model_type == spec.BPE and not any(piece.type == piece.USER_DEFINED for piece in pieces):
+        return tokenizers.models.BPE(
+            {piece.piece: number for number, piece in enumerate(pieces)},
+            _merges(pieces),
+            unk_token=pieces[0].piece,
+            fuse_unk=True,
+            byte_fallback=spec.byte_fallback,
+        )
+    kind = spec.ModelType.Name(spec.model_type).lower()
+    raise UserError(
+        f"{tokenizer.source} is of model_type={kind}, with or without user_defined_symbols; exported can be unigram, "
+        "and bpe without user_defined_symbols."
+    )
+
+
+def _score(piece: Any, best: float) -> float:
+    """What the search for the best pieces counts; SentencePiece prefers user-defined symbols by this formula."""
+    return len(piece.piece.encode()) * best - 0.1 if piece.type == piece.USER_DEFINED else piece.score
+
+
+def _merges(pieces: Any) -> list[tuple[str, str]]:
+    """The merges of a BPE model, first ones first: every way to make a piece of two, by the piece's score."""
+    ids = {piece.piece: number for number, piece in enumerate(pieces) if piece.type == piece.NORMAL}
+    merges = []
+    for text, number in ids.items():
+        pairs = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
+        known = sorted((ids[left], ids[right]) for left, right in pairs if left in ids and right in ids)
+        merges += [(-pieces[number].score, number, pieces[left].piece, pieces[right].piece) for left, right in known]
+    return [(left, right) for *_, left, right in sorted(merges, key=lambda merge: merge[:2])]
+
+
+def _normalizer(tokenizers: ModuleType, spec: Any) -> Any:
+    """What SentencePiece does to a text before it looks for pieces."""
+    n, regex = tokenizers.normalizers, tokenizers.Regex
+    steps = []
+    if spec.add_dummy_prefix and not spec.remove_extra_whitespaces:
+        steps += [n.Prepend(" ")]  # before the table, which may leave nothing to put it in front of
+    if spec.precompiled_charsmap:
+        steps += [n.Replace(regex(r"(?=[^\x00-\x7f])|(?<=\r)"), BREAK), n.Precompiled(spec.precompiled_charsmap)]
+        steps += [n.Replace(BREAK, ""), n.NFC()]
+    if spec.remove_extra_whitespaces:
+        steps += [n.Replace(regex(r"\A +"), ""), n.Replace(regex(" {2,}"), " ")]
+    if spec.escape_whitespaces:
+        steps += [n.Replace(" ", SPACE)]
+    if spec.remove_extra_whitespaces:
+        steps += [n.Replace(regex(rf"{SPACE}+\z"), "")]
+        if spec.add_dummy_prefix:
+            steps += [n.Prepend(SPACE)]
+    return n.Sequence(steps)
+
+
+def _pre_tokenizer(tokenizers: ModuleType, proto: Any) -> Any:
+    """Cuts after the first character of what reads like the name of a control or byte piece, so that it is none."""
+    names = [piece.piece for piece in proto.pieces if piece.type in (piece.CONTROL, piece.UNKNOWN)]
+    patterns = [f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names]
+    if proto.trainer_spec.byte_fallback:
+        patterns.append("<(?=0x[0-9A-F]{2}>)")
+    return tokenizers.pre_tokenizers.Split(tokenizers.Regex("|".join(patterns)), behavior="merged_with_previous")
+
+
+def _decoder(tokenizers: ModuleType, spec: Any) -> Any:
+    """Pieces to text: bytes to characters, U+2581 to spaces, without the space that was put in front."""
+    d = tokenizers.decoders
+    steps = [d.Replace(SPACE, " "), d.ByteFallback(), d.Fuse()]
+    if spec.remove_extra_whitespaces:
+        steps += [d.Strip(" ", 2**31 - 1, 0)]
+    elif spec.add_dummy_prefix:
+        steps += [d.Strip(" ", 1, 0)]
+    return d.Sequence(steps)
