@@ -19,13 +19,13 @@ import numpy as np
 
 from transformer_lm import models
 from transformer_lm.models import TransformerConfig
-from transformer_lm.tokenizer import BOS_ID, EOS_ID, UNK_ID
+from transformer_lm.tokenizer import BOS_ID, EOS_ID, START_ID
 
 POSITIONS = 2048  # least rows of a table of positions: they are computed, not learned, so that more only cost space
 
-# A text begins with id 0, in training too. SentencePiece's own BOS, which never stands in a text, is left for padding:
-# without an attention mask transformers takes whatever is the padding token for padding.
-SPECIAL_TOKENS = {"bos_token_id": UNK_ID, "eos_token_id": EOS_ID, "pad_token_id": BOS_ID}
+# SentencePiece's own BOS, which no text holds, is left for padding: without an attention mask transformers takes every
+# padding token for padding, which the first token of a text must not be.
+SPECIAL_TOKENS = {"bos_token_id": START_ID, "eos_token_id": EOS_ID, "pad_token_id": BOS_ID}
 
 
 class Sizes(NamedTuple):

@@ -21,7 +21,7 @@ from transformer_lm.architectures import SPECIAL_TOKENS
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
 from transformer_lm.files import write_json
-from transformer_lm.tokenizer import UNK_ID, Tokenizer
+from transformer_lm.tokenizer import START_ID, UNK_ID, Tokenizer
 
 SPACE = "▁"  # U+2581, what SentencePiece writes a space as
 BREAK = "\u0001"  # a control character; graphemes end before and after it
@@ -48,7 +48,7 @@ def save(folder: Path, tokenizer: Tokenizer, max_length: int):
 
 
 def convert(tokenizer: Tokenizer) -> Any:
-    """The `tokenizers.Tokenizer` that gives a text the ids which `tokenizer` gives it, with id 0 put in front.
+    """The `tokenizers.Tokenizer` that gives a text the ids which `tokenizer` gives it, with START_ID put in front.
 
     Raises:
       UserError: the SentencePiece model is of a kind that has no counterpart.
@@ -66,9 +66,9 @@ def convert(tokenizer: Tokenizer) -> Any:
     fast.normalizer = _normalizer(tokenizers, proto.normalizer_spec)
     fast.pre_tokenizer = _pre_tokenizer(tokenizers, proto)
     fast.decoder = _decoder(tokenizers, proto.normalizer_spec)
-    unknown = proto.pieces[0].piece
+    start = proto.pieces[START_ID].piece
     fast.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"{unknown} $A", pair=f"{unknown} $A $B", special_tokens=[(unknown, 0)]
+        single=f"{start} $A", pair=f"{start} $A $B", special_tokens=[(start, START_ID)]
     )
     fast.add_special_tokens([piece.piece for piece in proto.pieces if piece.type in (piece.CONTROL, piece.UNKNOWN)])
     return fast
@@ -80,12 +80,12 @@ def _model(tokenizers: ModuleType, proto: Any, tokenizer: Tokenizer) -> Any:
     if spec.model_type == spec.UNIGRAM:
         best = max((piece.score for piece in pieces if piece.type == piece.NORMAL), default=0.0)
         vocabulary = [(piece.piece, _score(piece, best)) for piece in pieces]
-        return tokenizers.models.Unigram(vocabulary, unk_id=0, byte_fallback=spec.byte_fallback)
+        return tokenizers.models.Unigram(vocabulary, unk_id=UNK_ID, byte_fallback=spec.byte_fallback)
     if spec.model_type == spec.BPE and not any(piece.type == piece.USER_DEFINED for piece in pieces):
         return tokenizers.models.BPE(
             {piece.piece: number for number, piece in enumerate(pieces)},
             _merges(pieces),
-            unk_token=pieces[0].piece,
+            unk_token=pieces[UNK_ID].piece,
             fuse_unk=True,
             byte_fallback=spec.byte_fallback,
         )

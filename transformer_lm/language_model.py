@@ -8,15 +8,15 @@ print(model.generate("夏目漱石は、")[0]["text"], model.score(["吾輩は�
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer_lm import checkpoints, models, packing, sampler
+from transformer_lm import checkpoints, models, sampler
 from transformer_lm.errors import UserError
-from transformer_lm.tokenizer import Tokenizer
+from transformer_lm.tokenizer import START_ID, Tokenizer
 
 BATCH_TOKENS = 4096  # tokens that are scored at once: their logits are the largest array
 LENGTH_STEP = 64  # lengths are padded to multiples of it, so that few shapes are compiled
@@ -96,21 +96,43 @@ class LanguageModel:
                     f"The text {text[:20]!r}... has {len(tokens)} tokens; at most {MAX_SCORED_TOKENS} are scored at "
                     "once: cut it."
                 )
-        found: dict[int, np.ndarray] = {}
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)
+        scored = self.score_tokens([[START_ID, *tokens] for tokens in ids])
+        return [
+            Score(float(np.sum(log_probs, dtype=np.float64)), tokens.tolist(), log_probs)
+            for tokens, (log_probs, _) in zip(ids, scored, strict=True)
+        ]
+
+    def score_tokens(
+        self, sequences: Sequence[Sequence[int]], report: Callable[[int], object] = lambda count: None
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """How likely each token of a sequence is, given those before it.
+
+        Args:
+          sequences: token ids; the first of each is given, at the beginning of a document START_ID.
+          report: is told after each batch how many sequences it had.
+
+        Returns:
+          for each sequence of n ids, log probabilities [n - 1] float32 of all but the first, and [n - 1] bool, whether
+          no other token was likelier. Sequences are batched by length.
+        """
+        found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
         while order:
-            length = -(-max(len(ids[order[0]]), 1) // LENGTH_STEP) * LENGTH_STEP
+            length = -(-max(len(sequences[order[0]]) - 1, 1) // LENGTH_STEP) * LENGTH_STEP
             rows = max(1, BATCH_TOKENS // length)
             numbers, order = order[:rows], order[rows:]
-            batch = np.full((rows, length), packing.padding_id(np.dtype(np.uint32)), np.uint32)
-            for row, number in zip(batch, numbers, strict=False):
-                row[: len(ids[number])] = ids[number]
+            inputs, targets, segments = (np.zeros((rows, length), np.int32) for _ in range(3))
+            for row, number in enumerate(numbers):
+                size = len(sequences[number]) - 1
+                inputs[row, :size], targets[row, :size] = sequences[number][:-1], sequences[number][1:]
+                segments[row, :size] = 1
             config = dataclasses.replace(self.config, max_len=max(self.config.max_len, length))
-            log_probs = np.asarray(_token_log_probs(config, self.params, packing.unpack(batch)))
-            found |= {number: log_probs[i, : len(ids[number])] for i, number in enumerate(numbers)}
-        return [
-            Score(float(np.sum(found[i], dtype=np.float64)), tokens.tolist(), found[i]) for i, tokens in enumerate(ids)
-        ]
+            log_probs, greedy = map(np.asarray, _score_targets(config, self.params, inputs, targets, segments))
+            for row, number in enumerate(numbers):
+                size = len(sequences[number]) - 1
+                found[number] = log_probs[row, :size], greedy[row, :size]
+            report(len(numbers))
+        return [found[number] for number in range(len(sequences))]
 
 
 def load(address: os.PathLike | str, *, dtype: str = "float32") -> LanguageModel:
@@ -130,11 +152,12 @@ def load(address: os.PathLike | str, *, dtype: str = "float32") -> LanguageModel
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _token_log_probs(config: models.TransformerConfig, params: models.Params, batch) -> jax.Array:
-    """[B, T] log-probabilities of a batch's targets; of padding they mean nothing."""
-    logits = models.bind(config, params)(batch["inputs"], batch["positions"], batch["segments"])  # [B, T, V]
-    target_logits = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
-    return target_logits - jax.nn.logsumexp(logits, axis=-1)
+def _score_targets(config: models.TransformerConfig, params: models.Params, inputs, targets, segments):
+    """[B, T] log probabilities of targets, and whether they are the likeliest; of padding they mean nothing."""
+    positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
+    logits = models.bind(config, params)(inputs, positions, segments)  # [B, T, V]
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return target_logits - jax.nn.logsumexp(logits, axis=-1), target_logits >= logits.max(axis=-1)
 
 
 def generate_texts(

@@ -11,7 +11,7 @@ from transformer_lm import models
 from transformer_lm.errors import UserError
 from transformer_lm.tokenizer import EOS_ID
 
-PROMPT_BUCKET = 16  # prompts are padded to a multiple of this, so that few shapes are compiled
+PROMPT_BUCKET = 16  # prompts are padded to multiples of this, long ones of more, so that few shapes are compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,12 @@ class Continuation:
     finished: bool
 
 
+def padded_length(length: int) -> int:
+    """How many tokens a prompt of `length` is padded to with its start: at most a quarter more than it has."""
+    bucket = max(PROMPT_BUCKET, 2 ** (length.bit_length() - 3))
+    return -(-(length + 1) // bucket) * bucket
+
+
 def generate(
     config: models.TransformerConfig,
     params: models.Params,
@@ -89,7 +95,7 @@ def generate(
             "counts prompt and continuation; raise it."
         )
     # Every text begins with id 0, as in training; shorter prompts are padded on the left.
-    width = -(-(longest + 1) // PROMPT_BUCKET) * PROMPT_BUCKET
+    width = padded_length(longest)
     inputs = np.zeros((len(prompts), width), np.int32)
     lengths = np.array([len(prompt) + 1 for prompt in prompts], np.int32)
     for row, prompt in zip(inputs, prompts, strict=True):

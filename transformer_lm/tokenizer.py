@@ -26,6 +26,7 @@ from transformer_lm.errors import UserError
 from transformer_lm.files import write_atomically
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2  # SentencePiece's own defaults, on which the original's weights rest
+START_ID = UNK_ID  # what the network reads before a text's first token, as the original's does
 SAMPLE_CHARS = 1000  # texts are sampled for training in runs of at most this many characters
 LOUD_CHARS = 20_000_000  # with more of them training takes minutes, and SentencePiece's own progress is shown
 SCORE_STEP = 2**-8
