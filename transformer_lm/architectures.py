@@ -1,8 +1,8 @@
 """Our networks as Hugging Face architectures: tables from their tensors to our parameters, and back.
 
-The original's network is computed by a stock GPT-2 that is a little wider. What GPT-2 cannot do as it stands are a bias
-on the logits and attention of another width than the residual stream; "ghosts" make up for it (the proof is in
-docs/huggingface.md). With D our width, W that of the GPT-2, there are W - D ghost dimensions and at least one more head:
+The original's network is computed by a stock GPT-2 that is a little wider (the proof is in docs/huggingface.md). GPT-2
+has no bias on its logits: a dimension that is always 1 must carry it, and must not be seen by anything else. With D our
+width and W that of the GPT-2, there are W - D such "ghost" dimensions, and as many heads as a width of W makes:
 
 - Whatever is written to the residual stream carries the mean of its D values in every ghost dimension. So the stream's
   mean over W is its mean over D, and its variance over W is D / W times that over D. LayerNorm computes ours, when its

@@ -19,7 +19,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from transformer_lm import hub, huggingface, models, msgpack_arrays
+from transformer_lm import files, hub, huggingface, models, msgpack_arrays
 from transformer_lm.errors import UserError
 from transformer_lm.files import absolute, local_copy, read_json, write_atomically
 from transformer_lm.msgpack_arrays import StoredArray
@@ -164,9 +164,7 @@ def load_model(address: os.PathLike | str) -> LoadedModel:
     Raises:
       UserError: there is no model, or it cannot be read.
     """
-    path = epath.Path(hub.fetch(address) if hub.is_address(address) else address).expanduser()
-    if not path.exists():
-        raise UserError(f"No model at {path}: no such file or folder.")
+    path = _fetched(address)
     if path.is_file():
         return _load_original(path)
     if (path / CONFIG_FILE).exists() and (path / CHECKPOINTS_DIR).exists():
@@ -182,6 +180,37 @@ def load_model(address: os.PathLike | str) -> LoadedModel:
     )
 
 
+def _fetched(address: os.PathLike | str) -> epath.Path:
+    path = epath.Path(hub.fetch(address) if hub.is_address(address) else address).expanduser()
+    if not path.exists():
+        raise UserError(f"No model at {path}: no such file or folder.")
+    return path
+
+
+def load_initial(
+    address: str | None, model: models.TransformerConfig, workdir: os.PathLike | str
+) -> LoadedModel | None:
+    """The model that a run begins with; None without an address, or where the workdir has checkpoints to go on from.
+
+    Raises:
+      UserError: there is no such model, or it is another network than the run's.
+    """
+    if not address or files.children(epath.Path(workdir) / CHECKPOINTS_DIR):
+        return None
+    loaded = load_model(address)
+    wanted = dataclasses.replace(model, vocab_size=loaded.config.vocab_size)  # which the tokenizer decides
+    _check_same_network(f"init_from={address}", loaded.config, wanted)
+    return loaded
+
+
+def initial_tokenizer(
+    address: str | None, model: models.TransformerConfig, workdir: os.PathLike | str
+) -> epath.Path | None:
+    """The tokenizer of the model that `load_initial` loads, which has been found to fit."""
+    initial = load_initial(address, model, workdir)
+    return initial and initial.tokenizer_path
+
+
 def claim_workdir(workdir: epath.Path, recipe: dict, model: models.TransformerConfig, tokenizer: Tokenizer):
     """Writes config.json (the recipe, the network as it is) and sentencepiece_model, before a run.
 
@@ -190,18 +219,23 @@ def claim_workdir(workdir: epath.Path, recipe: dict, model: models.TransformerCo
     """
     if (workdir / CHECKPOINTS_DIR).exists() and (workdir / CONFIG_FILE).exists():
         before, fingerprint = read_run_config(workdir)
-        for field in dataclasses.fields(model):
-            old, new = getattr(before, field.name), getattr(model, field.name)
-            if old != new and field.name in _SHAPING_FIELDS:
-                raise UserError(
-                    f"{workdir} holds a model with {field.name}={old}, but this run has {field.name}={new}; "
-                    "use its value, or another --workdir."
-                )
+        _check_same_network(str(workdir), before, model)
         if fingerprint != tokenizer.fingerprint:
             raise UserError(f"{workdir} holds a model of another tokenizer; restore that, or use another --workdir.")
     content = {"recipe": recipe, "model": dataclasses.asdict(model), "tokenizer_sha256": tokenizer.fingerprint}
     write_atomically(workdir / TOKENIZER_FILE, tokenizer.model)
     write_atomically(workdir / CONFIG_FILE, json.dumps(content, ensure_ascii=False, indent=1).encode())
+
+
+def _check_same_network(place: str, before: models.TransformerConfig, model: models.TransformerConfig):
+    """Raises UserError where the model at a place has other parameters than the run's."""
+    for name in _SHAPING_FIELDS:
+        old, new = getattr(before, name), getattr(model, name)
+        if old != new:
+            raise UserError(
+                f"{place} holds a model with {name}={old}, but this run has {name}={new}; "
+                "use its value, or another place."
+            )
 
 
 _SHAPING_FIELDS = (

@@ -3,9 +3,9 @@
 The same ids for the same text; docs/huggingface.md counts where the two part. What makes them equal:
 
 - SentencePiece's normalization table maps single characters and sequences of them. `tokenizers` has the table too
-  (`Precompiled`), but looks a whole grapheme up at once and takes the first rule that fits, so that か + U+3099 stays in
-  two and other marks are lost. Here every character is made a grapheme of its own by a control character before it,
-  which breaks graphemes and is taken away again; then NFC composes, as the table's rules for sequences do.
+  (`Precompiled`), but looks up a whole grapheme at once and takes the first rule that fits: か + U+3099 stays in two,
+  other marks are lost. Here every character is made a grapheme of its own by a control character before it, which
+  breaks graphemes and is taken away again; then NFC composes, as the table's rules for sequences do.
 - No splitting into words: like SentencePiece's, the search for the best pieces runs over the whole text.
 - The names of control and byte pieces (`<s>`, `<0x41>`) are ordinary text where they stand in a text.
 """

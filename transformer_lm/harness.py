@@ -31,8 +31,8 @@ BATCH_TOKENS = 16_384  # of prompts and answers that are generated at once: thei
 class HarnessModel(TemplateLM):
     """A language model as lm_eval asks it: texts in, log probabilities and texts out.
 
-    Requests are worked on by length, longest first, in batches of a bounded number of tokens. Texts begin with START_ID,
-    and what is longer than `max_length` loses its beginning, as with lm_eval's model `hf`.
+    Requests are worked on by length, longest first, in batches of a bounded number of tokens. Texts begin with
+    START_ID, and what is longer than `max_length` loses its beginning, as with lm_eval's model `hf`.
     """
 
     def __init__(
@@ -64,9 +64,7 @@ class HarnessModel(TemplateLM):
         """Token ids, with START_ID in front unless told otherwise."""
         return [START_ID] * (add_special_tokens is not False) + self.model.tokenizer.encode(string)
 
-    def _loglikelihood_tokens(
-        self, requests: Iterable, disable_tqdm: bool = False, **_
-    ) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: Iterable, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
         """(texts, context ids, continuation ids) -> sum of log probabilities, and whether greedy decoding writes it."""
         requests = list(requests)
         sequences = [(context + continuation)[-self.max_length - 1 :] for _, context, continuation in requests]
@@ -202,3 +200,12 @@ def evaluate(
     return lm_eval.simple_evaluate(
         HarnessModel(model), tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot, limit=limit
     )
+
+
+def plain_metrics(metrics: dict) -> dict[str, float]:
+    """A task's entry of "results" as {"acc": 0.5, "acc_stderr": 0.01}, without the name of the filter `none`."""
+    return {
+        name.removesuffix(",none"): value
+        for name, value in metrics.items()
+        if isinstance(value, (int, float)) and name != "sample_len"
+    }

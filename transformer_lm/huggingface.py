@@ -12,7 +12,6 @@ import base64
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import re
 import shutil
@@ -60,7 +59,7 @@ def save(folder: Path, model: TransformerConfig, params: models.Params, step: in
     hub = optional_import("huggingface_hub", "hf", "The export")
     architecture = architectures.architecture_of(model)
     sizes = architecture.sizes(model)
-    rows = {row.name.format(i=i): (row, i) for row, i in _layered(architecture.tensors(model), sizes)}
+    rows = {row.name.format(i=i): (row, i) for row, i in layered(architecture.tensors(model), sizes)}
     split = hub.split_state_dict_into_shards_factory(
         {name: row.shape(sizes) for name, (row, _) in rows.items()},
         get_storage_size=lambda shape: 4 * int(np.prod(shape)),
@@ -78,7 +77,7 @@ def save(folder: Path, model: TransformerConfig, params: models.Params, step: in
         tensors, metadata = {}, {"format": "pt"}  # which transformers 4 asks for
         for name in names:
             row, i = rows[name]
-            ours = _parameters(params, row, i)
+            ours = parameters(params, row, i)
             tensors[name] = np.ascontiguousarray(row.export(sizes, *ours))
             if row.rounds:
                 metadata[f"{OURS}:{name}"] = base64.b64encode(ours[0].astype("<f4").tobytes()).decode()
@@ -88,14 +87,14 @@ def save(folder: Path, model: TransformerConfig, params: models.Params, step: in
         write_json(folder / INDEX_FILE, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
 
-def _layered(rows: tuple[Tensor, ...], sizes: Sizes) -> Iterator[tuple[Tensor, int]]:
+def layered(rows: tuple[Tensor, ...], sizes: Sizes) -> Iterator[tuple[Tensor, int]]:
     """Every row with every layer it has."""
     for row in rows:
         for i in range(sizes.layers if "{i}" in row.name else 1):
             yield row, i
 
 
-def _parameters(params: models.Params, row: Tensor, layer: int) -> list[np.ndarray]:
+def parameters(params: models.Params, row: Tensor, layer: int) -> list[np.ndarray]:
     """What a row is made of."""
     found = [functools.reduce(lambda tree, key: tree[key], name.split("."), params) for name in row.ours]
     return [array[layer] if name.startswith("blocks.") else array for name, array in zip(row.ours, found, strict=True)]
@@ -121,7 +120,7 @@ def load(folder: epath.Path) -> tuple[TransformerConfig, models.Params, int]:
             name = row.name.format(i=i)
             theirs = tensors[name].get_tensor(name)
             if row.restore is None:
-                ours = _parameters(params, row, i)
+                ours = parameters(params, row, i)
             else:
                 ours = _restored(row, sizes, theirs, (tensors[name].metadata() or {}).get(f"{OURS}:{name}"))
                 _place(params, row, i, sizes.layers, ours)
@@ -193,8 +192,8 @@ def _checked(
     expected = sum(sizes.layers if "{i}" in row.name else 1 for row in rows)
     if expected != len(tensors):  # before a list is made that is as long as config.json pleases
         raise UserError(f"{folder}: the network of {CONFIG_FILE} has {expected} tensors, the files {len(tensors)}.")
-    layered = list(_layered(rows, sizes))
-    for row, i in layered:
+    found = list(layered(rows, sizes))
+    for row, i in found:
         name = row.name.format(i=i)
         if name not in tensors:
             raise UserError(f"{folder}: the tensor {name} is missing.")
@@ -205,7 +204,7 @@ def _checked(
                 f"{folder}: the tensor {name} is {dtype}{list(shape)}, and must be F32{list(row.shape(sizes))}; "
                 "export writes float32 alone."
             )
-    return layered
+    return found
 
 
 def _restored(row: Tensor, sizes: Sizes, theirs: np.ndarray, kept: str | None) -> tuple[np.ndarray, ...]:

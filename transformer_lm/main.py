@@ -3,13 +3,15 @@
 python3 main.py --workdir=logs/japanese_0.1b_v1 --config=configs/japanese_0.1b_v1.py [--config.field=value ...]
 """
 
-from transformer_lm import cli, preparation, train
+from transformer_lm import checkpoints, cli, preparation, train
 from transformer_lm.recipe import Recipe
 
 
 def main(recipe: Recipe, workdir: str):
     """Runs the recipe in the workdir."""
-    train.train_and_evaluate(recipe, preparation.prepare(recipe.data, workdir), workdir)
+    initial_tokenizer = checkpoints.initial_tokenizer(recipe.init_from, recipe.model, workdir)
+    data = preparation.prepare(recipe.data, workdir, tokenizer_source=initial_tokenizer)
+    train.train_and_evaluate(recipe, data, workdir)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,9 @@ def _section(title: str, content: str) -> str:
 
 
 def _table(values: dict[str, Any]) -> str:
-    rows = [f"| {name} | {value:.4g} |" if name != "step" else f"| step | {value:,} |" for name, value in values.items()]
+    rows = [
+        f"| {name} | {value:.4g} |" if name != "step" else f"| step | {value:,} |" for name, value in values.items()
+    ]
     return "\n".join(["| | |", "|:-|-:|", *rows])
 
 
@@ -125,9 +127,10 @@ print(model.generate("夏目漱石は、")[0]["text"])
 ```"""
 
 _JAPANESE = {
-    "about": "[日本語](#使い方) / [English](#how-to-use)\n\n{project} の事前学習済み日本語言語モデルです（{version} で書き出し）。"
-    "{layers} 層、幅 {emb}、語彙 {vocab}、パラメータ {parameters} 百万、学習 {step} ステップ。指示には従わず、文章の続きを"
-    "書きます。学習データにある誤りや偏りをそのまま書くことがあります。\n",
+    "about": "[日本語](#使い方) / [English](#how-to-use)\n\n"
+    "{project} の事前学習済み日本語言語モデルです（{version} で書き出し）。{layers} 層、幅 {emb}、語彙 {vocab}、"
+    "パラメータ {parameters} 百万、学習 {step} ステップ。指示には従わず、文章の続きを書きます。"
+    "学習データにある誤りや偏りをそのまま書くことがあります。\n",
     "scores": "評価",
     "data": "学習と評価に使ったデータ",
     "recipe": "学習の設定",

@@ -220,7 +220,9 @@ class PreparedData:
     eval: PreparedCorpus | PreparedMixture
 
 
-def prepare(config: DataConfig, workdir: str, launcher: Launcher | None = None) -> PreparedData:
+def prepare(
+    config: DataConfig, workdir: str, launcher: Launcher | None = None, tokenizer_source: epath.Path | None = None
+) -> PreparedData:
     """Makes what is missing of tokenizer, training rows and evaluation rows, and finds what is there.
 
     Args:
@@ -228,6 +230,7 @@ def prepare(config: DataConfig, workdir: str, launcher: Launcher | None = None) 
       workdir: the run's folder, local or remote.
       launcher: where datatrove's tasks do the work; None for processes of this machine, which need no datatrove
         unless there is something to clean.
+      tokenizer_source: a tokenizer to take where there is none, rather than train one.
 
     Raises:
       UserError: a dataset or split does not exist (before any long work), or its content cannot be used.
@@ -237,6 +240,8 @@ def prepare(config: DataConfig, workdir: str, launcher: Launcher | None = None) 
     evaluation = open_corpora(config.eval_dataset_name or config.dataset_name, config.eval_split, config)
     train, evaluation = (_cleaned(part, config, root, launcher) for part in (train, evaluation))
     tokenizer_path = absolute(config.vocab_path or epath.Path(workdir) / "sentencepiece_model")
+    if tokenizer_source and not tokenizer_path.exists():
+        write_atomically(tokenizer_path, tokenizer.Tokenizer.load(tokenizer_source).model)
     spm = tokenizer.load_or_train(
         tokenizer_path,
         [(corpus.texts(), corpus.weight) for corpus in train],

@@ -9,7 +9,7 @@ goes on after an interruption. Workdir and corpus must lie where all machines fi
 
 from absl import flags
 
-from transformer_lm import cli, preparation
+from transformer_lm import checkpoints, cli, preparation
 from transformer_lm.launcher import EXECUTORS, Launcher
 from transformer_lm.recipe import Recipe
 
@@ -26,7 +26,8 @@ def main(recipe: Recipe, workdir: str):
     launcher = None
     if _EXECUTOR.value:
         launcher = Launcher(_EXECUTOR.value, _TASKS.value, _WORKERS.value, _MEMORY.value, _PARTITION.value, _TIME.value)
-    preparation.prepare(recipe.data, workdir, launcher)
+    initial_tokenizer = checkpoints.initial_tokenizer(recipe.init_from, recipe.model, workdir)
+    preparation.prepare(recipe.data, workdir, launcher, initial_tokenizer)
 
 
 if __name__ == "__main__":

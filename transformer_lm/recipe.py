@@ -25,6 +25,7 @@ class Recipe:
       train: the run.
       sampling: how text is generated.
       prompts: texts to continue.
+      init_from: address of the model whose parameters the run begins with; None for random ones.
       seed: of parameters, dropout, order of data and sampling.
       fields: the recipe as it was given, for the record.
     """
@@ -35,6 +36,7 @@ class Recipe:
     train: TrainConfig
     sampling: SamplingConfig
     prompts: tuple[str, ...]
+    init_from: str | None
     seed: int
     fields: dict
 
@@ -60,6 +62,7 @@ def read(config: ConfigDict) -> Recipe:
             max_length=config.max_predict_length,
         ),
         prompts=tuple(config.prompts.split("\n")),
+        init_from=config.init_from,
         seed=config.seed,
         fields=config.to_dict(),
     )

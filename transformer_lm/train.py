@@ -31,6 +31,7 @@ from transformer_lm import (
     sharding,
 )
 from transformer_lm.errors import UserError
+from transformer_lm.tokenizer import Tokenizer
 
 LN2 = math.log(2)
 
@@ -309,9 +310,17 @@ class Reporter:
 
 
 def restore_or_init(
-    saved: checkpoints.Checkpoints, config: TrainConfig, make_state: Callable[[jax.Array], TrainState], key, placement
+    saved: checkpoints.Checkpoints,
+    config: TrainConfig,
+    make_state: Callable[[jax.Array], TrainState],
+    key,
+    placement,
+    params: models.Params | None = None,
 ) -> TrainState:
-    """The newest checkpoint of the workdir, or a fresh state where there is none or it is not wanted."""
+    """The newest checkpoint of the workdir; where there is none or it is not wanted a fresh state, of `params` if any.
+
+    The optimizer's state does not depend on the parameters' values, so that those of a fresh state may be replaced.
+    """
     if config.restore_checkpoints:
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), jax.eval_shape(make_state, key)
@@ -325,7 +334,23 @@ def restore_or_init(
             f"The workdir holds checkpoints {saved.steps}, and restore_checkpoints=False would begin again beside "
             "them; use another --workdir."
         )
-    return jax.jit(make_state, out_shardings=placement)(key)
+    state = jax.jit(make_state, out_shardings=placement)(key)
+    return state if params is None else dataclasses.replace(state, params=jax.device_put(params, placement))
+
+
+def initial_params(
+    address: str | None, model: models.TransformerConfig, tokenizer: Tokenizer, workdir: str
+) -> models.Params | None:
+    """The parameters that a run begins with, if not with random ones; raises UserError if they are of another model."""
+    initial = checkpoints.load_initial(address, model, workdir)
+    if initial is None:
+        return None
+    if Tokenizer.load(initial.tokenizer_path).fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"The tokenizer at {tokenizer.source} is not that of init_from={address}; use another --workdir and leave "
+            "vocab_path alone."
+        )
+    return initial.params
 
 
 def train_and_evaluate(recipe, data: preparation.PreparedData, workdir: str):
@@ -337,7 +362,8 @@ def train_and_evaluate(recipe, data: preparation.PreparedData, workdir: str):
       workdir: the folder of the run.
 
     Raises:
-      UserError: the workdir holds another model, the loss is not finite, or a checkpoint cannot be read or written.
+      UserError: the workdir holds another model, init_from names one that does not fit, the loss is not finite, or a
+        checkpoint cannot be read or written.
     """
     config: TrainConfig = recipe.train
     model = dataclasses.replace(recipe.model, vocab_size=data.tokenizer.vocab_size)
@@ -347,7 +373,9 @@ def train_and_evaluate(recipe, data: preparation.PreparedData, workdir: str):
     optimizer = optimizers.make_optimizer(recipe.optimizer)
     init_key, dropout_key = jax.random.split(jax.random.key(recipe.seed))
     saved = checkpoints.Checkpoints(workdir, config.keep_checkpoints)
-    state = restore_or_init(saved, config, lambda key: init_state(model, optimizer, key), init_key, placement)
+    params = initial_params(recipe.init_from, model, data.tokenizer, workdir)
+    state = restore_or_init(saved, config, lambda key: init_state(model, optimizer, key), init_key, placement, params)
+    del params
     start = int(state.step)
     if start >= config.num_train_steps:
         logging.info("Already trained to step %d of num_train_steps=%d.", start, config.num_train_steps)

@@ -62,6 +62,10 @@ def get_config() -> ml_collections.ConfigDict:
     # Compute in bfloat16 rather than float32; parameters, logits and loss are float32 either way.
     config.use_bfloat16 = True
 
+    # The model to begin with, in place of random parameters: a workdir, an original checkpoint, an exported folder or
+    # hf://OWNER/NAME. The run takes its tokenizer; the fields above must be those of its network.
+    config.init_from = config_dict.placeholder(str)
+
     # Optimizer: AdamW, linear warm-up, then inverse square root.
     config.learning_rate = 0.0016
     config.warmup_steps = 1000

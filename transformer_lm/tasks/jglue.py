@@ -1,8 +1,8 @@
 """JGLUE's files (Kurihara et al. 2022, https://github.com/yahoojapan/JGLUE), read from a folder as they are published.
 
-The folder is --tasks_data, or the environment variable JGLUE_DIR; below it a file like jcommonsenseqa-v1.3/valid-v1.3.json
-or jcommonsenseqa-valid-v1.3.json, gzipped or not, of the highest version. Prompts are those of version 0.3 ("Alpaca") of
-the Japanese tasks of Stability AI's lm-evaluation-harness, as the original's benchmark used them, without examples.
+The folder is --tasks_data, or the environment variable JGLUE_DIR. Somewhere below it lies jnli-valid-v1.3.json or
+jnli-v1.3/valid-v1.3.json, gzipped or not; of several versions the highest is taken. Prompts are version 0.3 ("Alpaca")
+of the Japanese tasks in Stability AI's lm-evaluation-harness, without examples, as in the original's benchmark.
 """
 
 import collections
