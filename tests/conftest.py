@@ -125,3 +125,27 @@ def command(name: str, workdir, *arguments: str, **fields) -> list[str]:
 def run(arguments: list[str], **options) -> subprocess.CompletedProcess:
     """Runs a command to its end."""
     return subprocess.run(arguments, capture_output=True, text=True, timeout=300, **options)
+
+
+MEMORY = """
+import json, re, sys
+from transformer_lm import checkpoints, models
+
+def peak():  # not resource's ru_maxrss, which a process inherits
+    return int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+models.count_params(models.TransformerConfig(vocab_size=8))  # what JAX takes at its first use
+before = peak()
+loaded = checkpoints.load_model(sys.argv[1])
+print(json.dumps([peak() - before, 4 * models.count_params(loaded.config)]))
+"""
+
+
+def memory_of_loading(folder: Path) -> tuple[int, int]:
+    """Bytes that loading a model takes at its peak, in a process of its own, and bytes of its parameters."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("peak memory is read from Linux's /proc")
+    done = run([sys.executable, "-c", MEMORY, str(folder)])
+    assert done.returncode == 0, done.stderr
+    used, parameters = json.loads(done.stdout)
+    return used, parameters

@@ -1,15 +1,13 @@
 """The reader of Flax's msgpack files: against Flax's own, and against hostile ones."""
 
 import io
-import json
 import random
 import struct
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+from conftest import memory_of_loading
 from flax import serialization
 
 from transformer_lm import msgpack_arrays
@@ -135,17 +133,6 @@ def test_no_such_entry():
         read(serialization.msgpack_serialize({"step": 1, "opt_state": TREE["opt_state"]}))
 
 
-MEMORY = """
-import json, resource, sys
-from transformer_lm import checkpoints, models
-models.count_params(models.TransformerConfig(vocab_size=8))  # what JAX takes at its first use
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-loaded = checkpoints.load_model(sys.argv[1])
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps([(after - before) * 1024, 4 * models.count_params(loaded.config)]))
-"""
-
-
 def test_memory_at_the_shape_of_the_published_model(tmp_path):
     """Random weights in the shape of japanese_0.1b_v1: loading takes at most 1.5 times the parameters."""
     f32 = np.float32
@@ -170,8 +157,6 @@ def test_memory_at_the_shape_of_the_published_model(tmp_path):
     }  # fmt: skip
     tree = {"step": 1, "opt_state": {"mu": embedding}, "params": {"decoder": decoder}}
     (tmp_path / "checkpoint_499999").write_bytes(serialization.msgpack_serialize(tree))
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    used, parameters = json.loads(done.stdout)
+    used, parameters = memory_of_loading(tmp_path)
     assert parameters > 500e6
     assert used < 1.5 * parameters

@@ -34,7 +34,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 OURS = "transformer_lm"  # the key of config.json, and the prefix in the metadata
-TOLERANCE = 1e-5  # of a tensor's greatest value: what is computed again, perhaps on another machine, differs less
+TOLERANCE = 1e-5  # of a tensor's greatest value: what is computed again, perhaps by another NumPy, differs less
 
 
 def is_model(folder: epath.Path) -> bool:
@@ -169,7 +169,9 @@ def _open(folder: epath.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
         if not path.exists():
             raise UserError(f"{path} is missing; copy or download the model again.")
         try:
-            opened = stack.enter_context(safetensors.safe_open(os.fspath(local_copy(path)), framework="np"))
+            opened = stack.enter_context(
+                safetensors.safe_open(os.fspath(local_copy(path)), framework="np", backend="pread")
+            )
             found |= dict.fromkeys(opened.keys(), opened)
         except (safetensors.SafetensorError, ValueError) as error:
             raise UserError(f"{path} is damaged or not a safetensors file ({_one_line(error)}).") from error
@@ -220,12 +222,16 @@ def _restored(row: Tensor, sizes: Sizes, theirs: np.ndarray, kept: str | None) -
 
 def _check_unchanged(folder: epath.Path, name: str, theirs: np.ndarray, again: np.ndarray):
     """Raises UserError where a tensor is not what would be written of it."""
-    error = np.abs(theirs - again).max(initial=0.0)
-    if not error <= TOLERANCE * np.abs(theirs).max(initial=0.0):  # NaN too
+    if not _greatest(again - theirs) <= TOLERANCE * _greatest(again):  # nor if a value is NaN
         raise UserError(
             f"{folder}: the tensor {name} is not one that export_huggingface.py writes: the model was trained or "
             "changed elsewhere, and this project's network cannot compute it any more."
         )
+
+
+def _greatest(x: np.ndarray) -> np.float32:
+    """The greatest absolute value, without an array of them."""
+    return np.maximum(x.max(), -x.min())
 
 
 def _place(params: models.Params, row: Tensor, layer: int, layers: int, ours: tuple[np.ndarray, ...]):
