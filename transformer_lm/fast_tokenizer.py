@@ -2,10 +2,10 @@
 
 The same ids for the same text; docs/huggingface.md counts where the two part. What makes them equal:
 
-- SentencePiece's normalization table maps single characters and sequences of them. `tokenizers` has the table too
-  (`Precompiled`), but looks up a whole grapheme at once and takes the first rule that fits: か + U+3099 stays in two,
-  other marks are lost. Here every character is made a grapheme of its own by a control character before it, which
-  breaks graphemes and is taken away again; then NFC composes, as the table's rules for sequences do.
+- SentencePiece's normalization tables are NFKC, and for "nmt_nfkc" some characters more that become nothing or spaces.
+  `tokenizers` can read the tables (`Precompiled`), but looks up a whole grapheme at once and takes the first rule that
+  fits: か + U+3099 stays in two, other marks are lost. So its own NFKC goes first, and leaves to the table only the
+  characters that are younger than itself.
 - No splitting into words: like SentencePiece's, the search for the best pieces runs over the whole text.
 - The names of control and byte pieces (`<s>`, `<0x41>`) are ordinary text where they stand in a text.
 """
@@ -24,8 +24,12 @@ from transformer_lm.files import write_json
 from transformer_lm.tokenizer import START_ID, UNK_ID, Tokenizer
 
 SPACE = "▁"  # U+2581, what SentencePiece writes a space as
-BREAK = "\u0001"  # a control character; graphemes end before and after it
-NORMALIZATIONS = ("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")  # tables that NFC completes
+NORMALIZATIONS = ("identity", "nfkc", "nmt_nfkc")
+# What "nmt_nfkc" has that NFKC has not (SentencePiece's builder.cc), as classes of regular expressions.
+NMT_NOTHING = r"[\x01-\x08\x0b\x0e-\x1f\x7f\x8f\x9f]"
+NMT_SPACES = r"[\t\n\f\r\u061c\u1680\u200b\u200c\u200e\u200f\u2028\u2029\u2581\ufeff\ufffd]"
+NMT_KEPT = "～"  # U+FF5E, which NFKC would make a tilde
+STAND_IN = "\ufdd0"  # a code point that is no character, and stands in no text
 
 
 def save(folder: Path, tokenizer: Tokenizer, max_length: int):
@@ -57,8 +61,8 @@ def convert(tokenizer: Tokenizer) -> Any:
     proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
     if proto.normalizer_spec.name not in NORMALIZATIONS:
         raise UserError(
-            f"{tokenizer.source} normalizes by a table of its own ({proto.normalizer_spec.name!r}), which a fast "
-            f"tokenizer cannot follow; one of {', '.join(NORMALIZATIONS)} can be exported."
+            f"{tokenizer.source} normalizes by {proto.normalizer_spec.name!r}, which a fast tokenizer cannot follow; "
+            f"one of {', '.join(NORMALIZATIONS)} can be exported."
         )
     if proto.trainer_spec.treat_whitespace_as_suffix:
         raise UserError(f"{tokenizer.source} treats white space as a suffix, which a fast tokenizer cannot follow.")
@@ -117,10 +121,14 @@ def _normalizer(tokenizers: ModuleType, spec: Any) -> Any:
     n, regex = tokenizers.normalizers, tokenizers.Regex
     steps = []
     if spec.add_dummy_prefix and not spec.remove_extra_whitespaces:
-        steps += [n.Prepend(" ")]  # before the table, which may leave nothing to put it in front of
+        steps += [n.Prepend(" ")]  # before what may leave nothing to put it in front of
+    if spec.name == "nfkc":
+        steps += [n.NFKC()]
+    if spec.name == "nmt_nfkc":
+        steps += [n.Replace(NMT_KEPT, STAND_IN), n.NFKC(), n.Replace(STAND_IN, NMT_KEPT)]
+        steps += [n.Replace(regex(NMT_NOTHING), ""), n.Replace(regex(NMT_SPACES), " ")]
     if spec.precompiled_charsmap:
-        steps += [n.Replace(regex(r"(?=[^\x00-\x7f])|(?<=\r)"), BREAK), n.Precompiled(spec.precompiled_charsmap)]
-        steps += [n.Replace(BREAK, ""), n.NFC()]
+        steps += [n.Precompiled(spec.precompiled_charsmap)]
     if spec.remove_extra_whitespaces:
         steps += [n.Replace(regex(r"\A +"), ""), n.Replace(regex(" {2,}"), " ")]
     if spec.escape_whitespaces:
