@@ -1,0 +1,232 @@
+"""The command that exports, and what becomes of its folders here: generation, evaluation, the hub, more training."""
+
+import json
+import os
+import re
+import shutil
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import FIXTURE, command, run
+from real_datasets import make_hub_cache, write_jsonl
+
+import transformer_lm
+from transformer_lm import checkpoints
+from transformer_lm.corpora import mukashi
+
+pytest.importorskip("safetensors")
+tokenizers = pytest.importorskip("tokenizers")
+
+FILES = {
+    "README.md", "config.json", "generation_config.json", "model.safetensors", "sentencepiece_model", "tokenizer.json",
+    "tokenizer_config.json",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run of six steps, with a checkpoint and an evaluation at the third too."""
+    folder = tmp_path_factory.mktemp("run")
+    done = run(command("main", folder, num_train_steps=6, eval_every_steps=3, checkpoint_every_steps=3))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def export(workdir, output, *arguments):
+    command = [sys.executable, "-m", "transformer_lm.export_huggingface", f"--workdir={workdir}", f"--output={output}"]
+    return run([*command, *arguments])
+
+
+@pytest.fixture(scope="module")
+def exported(workdir, tmp_path_factory):
+    output = tmp_path_factory.mktemp("exported") / "mukashi-tiny"
+    done = export(workdir, output)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def assert_same_params(one, other, atol=0.0):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), one, other)
+
+
+def one_line_error(done) -> str:
+    assert done.returncode == 1, done.stderr
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return error
+
+
+def test_files(workdir, exported):
+    assert {path.name for path in exported.iterdir()} == FILES
+    assert (exported / "sentencepiece_model").read_bytes() == (workdir / "sentencepiece_model").read_bytes()
+    assert len({path.stat().st_mode for path in exported.iterdir()}) == 1
+    settings = json.loads((exported / "generation_config.json").read_text())
+    assert settings == {
+        "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "do_sample": True, "temperature": 0.6, "top_k": 20,
+        "top_p": 1.0, "max_length": 16,
+    }  # fmt: skip
+    text = "昔々あるところに"
+    ids = transformer_lm.load(workdir).tokenizer.encode(text)
+    assert tokenizers.Tokenizer.from_file(str(exported / "tokenizer.json")).encode(text).ids == [0, *ids]
+
+
+def test_same_model(workdir, exported):
+    trained, loaded = checkpoints.load_model(workdir), checkpoints.load_model(exported)
+    assert (loaded.config, loaded.step) == (trained.config, 6)
+    assert_same_params(loaded.params, trained.params)
+
+
+def test_greedy_settings(workdir, tmp_path):
+    assert export(workdir, tmp_path / "out", "--config.sampling_temperature=0").returncode == 0
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["do_sample"] is False
+
+
+def test_the_originals_checkpoint(tmp_path):
+    done = export(FIXTURE, tmp_path / "out", "--config=configs/japanese_0.1b_v1.py")
+    assert done.returncode == 0, done.stderr
+    original, loaded = checkpoints.load_model(FIXTURE), checkpoints.load_model(tmp_path / "out")
+    assert (loaded.config, loaded.step) == (original.config, 499_999)
+    assert_same_params(loaded.params, original.params)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "学習 499,999 ステップ" in card
+    assert "learning_rate" not in card  # nobody knows
+
+
+class TestModelCard:
+    def test_says_what_the_workdir_knows(self, workdir, exported):
+        card = (exported / "README.md").read_text()
+        recorded = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        last = [line for line in recorded if "eval_loss" in line][-1]
+        manifests = [json.loads(path.read_text()) for path in (workdir / "prepared").glob("*/manifest.json")]
+        assert len(manifests) == 2
+        for words in ("## 使い方", "## How to use"):
+            assert words in card
+        for name in ("eval_loss", "eval_bits_per_char"):
+            assert card.count(f"| {name} | {last[name]:.4g} |") == 2  # in both languages
+        for manifest in manifests:
+            counts = " | ".join(f"{manifest[name]:,}" for name in ("documents", "characters", "bytes", "tokens"))
+            assert card.count(f"| mukashi | {manifest['split']} | {counts} |") == 2
+        recipes = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", card, re.DOTALL)]
+        assert len(recipes) == 2
+        assert recipes[0] == recipes[1]
+        assert recipes[0]["num_layers"] == 2
+
+    def test_front_matter(self, exported):
+        yaml = pytest.importorskip("yaml")
+        head = (exported / "README.md").read_text().split("---\n")[1]
+        assert yaml.safe_load(head)["language"] == "ja"
+
+    def test_tells_no_paths(self, tmp_path):
+        """A corpus in somebody's home is named without its folder."""
+        texts = [mukashi.tale(number) for number in range(60)]
+        write_jsonl(tmp_path / "tales.jsonl", texts)
+        corpus = f"jsonl:{tmp_path}/tales.jsonl"
+        changes = {"dataset_name": corpus, "eval_dataset_name": corpus, "train_split": "train", "eval_split": "train"}
+        done = run(command("main", tmp_path / "run", num_train_steps=1, **changes))
+        assert done.returncode == 0, done.stderr
+        assert export(tmp_path / "run", tmp_path / "out").returncode == 0
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "| jsonl:tales.jsonl | train | 60 |" in card
+        assert str(tmp_path) not in card
+
+
+def test_generates_the_same_text(workdir, exported):
+    def texts(folder):
+        arguments = ["--output=jsonl", "--num_generated_texts=2", "--config.max_predict_length=24"]
+        done = run([sys.executable, "-m", "transformer_lm.generate_text", f"--workdir={folder}", *arguments,
+                    "--config.prompts=昔々あるところに", "--config.use_bfloat16=False"])  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert texts(exported) == texts(workdir)
+
+
+def test_by_its_address_on_the_hub(exported, tmp_path):
+    """From the hub's cache, and nothing is fetched of a repository that is none of ours."""
+    files = {path.name: path.read_bytes() for path in exported.iterdir()}
+    make_hub_cache(tmp_path / "ours", "someone/mukashi-tiny", files, kind="models")
+    make_hub_cache(tmp_path / "other", "someone/llama", {"config.json": b"{}", "model.safetensors": b""}, kind="models")
+    code = "import sys, transformer_lm; print(transformer_lm.load(sys.argv[1]).score(['昔々'])[0].log_prob)"
+
+    def score(address, home):
+        environment = os.environ | {"HF_HOME": str(tmp_path / home), "HF_HUB_OFFLINE": "1"}
+        return run([sys.executable, "-c", code, str(address)], env=environment)
+
+    assert score("hf://someone/mukashi-tiny", "ours").stdout == score(exported, "ours").stdout != ""
+    done = score("hf://someone/llama", "other")
+    assert "hf://someone/llama is no model of this project: it has no sentencepiece_model" in done.stderr
+
+
+class TestErrors:
+    def test_output_is_not_empty(self, workdir, tmp_path):
+        (tmp_path / "mine.txt").write_text("keep")
+        assert "exists and is not an empty folder" in one_line_error(export(workdir, tmp_path))
+        assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+    @pytest.mark.parametrize("output", ["", "gs://bucket/folder"])
+    def test_output_is_no_folder(self, workdir, output):
+        assert "must name a local folder" in one_line_error(export(workdir, output))
+
+    def test_no_model(self, tmp_path):
+        assert "No model in" in one_line_error(export(tmp_path, tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+
+    def test_leaves_nothing_half_written(self, workdir, tmp_path):
+        shutil.copytree(workdir, tmp_path / "run")
+        model = (tmp_path / "run" / "sentencepiece_model").read_bytes()
+        (tmp_path / "run" / "sentencepiece_model").write_bytes(model[:100])
+        assert "is not a SentencePiece model" in one_line_error(export(tmp_path / "run", tmp_path / "out"))
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+class TestInitFrom:
+    """Training that goes on from a model elsewhere."""
+
+    @pytest.fixture(scope="class", params=["workdir", "exported"])
+    def source(self, request):
+        return request.getfixturevalue(request.param)
+
+    def start(self, folder, source, **changes):
+        return run(command("main", folder, num_train_steps=1, init_from=source, learning_rate=1e-30, **changes))
+
+    def test_begins_with_its_parameters(self, source, tmp_path):
+        done = self.start(tmp_path, source)
+        assert done.returncode == 0, done.stderr
+        begun = checkpoints.load_model(tmp_path)
+        assert begun.step == 1
+        assert_same_params(begun.params, checkpoints.load_model(source).params, atol=1e-25)  # but for a step of 1e-30
+        assert (tmp_path / "sentencepiece_model").read_bytes() == (source / "sentencepiece_model").read_bytes()
+
+    def test_the_originals_checkpoint(self, tmp_path):
+        sizes = {"emb_dim": 32, "qkv_dim": 32, "mlp_dim": 64}
+        done = self.start(tmp_path, FIXTURE, **sizes)
+        assert done.returncode == 0, done.stderr
+        assert_same_params(checkpoints.load_model(tmp_path).params, checkpoints.load_model(FIXTURE).params, atol=1e-25)
+
+    def test_goes_on_without_it(self, exported, tmp_path):
+        source = tmp_path / "source"
+        shutil.copytree(exported, source)
+        assert self.start(tmp_path / "run", source).returncode == 0
+        shutil.rmtree(source)
+        again = command("main", tmp_path / "run", num_train_steps=2, init_from=source)
+        done = run(again)
+        assert done.returncode == 0, done.stderr
+        assert checkpoints.load_model(tmp_path / "run").step == 2
+
+    def test_prepare_data_takes_its_tokenizer(self, exported, tmp_path):
+        done = run(command("prepare_data", tmp_path, init_from=exported))
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "sentencepiece_model").read_bytes() == (exported / "sentencepiece_model").read_bytes()
+
+    def test_another_network(self, exported, tmp_path):
+        error = one_line_error(self.start(tmp_path, exported, num_layers=3))
+        assert f"init_from={exported} holds a model with num_layers=2, but this run has num_layers=3" in error
+        assert not (tmp_path / "prepared").exists()  # before any long work
+
+    def test_another_tokenizer(self, exported, tmp_path):
+        shutil.copy(FIXTURE / "sentencepiece_model", tmp_path)
+        assert "is not that of init_from=" in one_line_error(self.start(tmp_path, exported))
+
+    def test_nothing_there(self, tmp_path):
+        assert "No model at" in one_line_error(self.start(tmp_path / "run", tmp_path / "nothing"))
