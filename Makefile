@@ -1,5 +1,6 @@
 # make demo   train a small model in front of your eyes, and read what it writes (some minutes on 2 cores)
-# make test   all tests
+# make test   all tests that need no PyTorch
+# make test-interop  the exported models in PyTorch: installs it (the extra interop), and tests against it
 # make lint   formatting and linting
 # make bench  the benchmarks, with what they are measured against
 
@@ -7,12 +8,15 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-interop lint bench clean
 demo: $(VENV)/core
 	$(VENV)/bin/python -m transformer_lm.demo
 
 test: $(VENV)/dev
 	$(VENV)/bin/python -m pytest
+
+test-interop: $(VENV)/interop
+	$(VENV)/bin/python -m pytest tests/interop
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff format --check .
