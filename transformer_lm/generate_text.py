@@ -6,7 +6,8 @@ python3 generate_text.py --workdir=logs/japanese_0.1b_v1 --config=configs/japane
 
 --workdir is a workdir of main.py, a folder with the original's checkpoint_N and sentencepiece_model, such a
 checkpoint_N, a folder that export_huggingface.py wrote, or a model of the Hugging Face hub:
-hf://fukugawa/transformer-lm-japanese-0.1b@v1. The network is the one that lies there; of the recipe only sampling_*, max_predict_length, prompts (one a line), use_bfloat16 and seed count.
+hf://fukugawa/transformer-lm-japanese-0.1b@v1. The network is the one that lies there; of the recipe only sampling_*,
+max_predict_length, prompts (one a line), use_bfloat16 and seed count.
 Without --config, the workdir's own recipe is taken.
 """
 

@@ -4,6 +4,7 @@ Importing this module registers the model `transformer_lm` with lm_eval, whose `
 model_args={"address": ...})` then finds it; `evaluate` is that with the project's tasks.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,10 +17,10 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
 
-from transformer_lm import architectures, language_model, sampler
+from transformer_lm import architectures, fast_tokenizer, language_model, sampler
 from transformer_lm.errors import UserError
 from transformer_lm.language_model import LanguageModel
-from transformer_lm.tokenizer import EOS_ID, START_ID, UNK_ID
+from transformer_lm.tokenizer import EOS_ID, START_ID
 
 TASKS = Path(__file__).parent / "tasks"
 MAX_NEW_TOKENS = 256  # lm_eval's own default
@@ -119,6 +120,11 @@ class HarnessModel(TemplateLM):
             self.cache_hook.add_partial("generate_until", requests[number].args, answer)
         return [answers[number] for number in range(len(requests))]
 
+    @functools.cached_property
+    def _fast_tokenizer(self):
+        """Makes texts of tokens, also of bytes that are no whole character, as for users of the exported model."""
+        return fast_tokenizer.convert(self.model.tokenizer)
+
     def _prompt(self, text: str, settings: dict) -> list[int]:
         """Ids of a prompt without START_ID, shortened from the left to leave room for the answer."""
         room = self.max_length - settings["max_gen_toks"]
@@ -146,7 +152,7 @@ class HarnessModel(TemplateLM):
             )
             for number, [more] in zip(list(tokens), written, strict=False):
                 tokens[number] = (tokens[number] + more.tokens)[:limit]
-                text = self.model.tokenizer.decode(token for token in tokens[number] if token != UNK_ID)
+                text = self._fast_tokenizer.decode(tokens[number])
                 answer = postprocess_generated_text(text, settings.get("until"), None)
                 if more.finished or len(tokens[number]) == limit or answer != text:
                     answers[number] = answer

@@ -65,22 +65,13 @@ def compare(both, tasks, folder, limit):
             mine = ours[sample["doc_id"]]
             assert mine["arguments"] == sample["arguments"]
             if task.startswith("jsquad"):
-                assert_same_text(mine["resps"][0][0], sample["resps"][0][0])
-                assert mine["f1"] == pytest.approx(sample["f1"], abs=0.02)
+                assert mine["resps"] == sample["resps"]
+                assert (mine["exact_match"], mine["f1"]) == (sample["exact_match"], sample["f1"])
             else:
                 for (one,), (other,) in zip(mine["resps"], sample["resps"], strict=True):
                     assert one[0] == pytest.approx(other[0], abs=1e-3)
                     assert one[1] == other[1]
                 assert (mine["acc"], mine["acc_norm"]) == (sample["acc"], sample["acc_norm"])
-
-
-def assert_same_text(one: str, other: str):
-    """Up to the first broken character; from there on the two tokenizers make different signs of the same bytes."""
-    if "\ufffd" in one + other:
-        one, other = one.split("\ufffd")[0], other.split("\ufffd")[0]
-        length = min(len(one), len(other))  # a whole character in the same run of bytes may be lost, too
-        one, other = one[:length], other[:length]
-    assert one == other
 
 
 def test_the_four_tasks(both, made):
@@ -111,5 +102,4 @@ def test_generation_until(both):
     ]
     found = harness.HarnessModel(model).generate_until(requests, disable_tqdm=True)
     expected = theirs.generate_until(requests, disable_tqdm=True)
-    for one, other in zip(found, expected, strict=True):
-        assert_same_text(one, other)
+    assert found == expected
