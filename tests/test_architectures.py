@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from transformer_lm import architectures, huggingface, models
+from transformer_lm import architectures, exported_model, models
 
 SHAPES = {
     "square": {"emb_dim": 16, "num_heads": 2, "num_layers": 2, "qkv_dim": 16, "mlp_dim": 32},
@@ -33,8 +33,8 @@ def theirs(config: models.TransformerConfig, params: models.Params) -> dict[str,
     sizes = architectures.GPT2.sizes(config)
     rows = architectures.GPT2.tensors(config)
     return {
-        row.name.format(i=i): row.export(sizes, *huggingface.parameters(params, row, i))
-        for row, i in huggingface.layered(rows, sizes)
+        row.name.format(i=i): row.export(sizes, *exported_model.parameters(params, row, i))
+        for row, i in exported_model.layered(rows, sizes)
     }
 
 
@@ -91,7 +91,7 @@ def test_shapes_are_as_the_table_says(shape):
     config = config_of(shape)
     sizes = architectures.GPT2.sizes(config)
     found = theirs(config, random_params(config))
-    for row, i in huggingface.layered(architectures.GPT2.tensors(config), sizes):
+    for row, i in exported_model.layered(architectures.GPT2.tensors(config), sizes):
         tensor = found[row.name.format(i=i)]
         assert (tensor.shape, tensor.dtype) == (row.shape(sizes), np.float32), row.name
 

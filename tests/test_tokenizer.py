@@ -43,7 +43,22 @@ def test_training_is_deterministic_and_unigram():
     spm = tokenizer.Tokenizer(models[0])
     assert spm.vocab_size == 900
     processor = sentencepiece.SentencePieceProcessor(model_proto=models[0])
-    assert len({processor.get_score(i) for i in range(3, 900)}) > 500  # BPE's scores would be -0, -1, -2, ...
+    assert len({processor.get_score(i) % 1 for i in range(3, 900)}) > 100  # BPE's scores would be -0, -1, -2, ...
+
+
+def test_cuts_alike_wherever_it_stands():
+    """Scores are round, so that no rounding decides between ways to cut that are equally good."""
+    texts = [mukashi.tale(number) + "…" * (number % 9) for number in range(100)]
+    model = tokenizer.train([(texts, 1.0)], vocab_size=1000, max_corpus_chars=100_000, options="--byte_fallback=true")
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    scores = [processor.get_score(i) for i in range(processor.vocab_size())]
+    assert all((score * 256).is_integer() for score in scores)
+    spm = tokenizer.Tokenizer(model)
+    dots = [piece for piece in spm.pieces("「" + "…" * 17) if set(piece) == {"."}]
+    assert len(dots) > 3
+    for number in range(100):
+        pieces = spm.pieces(mukashi.tale(number) + "「" + "…" * 17)
+        assert [piece for piece in pieces if set(piece) == {"."}] == dots
 
 
 def test_options_are_passed_through():

@@ -19,7 +19,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from transformer_lm import files, hub, huggingface, models, msgpack_arrays
+from transformer_lm import exported_model, files, hub, models, msgpack_arrays
 from transformer_lm.errors import UserError
 from transformer_lm.files import absolute, local_copy, read_json, write_atomically
 from transformer_lm.msgpack_arrays import StoredArray
@@ -172,11 +172,11 @@ def load_model(address: os.PathLike | str) -> LoadedModel:
     numbered = [(int(match[1]), child) for child in path.iterdir() if (match := _ORIGINAL_NAME.fullmatch(child.name))]
     if numbered:
         return _load_original(max(numbered)[1])
-    if huggingface.is_model(path):
-        return LoadedModel(*huggingface.load(path), path / TOKENIZER_FILE)
+    if exported_model.is_model(path):
+        return LoadedModel(*exported_model.load(path), path / TOKENIZER_FILE)
     raise UserError(
         f"No model in {path}: neither a trained workdir ({CONFIG_FILE} and {CHECKPOINTS_DIR}/), nor an original "
-        f"checkpoint (checkpoint_N), nor an exported folder ({huggingface.WEIGHTS_FILE})."
+        f"checkpoint (checkpoint_N), nor an exported folder ({exported_model.WEIGHTS_FILE})."
     )
 
 

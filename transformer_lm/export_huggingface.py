@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import flags, logging
 
-from transformer_lm import architectures, checkpoints, cli, fast_tokenizer, files, huggingface, model_card
+from transformer_lm import architectures, checkpoints, cli, exported_model, fast_tokenizer, files, model_card
 from transformer_lm.errors import UserError
 from transformer_lm.recipe import Recipe
 from transformer_lm.sampler import SamplingConfig
@@ -40,7 +40,7 @@ def export(address: str, output: Path, sampling: SamplingConfig):
     temporary = output.with_name(f"{output.name}.tmp{uuid.uuid4().hex}")
     temporary.mkdir(parents=True)
     try:
-        huggingface.save(temporary, loaded.config, loaded.params, loaded.step)
+        exported_model.save(temporary, loaded.config, loaded.params, loaded.step)
         fast_tokenizer.save(temporary, tokenizer, positions)
         files.write_json(temporary / "generation_config.json", _generation_settings(sampling, positions))
         (temporary / checkpoints.TOKENIZER_FILE).write_bytes(tokenizer.model)

@@ -17,7 +17,7 @@ from test_architectures import SHAPES, config_of, random_params
 from test_fast_tokenizer import PARTS
 
 import transformer_lm
-from transformer_lm import checkpoints, export_huggingface, huggingface, models, sampler
+from transformer_lm import checkpoints, export_huggingface, exported_model, models, sampler
 from transformer_lm.corpora import mukashi
 from transformer_lm.sampler import SamplingConfig
 from transformer_lm.tokenizer import EOS_ID, START_ID
@@ -63,7 +63,7 @@ class TestRandomNetworks:
         """(our config, our parameters, theirs)."""
         config = config_of(shape)
         params = random_params(config)
-        huggingface.save(tmp_path, config, params, 1)
+        exported_model.save(tmp_path, config, params, 1)
         return config, params, load(tmp_path)
 
     def test_logits(self, both):
@@ -104,7 +104,7 @@ def test_the_published_shape(tmp_path):
     """12 x 768 with 30,000 pieces."""
     config = models.TransformerConfig(30_000, emb_dim=768, num_heads=12, num_layers=12, qkv_dim=768, mlp_dim=3072)
     params = jax.tree.map(np.asarray, jax.jit(models.init, static_argnums=0)(config, jax.random.key(0)))
-    huggingface.save(tmp_path, config, params, 1)
+    exported_model.save(tmp_path, config, params, 1)
     ids = random_ids(2, 64, 30_000)
     assert_close(logits_of(load(tmp_path), ids), our_logits(config, params, ids))
 

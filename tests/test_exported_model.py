@@ -12,7 +12,7 @@ from conftest import memory_of_loading
 from etils import epath
 from test_architectures import SHAPES, config_of, random_params
 
-from transformer_lm import architectures, checkpoints, huggingface, models
+from transformer_lm import architectures, checkpoints, exported_model, models
 from transformer_lm.errors import UserError
 
 safetensors = pytest.importorskip("safetensors")
@@ -31,7 +31,7 @@ def exported(tmp_path):
     """A folder with a small model, its config and its parameters."""
     config = config_of("square")
     params = random_params(config)
-    huggingface.save(tmp_path, config, params, 7)
+    exported_model.save(tmp_path, config, params, 7)
     return epath.Path(tmp_path), config, params
 
 
@@ -51,8 +51,8 @@ def change_tensors(folder, change):
 def test_round_trip(tmp_path, shape):
     config = config_of(shape)
     params = random_params(config)
-    huggingface.save(tmp_path, config, params, 7)
-    found, loaded, step = huggingface.load(epath.Path(tmp_path))
+    exported_model.save(tmp_path, config, params, 7)
+    found, loaded, step = exported_model.load(epath.Path(tmp_path))
     assert (found, step) == (config, 7)
     assert_same(loaded, params)
 
@@ -60,7 +60,7 @@ def test_round_trip(tmp_path, shape):
 def test_several_files(tmp_path):
     config = config_of("square")
     params = random_params(config)
-    huggingface.save(tmp_path, config, params, 7, max_shard=20_000)
+    exported_model.save(tmp_path, config, params, 7, max_shard=20_000)
     assert not (tmp_path / "model.safetensors").exists()
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
@@ -69,12 +69,12 @@ def test_several_files(tmp_path):
     assert sorted(set(index["weight_map"].values())) == files
     sizes = [path.stat().st_size for path in tmp_path.glob("*.safetensors")]
     assert index["metadata"]["total_size"] <= sum(sizes)
-    _, loaded, _ = huggingface.load(epath.Path(tmp_path))
+    _, loaded, _ = exported_model.load(epath.Path(tmp_path))
     assert_same(loaded, params)
 
     (tmp_path / files[1]).unlink()
     with pytest.raises(UserError, match=rf"{files[1]} is missing"):
-        huggingface.load(epath.Path(tmp_path))
+        exported_model.load(epath.Path(tmp_path))
 
 
 def test_nothing_but_json_and_safetensors(exported):
@@ -86,7 +86,7 @@ def test_saved_again_by_others(exported):
     """Without our metadata the scales come back to the last bit or two, all else as it was."""
     folder, _, params = exported
     change_tensors(folder, lambda tensors: None)
-    _, loaded, _ = huggingface.load(folder)
+    _, loaded, _ = exported_model.load(folder)
     found, expected = (jax.tree_util.tree_leaves_with_path(tree) for tree in (loaded, params))
     for (path, one), (_, other) in zip(found, expected, strict=True):
         if path[-1].key == "scale":
@@ -102,7 +102,7 @@ def test_metadata_that_lie(exported, kept):
     tensors = safetensors_numpy.load_file(folder / "model.safetensors")
     metadata = {f"transformer_lm:{name}": kept for name in tensors}
     safetensors_numpy.save_file(tensors, folder / "model.safetensors", metadata)
-    _, loaded, _ = huggingface.load(folder)
+    _, loaded, _ = exported_model.load(folder)
     np.testing.assert_allclose(loaded["norm"]["scale"], params["norm"]["scale"], rtol=3e-7)
 
 
@@ -127,7 +127,7 @@ def test_changed_since(exported, name, where, value):
 
     change_tensors(folder, change)
     with pytest.raises(UserError, match=rf"{name} is not one that export_huggingface.py writes"):
-        huggingface.load(folder)
+        exported_model.load(folder)
 
 
 def foreign(content):
@@ -189,7 +189,7 @@ def test_other_configs(exported, change, words):
     folder, _, _ = exported
     change_config(folder, change)
     with pytest.raises(UserError, match=words):
-        huggingface.load(folder)
+        exported_model.load(folder)
 
 
 def test_sizes_that_agree_with_each_other_but_not_with_the_file(exported):
@@ -204,7 +204,7 @@ def test_sizes_that_agree_with_each_other_but_not_with_the_file(exported):
 
         change_config(folder, change)
         with pytest.raises(UserError, match=words):
-            huggingface.load(folder)
+            exported_model.load(folder)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_config_that_is_none(exported, content, words):
     folder, _, _ = exported
     (folder / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=words):
-        huggingface.load(folder)
+        exported_model.load(folder)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_names_in_an_index_stay_in_the_folder(exported, name):
     safetensors_numpy.save_file(tensors, folder.parent / "secret.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, name)}))
     with pytest.raises(UserError, match="weight_map is not a map to"):
-        huggingface.load(folder)
+        exported_model.load(folder)
 
 
 def header(content: dict | bytes, data: bytes = b"", size: int | None = None) -> bytes:
@@ -265,7 +265,7 @@ def test_files_that_are_no_safetensors(exported, content):
     folder, _, _ = exported
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="is damaged or not a safetensors file"):
-        huggingface.load(folder)
+        exported_model.load(folder)
 
 
 @pytest.mark.parametrize("kind", ["missing", "shape", "dtype", "extra"])
@@ -285,7 +285,7 @@ def test_other_tensors(exported, kind):
     change_tensors(folder, change)
     words = {"missing": "lm_head.weight is missing", "extra": "has 29 tensors, the files 30"}
     with pytest.raises(UserError, match=words.get(kind, "lm_head.weight is F.* must be F32")):
-        huggingface.load(folder)
+        exported_model.load(folder)
 
 
 def test_mutated_files(exported):
@@ -307,7 +307,7 @@ def test_mutated_files(exported):
                     content[place:place] = content[: rng.randint(1, 20)]
             (folder / name).write_bytes(bytes(content))
             with contextlib.suppress(UserError):
-                huggingface.load(folder)
+                exported_model.load(folder)
         (folder / name).write_bytes(whole)
 
 
@@ -317,10 +317,10 @@ def test_memory_at_the_published_shape(tmp_path):
     rng = np.random.default_rng(0)
     shapes = models.abstract_params(config)
     params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), shapes)
-    huggingface.save(tmp_path, config, params, 1)
+    exported_model.save(tmp_path, config, params, 1)
     used, parameters = memory_of_loading(tmp_path)
     assert used < 2 * parameters
-    _, loaded, _ = huggingface.load(epath.Path(tmp_path))
+    _, loaded, _ = exported_model.load(epath.Path(tmp_path))
     assert_same(loaded, params)
 
 
