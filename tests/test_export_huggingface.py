@@ -214,6 +214,12 @@ class TestInitFrom:
         assert done.returncode == 0, done.stderr
         assert checkpoints.load_model(tmp_path / "run").step == 2
 
+    def test_killed_in_its_first_save(self, exported, tmp_path):
+        (tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp").mkdir(parents=True)
+        assert self.start(tmp_path, exported).returncode == 0
+        begun = checkpoints.load_model(tmp_path)
+        assert_same_params(begun.params, checkpoints.load_model(exported).params, atol=1e-25)
+
     def test_prepare_data_takes_its_tokenizer(self, exported, tmp_path):
         done = run(command("prepare_data", tmp_path, init_from=exported))
         assert done.returncode == 0, done.stderr

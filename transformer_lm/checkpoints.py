@@ -195,7 +195,8 @@ def load_initial(
     Raises:
       UserError: there is no such model, or it is another network than the run's.
     """
-    if not address or files.children(epath.Path(workdir) / CHECKPOINTS_DIR):
+    kept = (child.name for child in files.children(epath.Path(workdir) / CHECKPOINTS_DIR))
+    if not address or any(map(str.isdigit, kept)):  # others are what an interrupted first save left
         return None
     loaded = load_model(address)
     wanted = dataclasses.replace(model, vocab_size=loaded.config.vocab_size)  # which the tokenizer decides
@@ -234,7 +235,7 @@ def _check_same_network(place: str, before: models.TransformerConfig, model: mod
         if old != new:
             raise UserError(
                 f"{place} holds a model with {name}={old}, but this run has {name}={new}; "
-                "use its value, or another place."
+                "use its value, or name another."
             )
 
 

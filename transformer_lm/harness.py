@@ -25,7 +25,7 @@ from transformer_lm.tokenizer import EOS_ID, START_ID
 TASKS = Path(__file__).parent / "tasks"
 MAX_NEW_TOKENS = 256  # lm_eval's own default
 FIRST_NEW_TOKENS = 32  # of the first round of an answer: most are short
-BATCH_TOKENS = 16_384  # of prompts and answers that are generated at once: their keys and values are kept
+BATCH_TOKENS = 8_192  # of prompts and answers that are generated at once: their keys and values are kept
 
 
 @register_model("transformer_lm")
@@ -73,8 +73,8 @@ class HarnessModel(TemplateLM):
             scored = self.model.score_tokens(sequences, report=bar.update)
         answers = []
         for (texts, _, continuation), (log_probs, greedy) in zip(requests, scored, strict=True):
-            size = len(continuation)
-            answers.append((float(log_probs[-size:].sum(dtype="float64")), bool(greedy[-size:].all())))
+            start = len(log_probs) - len(continuation)
+            answers.append((float(log_probs[start:].sum(dtype="float64")), bool(greedy[start:].all())))
             if texts is not None:  # a window of a text has none of its own
                 self.cache_hook.add_partial("loglikelihood", texts, answers[-1])
         return answers
