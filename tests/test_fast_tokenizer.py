@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from transformer_lm import fast_tokenizer, tokenizer
+from transformer_lm.configs import mukashi as mukashi_recipe
 from transformer_lm.corpora import mukashi
 from transformer_lm.errors import UserError
 
@@ -27,6 +28,7 @@ MODELS = {
     "no dummy prefix": f"{KEEP_ALL} --add_dummy_prefix=false",
     "nfkc": "--byte_fallback=true --normalization_rule_name=nfkc",
     "user-defined": f"{KEEP_ALL} --user_defined_symbols=<sep>,お爺さん",
+    "user-defined, bpe": "--model_type=bpe --user_defined_symbols=お爺さん,お爺,。,昔々あるところに",
     "bpe": f"--model_type=bpe {KEEP_ALL}",
     "bpe, default": "--model_type=bpe",
 }
@@ -166,6 +168,19 @@ def test_every_character(pair, name):
     assert different(*pair(name), texts) == []
 
 
+def test_the_demos_model():
+    config = mukashi_recipe.get_config()
+    texts = [mukashi.tale(number) for number in range(3_000)]
+    model = tokenizer.train(
+        [(texts, 1.0)], vocab_size=config.vocab_size, max_corpus_chars=1_000_000, options=config.spm_train_options
+    )
+    slow = tokenizer.Tokenizer(model)
+    fast = fast_of(slow)
+    unseen = [mukashi.tale(number) for number in range(40_000, 42_000)]
+    assert different(slow, fast, unseen) == []
+    assert fast.decode_batch([slow.encode(text) for text in unseen]) == unseen
+
+
 def test_begins_with_the_start():
     slow = tokenizer.Tokenizer.load(FIXTURE / "sentencepiece_model")
     text = "夏目漱石は、"
@@ -178,7 +193,7 @@ def test_begins_with_the_start():
         ({"model_type": "char"}, "model_type=char"),
         ({"model_type": "word"}, "model_type=word"),
         ({"normalization_rule_name": "nfkc_cf"}, "normalizes by 'nfkc_cf'"),
-        ({"model_type": "bpe", "user_defined_symbols": "<sep>"}, "bpe without user_defined_symbols"),
+        ({"user_defined_symbols": "！"}, "normalization changes the user-defined symbol '！'"),
         ({"treat_whitespace_as_suffix": True}, "white space as a suffix"),
     ],
 )

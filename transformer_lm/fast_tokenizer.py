@@ -68,6 +68,9 @@ def convert(tokenizer: Tokenizer) -> Any:
         raise UserError(f"{tokenizer.source} treats white space as a suffix, which a fast tokenizer cannot follow.")
     fast = tokenizers.Tokenizer(_model(tokenizers, proto, tokenizer))
     fast.normalizer = _normalizer(tokenizers, proto.normalizer_spec)
+    for symbol in _symbols(proto):  # which SentencePiece takes out of a text before it normalizes
+        if fast.normalizer.normalize_str(f"。{symbol}").removeprefix(SPACE) != f"。{symbol}":
+            raise UserError(f"{tokenizer.source}: normalization changes the user-defined symbol {symbol!r}.")
     fast.pre_tokenizer = _pre_tokenizer(tokenizers, proto)
     fast.decoder = _decoder(tokenizers, proto.normalizer_spec)
     start = proto.pieces[START_ID].piece
@@ -85,19 +88,23 @@ def _model(tokenizers: ModuleType, proto: Any, tokenizer: Tokenizer) -> Any:
         best = max((piece.score for piece in pieces if piece.type == piece.NORMAL), default=0.0)
         vocabulary = [(piece.piece, _score(piece, best)) for piece in pieces]
         return tokenizers.models.Unigram(vocabulary, unk_id=UNK_ID, byte_fallback=spec.byte_fallback)
-    if spec.model_type == spec.BPE and not any(piece.type == piece.USER_DEFINED for piece in pieces):
+    if spec.model_type == spec.BPE:
         return tokenizers.models.BPE(
             {piece.piece: number for number, piece in enumerate(pieces)},
             _merges(pieces),
             unk_token=pieces[UNK_ID].piece,
             fuse_unk=True,
             byte_fallback=spec.byte_fallback,
+            ignore_merges=bool(_symbols(proto)),  # those are cut off as words, and no merges lead to them
         )
     kind = spec.ModelType.Name(spec.model_type).lower()
-    raise UserError(
-        f"{tokenizer.source} is of model_type={kind}, with or without user_defined_symbols; exported can be unigram, "
-        "and bpe without user_defined_symbols."
-    )
+    raise UserError(f"{tokenizer.source} is of model_type={kind}; unigram and bpe can be exported.")
+
+
+def _symbols(proto: Any) -> list[str]:
+    """The user-defined symbols, longest first."""
+    symbols = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
+    return sorted(symbols, key=len, reverse=True)
 
 
 def _score(piece: Any, best: float) -> float:
@@ -141,12 +148,16 @@ def _normalizer(tokenizers: ModuleType, spec: Any) -> Any:
 
 
 def _pre_tokenizer(tokenizers: ModuleType, proto: Any) -> Any:
-    """Cuts after the first character of what reads like the name of a control or byte piece, so that it is none."""
+    """Cuts user-defined symbols off, and what reads like the name of a control or byte piece, so that it is none."""
     names = [piece.piece for piece in proto.pieces if piece.type in (piece.CONTROL, piece.UNKNOWN)]
     patterns = [f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names]
     if proto.trainer_spec.byte_fallback:
         patterns.append("<(?=0x[0-9A-F]{2}>)")
-    return tokenizers.pre_tokenizers.Split(tokenizers.Regex("|".join(patterns)), behavior="merged_with_previous")
+    split = tokenizers.pre_tokenizers.Split
+    steps = [split(tokenizers.Regex("|".join(patterns)), behavior="merged_with_previous")]
+    if symbols := _symbols(proto):
+        steps += [split(tokenizers.Regex("|".join(map(re.escape, symbols))), behavior="isolated")]
+    return tokenizers.pre_tokenizers.Sequence(steps)
 
 
 def _decoder(tokenizers: ModuleType, spec: Any) -> Any:

@@ -10,6 +10,7 @@ from transformer_lm.models import TransformerConfig
 from transformer_lm.tokenizer import Tokenizer
 
 PROJECT = "transformer-lm-japanese"
+PROMPT = "夏目漱石は、"
 # Of a recipe what another may want to know; paths and how often a run reports are nobody's business.
 RECIPE_FIELDS = (
     "num_layers", "emb_dim", "qkv_dim", "mlp_dim", "num_heads", "logits_via_embedding", "dropout_rate",
@@ -39,17 +40,22 @@ def write(name: str, address: str, model: TransformerConfig, step: int, tokenize
         if facts["recipe"]:
             recipe = json.dumps(facts["recipe"], ensure_ascii=False, indent=1)
             parts.append(_section(words["recipe"], f"```json\n{recipe}\n```"))
-        parts.append(_section(words["use"], _USE.format(name=name, where=words["where"])))
+        parts.append(
+            _section(
+                words["use"],
+                _USE.format(name=name, where=words["where"], prompt=json.dumps(facts["prompt"], ensure_ascii=False)),
+            )
+        )
     return "\n".join(parts)
 
 
 def _facts(address: str, step: int, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a workdir knows: recipe, manifests of the training and evaluation rows, scores at the last evaluation."""
+    """What a workdir knows: recipe, manifests of its rows, scores of the last evaluation, a prompt."""
     workdir = epath.Path(address)
     config = workdir / checkpoints.CONFIG_FILE
     recipe = {} if hub.is_address(address) or not config.exists() else files.read_json(config).get("recipe", {})
     if not recipe:
-        return {"recipe": {}, "data": [], "scores": {}}
+        return {"recipe": {}, "data": [], "scores": {}, "prompt": PROMPT}
     prepared = files.absolute(recipe.get("prepared_dir") or workdir / "prepared")
     manifests = [
         files.read_json(path) for folder in files.children(prepared) if (path := folder / preparation.MANIFEST).exists()
@@ -63,6 +69,7 @@ def _facts(address: str, step: int, tokenizer: Tokenizer) -> dict[str, Any]:
             if manifest.get("split") == recipe.get(split) and manifest["tokenizer_sha256"] == tokenizer.fingerprint
         ],
         "scores": _last_scores(workdir / "metrics.jsonl", step),
+        "prompt": recipe.get("prompts", PROMPT).split("\n")[0],
     }
 
 
@@ -115,7 +122,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 name = "{name}"  # {where}
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForCausalLM.from_pretrained(name)
-inputs = tokenizer(["夏目漱石は、"], return_tensors="pt")
+inputs = tokenizer([{prompt}], return_tensors="pt")
 print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)[0])
 ```
 
@@ -123,7 +130,7 @@ print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)
 import transformer_lm
 
 model = transformer_lm.load("{name}")  # hf://OWNER/{name}
-print(model.generate("夏目漱石は、")[0]["text"])
+print(model.generate({prompt})[0]["text"])
 ```"""
 
 _JAPANESE = {
