@@ -118,24 +118,31 @@ def test_same_text_back(pair, name):
     assert fast.decode_batch(ids) == [slow.decode(tokens) for tokens in ids]
 
 
-# The order of two combining marks that compose with nothing is SentencePiece's to keep and NFC's to change. These are
-# the counts that docs/huggingface.md reports.
+def assert_marks_in_another_order(slow, fast, texts: list[str]):
+    """That texts differ by nothing but the order of combining marks, which SentencePiece keeps and NFKC sorts."""
+    processor = sentencepiece.SentencePieceProcessor(model_proto=slow.model)
+    for text in texts:
+        ours, theirs = processor.normalize(text), fast.normalizer.normalize_str(text)
+        assert ours != theirs
+        assert unicodedata.normalize("NFC", ours) == unicodedata.normalize("NFC", theirs)
+
+
+# docs/huggingface.md reports the counts. Which characters are assigned depends on Python's version, and so do they.
 @pytest.mark.parametrize(
-    ("name", "expected"),
-    [("byte fallback", 2), ("keeps all", 0), ("nfkc", 2), ("bpe", 0)],
+    ("name", "most"), [("byte fallback", 15), ("keeps all", 0), ("nfkc", 15), ("bpe", 0), ("bpe, default", 15)]
 )
-def test_random_strings(pair, name, expected):
-    texts = random_strings(20_000)
-    found = different(*pair(name), texts)
-    assert len(found) <= expected
-    for text in found:
-        assert any(unicodedata.combining(c) for c in text)
+def test_random_strings(pair, name, most):
+    slow, fast = pair(name)
+    found = different(slow, fast, random_strings(20_000))
+    assert len(found) <= most
+    assert_marks_in_another_order(slow, fast, found)
 
 
-def test_the_originals_model():
+def test_random_strings_by_the_originals_model():
     slow = tokenizer.Tokenizer.load(FIXTURE / "sentencepiece_model")
-    found = different(slow, fast_of(slow), random_strings(20_000))
-    assert len(found) <= 2
+    found = different(slow, fast := fast_of(slow), random_strings(20_000))
+    assert len(found) <= 15
+    assert_marks_in_another_order(slow, fast, found)
 
 
 @pytest.fixture(scope="module")
