@@ -127,6 +127,13 @@ def run(arguments: list[str], **options) -> subprocess.CompletedProcess:
     return subprocess.run(arguments, capture_output=True, text=True, timeout=300, **options)
 
 
+def one_line_error(done: subprocess.CompletedProcess) -> str:
+    """The error of a command that failed as it should: exit status 1, and one such line, perhaps after others."""
+    assert done.returncode == 1, done.stderr
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return error
+
+
 MEMORY = """
 import json, re, sys
 from transformer_lm import checkpoints, models

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from transformer_lm import architectures, exported_model, models
 
@@ -32,8 +33,9 @@ def theirs(config: models.TransformerConfig, params: models.Params) -> dict[str,
     """All tensors by name."""
     sizes = architectures.GPT2.sizes(config)
     rows = architectures.GPT2.tensors(config)
+    flat = traverse_util.flatten_dict(params, sep=".")
     return {
-        row.name.format(i=i): row.export(sizes, *exported_model.parameters(params, row, i))
+        row.name.format(i=i): row.export(sizes, *exported_model.parameters(flat, row, i))
         for row, i in exported_model.layered(rows, sizes)
     }
 

@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import FIXTURE, command, run
+from conftest import FIXTURE, command, one_line_error, run
 from real_datasets import make_hub_cache, write_jsonl
 
 import transformer_lm
@@ -49,12 +49,6 @@ def exported(workdir, tmp_path_factory):
 
 def assert_same_params(one, other, atol=0.0):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), one, other)
-
-
-def one_line_error(done) -> str:
-    assert done.returncode == 1, done.stderr
-    [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    return error
 
 
 def test_files(workdir, exported):

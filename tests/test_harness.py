@@ -8,7 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import FIXTURE, ROOT, run
+from conftest import FIXTURE, ROOT, one_line_error, run
 
 import transformer_lm
 from transformer_lm import models
@@ -213,6 +213,14 @@ def test_scores_of_answers(answer, exact_match, f1):
     assert found == {"exact_match": exact_match, "f1": pytest.approx(f1)}
 
 
+def test_our_tasks_beside_lm_evals(model, monkeypatch):
+    """A name of lm_eval's own is known, in whatever company."""
+    asked = {}
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda model, **arguments: asked.update(arguments))
+    harness.evaluate(model, ["jnli-1.3-0.3", "hellaswag"])
+    assert asked["task_manager"].match_tasks(asked["tasks"]) == ["hellaswag", "jnli-1.3-0.3"]
+
+
 def test_registered_by_name(jglue):
     """lm_eval's own entry point finds the model, as its command line does."""
     from lm_eval.tasks import TaskManager
@@ -273,10 +281,7 @@ class TestCommand:
         ],
     )
     def test_errors(self, arguments, words):
-        done = self.evaluate(*arguments)
-        assert done.returncode == 1
-        [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert words in error
+        assert words in one_line_error(self.evaluate(*arguments))
 
 
 def test_needs_no_torch():

@@ -5,7 +5,7 @@ import os
 import sys
 
 import pytest
-from conftest import FIXTURE, run
+from conftest import FIXTURE, one_line_error, run
 from real_datasets import make_hub_cache
 
 from transformer_lm import tokenizer
@@ -66,10 +66,7 @@ def test_the_originals_readme_step_by_step(environment, tmp_path):
     "address", ["hf://nobody/nothing", f"hf://{REPOSITORY}@v2", "hf://", "hf://a b/c", "hf://x/y/z"]
 )
 def test_what_is_not_there(environment, address):
-    done = generate(environment, address)
-    assert done.returncode == 1
-    [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert f"{address} cannot be fetched" in error
+    assert f"{address} cannot be fetched" in one_line_error(generate(environment, address))
 
 
 def test_a_run_is_not_written_there(environment):

@@ -91,6 +91,10 @@ class Tensor:
     restore: Callable[..., tuple[np.ndarray, ...]] | None = None
     rounds: bool = False
 
+    def count(self, sizes: Sizes) -> int:
+        """How many tensors the row stands for: one, or one a layer."""
+        return sizes.layers if "{i}" in self.name else 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:

@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers
 
 from transformer_lm import exported_model, files, hub, models, msgpack_arrays
@@ -343,13 +344,13 @@ def _read_original_params(path: epath.Path, file: BinaryIO, arrays: dict[str, St
             raise UserError(f"{path}: layers differ in the shape of {theirs}.")
     if arrays:
         raise UserError(f"{path} is not a checkpoint of the original's network: {sorted(arrays)[0]} is unknown.")
-    params: models.Params = {}
+    flat: dict[str, np.ndarray] = {}
     for ours, stored in wanted.items():
         value = np.empty((len(stored), *stored[0].shape), np.float32)
         for out, array in zip(value, stored, strict=True):
             array.read_into(file, out)
-        _insert(params, ours, value if ours.startswith("blocks.") else value[0])
-    return params
+        flat[ours] = value if ours.startswith("blocks.") else value[0]
+    return traverse_util.unflatten_dict(flat, sep=".")
 
 
 def _original_config(path: epath.Path, params: models.Params) -> models.TransformerConfig:
@@ -376,10 +377,3 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, StoredArray]:
     if not isinstance(tree, dict):
         raise UserError(f"{prefix[:-1] or 'params'} is a {type(tree).__name__}, not an array.")
     return {name: leaf for key, child in tree.items() for name, leaf in _flatten(child, f"{prefix}{key}.").items()}
-
-
-def _insert(tree: dict, dotted_name: str, value: np.ndarray):
-    *parents, last = dotted_name.split(".")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[last] = value

@@ -11,7 +11,6 @@ what is read must be what would be written of it, and nothing is unpickled or ex
 import base64
 import contextlib
 import dataclasses
-import functools
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from flax import traverse_util
 
 from transformer_lm import architectures, models
 from transformer_lm.architectures import Architecture, Sizes, Tensor
@@ -59,6 +59,7 @@ def save(folder: Path, model: TransformerConfig, params: models.Params, step: in
     hub = optional_import("huggingface_hub", "hf", "The export")
     architecture = architectures.architecture_of(model)
     sizes = architecture.sizes(model)
+    flat = traverse_util.flatten_dict(params, sep=".")
     rows = {row.name.format(i=i): (row, i) for row, i in layered(architecture.tensors(model), sizes)}
     split = hub.split_state_dict_into_shards_factory(
         {name: row.shape(sizes) for name, (row, _) in rows.items()},
@@ -77,7 +78,7 @@ def save(folder: Path, model: TransformerConfig, params: models.Params, step: in
         tensors, metadata = {}, {"format": "pt"}  # which transformers 4 asks for
         for name in names:
             row, i = rows[name]
-            ours = parameters(params, row, i)
+            ours = parameters(flat, row, i)
             tensors[name] = np.ascontiguousarray(row.export(sizes, *ours))
             if row.rounds:
                 metadata[f"{OURS}:{name}"] = base64.b64encode(ours[0].astype("<f4").tobytes()).decode()
@@ -90,14 +91,13 @@ def save(folder: Path, model: TransformerConfig, params: models.Params, step: in
 def layered(rows: tuple[Tensor, ...], sizes: Sizes) -> Iterator[tuple[Tensor, int]]:
     """Every row with every layer it has."""
     for row in rows:
-        for i in range(sizes.layers if "{i}" in row.name else 1):
+        for i in range(row.count(sizes)):
             yield row, i
 
 
-def parameters(params: models.Params, row: Tensor, layer: int) -> list[np.ndarray]:
-    """What a row is made of."""
-    found = [functools.reduce(lambda tree, key: tree[key], name.split("."), params) for name in row.ours]
-    return [array[layer] if name.startswith("blocks.") else array for name, array in zip(row.ours, found, strict=True)]
+def parameters(flat: dict[str, np.ndarray], row: Tensor, layer: int) -> list[np.ndarray]:
+    """What a row is made of, from our parameters by their dotted names."""
+    return [flat[name][layer] if name.startswith("blocks.") else flat[name] for name in row.ours]
 
 
 # Reading. -------------------------------------------------------------------------------------------------------------
@@ -113,19 +113,19 @@ def load(folder: epath.Path) -> tuple[TransformerConfig, models.Params, int]:
     """
     architecture, model, step = _described(folder)
     sizes = architecture.sizes(model)
-    params: models.Params = {}
+    flat: dict[str, np.ndarray] = {}
     with contextlib.ExitStack() as stack:
         tensors = _open(folder, stack)
         for row, i in _checked(folder, architecture.tensors(model), sizes, tensors):
             name = row.name.format(i=i)
             theirs = tensors[name].get_tensor(name)
             if row.restore is None:
-                ours = parameters(params, row, i)
+                ours = parameters(flat, row, i)
             else:
                 ours = _restored(row, sizes, theirs, (tensors[name].metadata() or {}).get(f"{OURS}:{name}"))
-                _place(params, row, i, sizes.layers, ours)
+                _place(flat, row, i, sizes.layers, ours)
             _check_unchanged(folder, name, theirs, row.export(sizes, *ours))
-    return dataclasses.replace(model, dtype="float32"), params, step
+    return dataclasses.replace(model, dtype="float32"), traverse_util.unflatten_dict(flat, sep="."), step
 
 
 def _described(folder: epath.Path) -> tuple[Architecture, TransformerConfig, int]:
@@ -191,7 +191,7 @@ def _checked(
     folder: epath.Path, rows: tuple[Tensor, ...], sizes: Sizes, tensors: dict[str, Any]
 ) -> list[tuple[Tensor, int]]:
     """The rows of all layers, after every tensor was found in the shape that the network needs."""
-    expected = sum(sizes.layers if "{i}" in row.name else 1 for row in rows)
+    expected = sum(row.count(sizes) for row in rows)
     if expected != len(tensors):  # before a list is made that is as long as config.json pleases
         raise UserError(f"{folder}: the network of {CONFIG_FILE} has {expected} tensors, the files {len(tensors)}.")
     found = list(layered(rows, sizes))
@@ -234,12 +234,12 @@ def _greatest(x: np.ndarray) -> np.float32:
     return np.maximum(x.max(), -x.min())
 
 
-def _place(params: models.Params, row: Tensor, layer: int, layers: int, ours: tuple[np.ndarray, ...]):
-    """Puts a row's parameters into the tree; the first layer makes room for all."""
+def _place(flat: dict[str, np.ndarray], row: Tensor, layer: int, layers: int, ours: tuple[np.ndarray, ...]):
+    """Puts a row's parameters where they belong; the first layer makes room for all."""
     for name, value in zip(row.ours, ours, strict=True):
-        *parents, last = name.split(".")
-        tree = functools.reduce(lambda tree, key: tree.setdefault(key, {}), parents, params)
         if not name.startswith("blocks."):
-            tree[last] = np.array(value, np.float32, order="C")
-        else:
-            tree.setdefault(last, np.empty((layers, *value.shape), np.float32))[layer] = value
+            flat[name] = np.array(value, np.float32, order="C")
+            continue
+        if name not in flat:
+            flat[name] = np.empty((layers, *value.shape), np.float32)
+        flat[name][layer] = value

@@ -197,12 +197,14 @@ def evaluate(
     """
     paths = [str(TASKS), *([include_path] if include_path else [])]
     metadata = {"data_dir": data_dir} if data_dir else None
-    manager = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
-    if not manager.match_tasks(list(tasks)):
+    manager = own = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
+    if not all(own.match_tasks([name]) for name in tasks):
         manager = TaskManager(include_path=paths, metadata=metadata)  # thousands of files: some seconds
     if unknown := [name for name in tasks if not manager.match_tasks([name])]:
-        own = ", ".join(name for name in TaskManager(include_path=paths, include_defaults=False).all_tasks)
-        raise UserError(f"--tasks: there is no task {unknown[0]!r}; the project has {own}, and lm_eval its own.")
+        raise UserError(
+            f"--tasks: there is no task {unknown[0]!r}; the project has {', '.join(own.all_tasks)}, and lm_eval "
+            "its own."
+        )
     return lm_eval.simple_evaluate(
         HarnessModel(model), tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot, limit=limit
     )
