@@ -16,7 +16,8 @@ import numpy as np
 import rich.console
 from rich.table import Table
 
-from transformer_lm import models, sampler
+from transformer_lm import models
+from transformer_lm.generation import sampler
 from transformer_lm.tokenizer import EOS_ID
 
 CONFIG = models.TransformerConfig(

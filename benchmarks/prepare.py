@@ -24,8 +24,9 @@ import sentencepiece
 from absl import app, flags
 from rich.table import Table
 
-from transformer_lm import console, corpora, files, preparation, tokenizer
-from transformer_lm.corpora import mukashi
+from transformer_lm import console, files, tokenizer
+from transformer_lm.data import corpora, preparation
+from transformer_lm.data.corpora import mukashi
 
 _CORPUS = flags.DEFINE_string("corpus", None, "JSON lines with a field text, gzipped; unset for tales.")
 _SIZES = flags.DEFINE_list("sizes_mb", ["100", "1000"], "Megabytes of text whose memory is measured.")

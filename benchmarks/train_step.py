@@ -18,7 +18,10 @@ import numpy as np
 import rich.console
 from rich.table import Table
 
-from transformer_lm import models, optimizers, packing, train
+from transformer_lm import models
+from transformer_lm.data import packing
+from transformer_lm.training import loop as train
+from transformer_lm.training import optimizers
 
 ROUNDS = 7
 PRODUCT = 2048  # rows and columns of the matrices that the peak is measured with

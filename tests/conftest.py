@@ -13,9 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from transformer_lm import models, packing, tokenizer
+from transformer_lm import models, tokenizer
+from transformer_lm.data import packing
 
-sys.path.append(str(Path(__file__).parent / "corpora"))  # for real_datasets
+sys.path += [str(folder) for folder in Path(__file__).parent.rglob("*") if any(folder.glob("*.py"))]  # for one another
 
 ROOT = Path(__file__).parents[1]
 FIXTURE = ROOT / "tests" / "fixtures" / "original"
@@ -62,7 +63,7 @@ def tiny() -> models.TransformerConfig:
 @pytest.fixture(scope="session")
 def tales_tokenizer() -> tokenizer.Tokenizer:
     """A tokenizer of 600 pieces for the tales."""
-    from transformer_lm.corpora import mukashi
+    from transformer_lm.data.corpora import mukashi
 
     texts = [mukashi.tale(number) for number in range(300)]
     return tokenizer.Tokenizer(
@@ -136,7 +137,8 @@ def one_line_error(done: subprocess.CompletedProcess) -> str:
 
 MEMORY = """
 import json, re, sys
-from transformer_lm import checkpoints, models
+from transformer_lm import models
+from transformer_lm.checkpoints import store as checkpoints
 
 def peak():  # not resource's ru_maxrss, which a process inherits
     return int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024

@@ -4,7 +4,7 @@ import json
 
 from transformer_lm import demo, recipe
 from transformer_lm.configs import mukashi as config
-from transformer_lm.corpora import mukashi
+from transformer_lm.data.corpora import mukashi
 
 
 def test_summary(tmp_path, capsys):

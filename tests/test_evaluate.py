@@ -10,7 +10,7 @@ from conftest import command, run
 from real_datasets import write_jsonl
 
 import transformer_lm
-from transformer_lm.corpora import mukashi
+from transformer_lm.data.corpora import mukashi
 
 
 @pytest.fixture(scope="module")

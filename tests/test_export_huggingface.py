@@ -13,8 +13,8 @@ from conftest import FIXTURE, command, one_line_error, run
 from real_datasets import make_hub_cache, write_jsonl
 
 import transformer_lm
-from transformer_lm import checkpoints
-from transformer_lm.corpora import mukashi
+from transformer_lm.checkpoints import store as checkpoints
+from transformer_lm.data.corpora import mukashi
 
 pytest.importorskip("safetensors")
 tokenizers = pytest.importorskip("tokenizers")

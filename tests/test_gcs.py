@@ -13,7 +13,7 @@ import pytest
 from conftest import command, run
 from real_datasets import make_tfds, wiki40b_document
 
-from transformer_lm.corpora import mukashi
+from transformer_lm.data.corpora import mukashi
 
 pytest.importorskip("gcsfs")
 pytest.importorskip("gcp_storage_emulator")

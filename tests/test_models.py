@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from conftest import batch_of, call, init
 
-from transformer_lm import checkpoints, models
+from transformer_lm import models
+from transformer_lm.checkpoints import store as checkpoints
 from transformer_lm.errors import UserError
 
 

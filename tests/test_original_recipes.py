@@ -11,7 +11,7 @@ import pytest
 from conftest import run
 from real_datasets import make_hub_cache, make_tfds, parquet, wiki40b_document
 
-from transformer_lm.corpora import mukashi
+from transformer_lm.data.corpora import mukashi
 
 pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("datasets")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transformer_lm import tokenizer
-from transformer_lm.corpora import mukashi
+from transformer_lm.data.corpora import mukashi
 from transformer_lm.errors import UserError
 
 TALES = [mukashi.tale(number) for number in range(200)]

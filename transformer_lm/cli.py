@@ -9,7 +9,8 @@ from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from transformer_lm import console, hub, recipe
+from transformer_lm import console, recipe
+from transformer_lm.checkpoints import hub
 from transformer_lm.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that holds all that a run is.")

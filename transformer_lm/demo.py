@@ -8,10 +8,14 @@ import shutil
 import time
 from pathlib import Path
 
-from transformer_lm import cli, console, language_model, metrics, models, preparation, recipe, train
+from transformer_lm import cli, console, models, recipe
 from transformer_lm.configs import mukashi as config
-from transformer_lm.corpora import mukashi
+from transformer_lm.data import preparation
+from transformer_lm.data.corpora import mukashi
 from transformer_lm.files import write_atomically
+from transformer_lm.generation import language_model
+from transformer_lm.training import loop as train
+from transformer_lm.training import metrics
 
 WORKDIR = Path("logs/demo")
 NUM_TALES = 3

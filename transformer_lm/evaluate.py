@@ -26,9 +26,14 @@ import jax
 from absl import flags
 from etils import epath
 
-from transformer_lm import cli, files, hub, language_model, preparation, sharding, train
+from transformer_lm import cli, files
+from transformer_lm.checkpoints import hub
+from transformer_lm.data import preparation
 from transformer_lm.extras import optional_import
+from transformer_lm.generation import language_model
 from transformer_lm.recipe import Recipe
+from transformer_lm.training import loop as train
+from transformer_lm.training import sharding
 
 _TASKS = flags.DEFINE_list(
     "tasks", None, "Tasks of lm-evaluation-harness; jglue: the three of which data are published."
@@ -68,7 +73,7 @@ def run_tasks(model: language_model.LanguageModel) -> dict[str, dict]:
     optional_import("lm_eval", "eval", "--tasks")
     for name in ("lm_eval", "datasets"):
         python_logging.getLogger(name).setLevel(python_logging.ERROR)
-    from transformer_lm import harness
+    from transformer_lm.evaluation import harness
 
     found = harness.evaluate(
         model,

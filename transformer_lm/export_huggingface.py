@@ -14,10 +14,13 @@ from pathlib import Path
 
 from absl import flags, logging
 
-from transformer_lm import architectures, checkpoints, cli, exported_model, fast_tokenizer, files, model_card
+from transformer_lm import cli, files
+from transformer_lm.checkpoints import store as checkpoints
 from transformer_lm.errors import UserError
+from transformer_lm.generation.sampler import SamplingConfig
+from transformer_lm.huggingface import exported_model, fast_tokenizer, model_card
+from transformer_lm.huggingface import tensor_tables as architectures
 from transformer_lm.recipe import Recipe
-from transformer_lm.sampler import SamplingConfig
 from transformer_lm.tokenizer import Tokenizer
 
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write, new or empty.")

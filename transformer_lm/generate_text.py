@@ -15,8 +15,9 @@ import json
 
 from absl import flags, logging
 
-from transformer_lm import cli, language_model
+from transformer_lm import cli
 from transformer_lm.errors import UserError
+from transformer_lm.generation import language_model
 from transformer_lm.recipe import Recipe
 
 _NUM_GENERATED_TEXTS = flags.DEFINE_integer("num_generated_texts", 10, "Texts to generate for each prompt.")

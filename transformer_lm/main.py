@@ -3,8 +3,11 @@
 python3 main.py --workdir=logs/japanese_0.1b_v1 --config=configs/japanese_0.1b_v1.py [--config.field=value ...]
 """
 
-from transformer_lm import checkpoints, cli, preparation, train
+from transformer_lm import cli
+from transformer_lm.checkpoints import store as checkpoints
+from transformer_lm.data import preparation
 from transformer_lm.recipe import Recipe
+from transformer_lm.training import loop as train
 
 
 def main(recipe: Recipe, workdir: str):

@@ -9,8 +9,10 @@ goes on after an interruption. Workdir and corpus must lie where all machines fi
 
 from absl import flags
 
-from transformer_lm import checkpoints, cli, preparation
-from transformer_lm.launcher import EXECUTORS, Launcher
+from transformer_lm import cli
+from transformer_lm.checkpoints import store as checkpoints
+from transformer_lm.data import preparation
+from transformer_lm.data.launcher import EXECUTORS, Launcher
 from transformer_lm.recipe import Recipe
 
 _EXECUTOR = flags.DEFINE_enum("executor", None, EXECUTORS, "Where datatrove's tasks run; unset for plain processes.")

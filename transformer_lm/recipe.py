@@ -5,13 +5,13 @@ import dataclasses
 from etils import epath
 from ml_collections import ConfigDict
 
+from transformer_lm.data.preparation import DataConfig
 from transformer_lm.errors import UserError
 from transformer_lm.files import read_json
+from transformer_lm.generation.sampler import SamplingConfig
 from transformer_lm.models import TransformerConfig
-from transformer_lm.optimizers import OptimizerConfig
-from transformer_lm.preparation import DataConfig
-from transformer_lm.sampler import SamplingConfig
-from transformer_lm.train import TrainConfig
+from transformer_lm.training.loop import TrainConfig
+from transformer_lm.training.optimizers import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ from test_harness import JCOMMONSENSEQA, JNLI, JSQUAD, MARC_JA, lines
 
 import transformer_lm
 from transformer_lm import export_huggingface
-from transformer_lm.corpora import mukashi
-from transformer_lm.sampler import SamplingConfig
+from transformer_lm.data.corpora import mukashi
+from transformer_lm.generation.sampler import SamplingConfig
 
 WHY = "PyTorch, transformers and accelerate are not installed: make test-interop"
 for package in ("torch", "transformers", "accelerate"):
@@ -20,7 +20,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from transformer_lm import harness  # noqa: E402
+from transformer_lm.evaluation import harness  # noqa: E402
 
 
 @pytest.fixture(scope="module")

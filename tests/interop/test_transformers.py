@@ -13,13 +13,16 @@ import pytest
 from conftest import FIXTURE, command, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_architectures import SHAPES, config_of, random_params
 from test_fast_tokenizer import PARTS
+from test_tensor_tables import SHAPES, config_of, random_params
 
 import transformer_lm
-from transformer_lm import checkpoints, export_huggingface, exported_model, models, sampler
-from transformer_lm.corpora import mukashi
-from transformer_lm.sampler import SamplingConfig
+from transformer_lm import export_huggingface, models
+from transformer_lm.checkpoints import store as checkpoints
+from transformer_lm.data.corpora import mukashi
+from transformer_lm.generation import sampler
+from transformer_lm.generation.sampler import SamplingConfig
+from transformer_lm.huggingface import exported_model
 from transformer_lm.tokenizer import EOS_ID, START_ID
 
 WHY = "PyTorch and transformers are not installed: make test-interop"

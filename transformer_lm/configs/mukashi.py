@@ -6,7 +6,7 @@ On 2 CPU cores, 5 minutes: 0.283 bits a character on tales never seen, 1.09 time
 """
 
 from transformer_lm.configs import base
-from transformer_lm.corpora import mukashi
+from transformer_lm.data.corpora import mukashi
 
 
 def get_config():

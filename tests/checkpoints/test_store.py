@@ -1,0 +1,240 @@
+"""Checkpoints: what is kept, what survives damage and a full disk, and what is no checkpoint."""
+
+import dataclasses
+import pickle
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FIXTURE, init
+from etils import epath
+from flax import serialization
+
+from transformer_lm import models
+from transformer_lm.checkpoints import store as checkpoints
+from transformer_lm.errors import UserError
+
+
+def trees(step):
+    """(params, opt_state, progress) that tell the step they belong to."""
+    weights = np.random.default_rng(step).normal(size=(64, 64)).astype(np.float32)
+    return {"w": jnp.asarray(weights)}, {"m": jnp.asarray(weights[0])}, {"step": jnp.asarray(step)}
+
+
+def restore(workdir):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), trees(3))
+    saved = checkpoints.Checkpoints(workdir)
+    try:
+        return saved.restore(*target)
+    finally:
+        saved.close()
+
+
+def save(workdir, *steps, keep=2):
+    saved = checkpoints.Checkpoints(workdir, keep)
+    for step in steps:
+        saved.save(step, *trees(step))
+    saved.close()
+
+
+def steps_in(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def test_restores_what_was_saved(tmp_path):
+    assert restore(tmp_path) is None
+    save(tmp_path, 3)
+    jax.tree.map(np.testing.assert_array_equal, restore(tmp_path), trees(3))
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(1, [4]), (2, [3, 4]), (10, [1, 2, 3, 4])])
+def test_keeps_the_latest(tmp_path, keep, kept):
+    save(tmp_path, 1, 2, 3, 4, keep=keep)
+    assert steps_in(tmp_path) == kept
+
+
+def test_what_is_saved_is_the_moment_of_the_call(tmp_path):
+    """The arrays may be donated to the next step while they are still being written."""
+    saved = checkpoints.Checkpoints(tmp_path)
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
+    state = trees(3)
+    saved.save(3, *state)
+    for _ in range(20):
+        state = overwrite(state)
+    jax.block_until_ready(state)
+    saved.close()
+    jax.tree.map(np.testing.assert_array_equal, restore(tmp_path), trees(3))
+
+
+def empty_files(checkpoint):
+    for path in checkpoint.rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+
+
+def truncate_arrays(checkpoint):
+    for path in (checkpoint / "params").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:10])
+
+
+def remove_params(checkpoint):
+    for path in sorted((checkpoint / "params").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("damage", [empty_files, truncate_arrays, remove_params])
+def test_damaged_newest_is_reported_and_the_one_before_used(tmp_path, damage, caplog):
+    save(tmp_path, 3, 4)
+    damage(tmp_path / "checkpoints" / "4")
+    params, _, progress = restore(tmp_path)
+    assert int(progress["step"]) == 3
+    np.testing.assert_array_equal(params["w"], trees(3)[0]["w"])
+    assert "Checkpoint 4 is damaged" in caplog.text
+    assert steps_in(tmp_path) == [3]
+    assert (tmp_path / "damaged_checkpoints" / "4").exists()
+    save(tmp_path, 4)  # the run goes on and comes there again
+    assert steps_in(tmp_path) == [3, 4]
+
+
+def test_all_damaged(tmp_path):
+    save(tmp_path, 3, 4)
+    for step in (3, 4):
+        truncate_arrays(tmp_path / "checkpoints" / str(step))
+    with pytest.raises(UserError, match=r"None of the checkpoints \[4, 3\]"):
+        restore(tmp_path)
+
+
+def test_full_disk_harms_no_earlier_checkpoint(tmp_path):
+    """In a process that may not write a file of more than 4 kB, which fails as a full disk does."""
+    code = (
+        "import resource, sys\n"
+        "from test_store import checkpoints, save, trees\n"
+        "save(sys.argv[1], 3)\n"
+        "saved = checkpoints.Checkpoints(sys.argv[1])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try:\n"
+        "    saved.save(4, *trees(4))\n"
+        "    saved.wait()\n"
+        "except checkpoints.UserError as error:\n"
+        "    print('told:', error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=FIXTURE.parents[1]
+    )
+    assert "told: A checkpoint could not be written" in done.stdout, done.stderr
+    assert "MiB free" in done.stdout
+    jax.tree.map(np.testing.assert_array_equal, restore(tmp_path), trees(3))
+
+
+class TestClaimWorkdir:
+    def claim(self, workdir, model, tokenizer):
+        checkpoints.claim_workdir(epath.Path(workdir), {"seed": 0}, model, tokenizer)
+
+    @pytest.fixture
+    def claimed(self, tmp_path, tiny, tales_tokenizer):
+        self.claim(tmp_path, tiny, tales_tokenizer)
+        save(tmp_path, 3)
+        return tmp_path
+
+    def test_same_again(self, claimed, tiny, tales_tokenizer):
+        self.claim(claimed, dataclasses.replace(tiny, dropout_rate=0.0, dtype="bfloat16"), tales_tokenizer)
+
+    @pytest.mark.parametrize("field", ["emb_dim", "num_layers", "vocab_size"])
+    def test_another_network(self, claimed, tiny, tales_tokenizer, field):
+        other = dataclasses.replace(tiny, **{field: 2 * getattr(tiny, field)})
+        before = (claimed / "config.json").read_bytes()
+        with pytest.raises(UserError, match=f"holds a model with {field}={getattr(tiny, field)}"):
+            self.claim(claimed, other, tales_tokenizer)
+        assert (claimed / "config.json").read_bytes() == before
+
+    def test_another_tokenizer(self, claimed, tiny, original):
+        spm = checkpoints.Tokenizer.load(original.path / "sentencepiece_model")
+        with pytest.raises(UserError, match="another tokenizer"):
+            self.claim(claimed, tiny, spm)
+
+
+class TestLoadModel:
+    def test_workdir(self, tmp_path, tiny, tales_tokenizer):
+        params = init(tiny)
+        checkpoints.claim_workdir(epath.Path(tmp_path), {}, tiny, tales_tokenizer)
+        saved = checkpoints.Checkpoints(tmp_path)
+        saved.save(7, params, {"m": jnp.zeros(3)}, {"step": jnp.asarray(7)})
+        saved.close()
+        loaded = checkpoints.load_model(tmp_path)
+        assert (loaded.step, loaded.config) == (7, tiny)
+        jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+        assert loaded.tokenizer_path.read_bytes() == tales_tokenizer.model
+
+    def test_original_file_or_folder(self, original):
+        by_folder, by_file = checkpoints.load_model(original.path), checkpoints.load_model(original.checkpoint)
+        assert by_folder.step == by_file.step == 499999
+        jax.tree.map(np.testing.assert_array_equal, by_folder.params, by_file.params)
+        # Every array of the file, read by Flax's own reader, is among ours.
+        theirs = serialization.msgpack_restore(original.checkpoint.read_bytes())["params"]["decoder"]
+        assert sum(x.size for x in jax.tree.leaves(theirs)) == models.count_params(by_folder.config)
+        np.testing.assert_array_equal(
+            by_folder.params["blocks"]["mlp"]["wo"]["kernel"][1],
+            theirs["encoderdecoderblock_1"]["MlpBlock_0"]["Dense_1"]["kernel"],
+        )
+
+    def test_newest_of_several_originals(self, tmp_path):
+        for step in (9, 10, 100):
+            (tmp_path / f"checkpoint_{step}").write_bytes((FIXTURE / "checkpoint_499999").read_bytes())
+        assert checkpoints.load_model(tmp_path).step == 100
+
+    @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9])
+    def test_truncated_original(self, tmp_path, share):
+        content = (FIXTURE / "checkpoint_499999").read_bytes()
+        (tmp_path / "checkpoint_1").write_bytes(content[: int(share * len(content))])
+        with pytest.raises(UserError, match="truncated"):
+            checkpoints.load_model(tmp_path)
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"hello",
+            bytes(range(256)),
+            serialization.msgpack_serialize([1, 2, 3]),
+            serialization.msgpack_serialize({"step": 1, "opt_state": {}}),
+            serialization.msgpack_serialize({"params": {"decoder": {"Dense_0": {"kernel": np.zeros((2, 2))}}}}),
+            serialization.msgpack_serialize({"params": {"decoder": {"Embed_0": {"embedding": "text"}}}}),
+            serialization.msgpack_serialize({"params": 3}),
+        ],
+    )
+    def test_foreign_file(self, tmp_path, content):
+        (tmp_path / "checkpoint_1").write_bytes(content)
+        with pytest.raises(UserError, match=r"checkpoint_1|is a str"):
+            checkpoints.load_model(tmp_path)
+
+    def test_pickle_is_not_executed(self, tmp_path):
+        class Trap:
+            def __reduce__(self):
+                return (open, (str(tmp_path / "sprung"), "w"))
+
+        (tmp_path / "checkpoint_1").write_bytes(pickle.dumps({"params": Trap()}))
+        with pytest.raises(UserError):
+            checkpoints.load_model(tmp_path)
+        assert not (tmp_path / "sprung").exists()
+
+    def test_arrays_that_do_not_belong_together(self, tmp_path):
+        tree = serialization.msgpack_restore((FIXTURE / "checkpoint_499999").read_bytes())
+        tree["params"]["decoder"]["logitdense"]["bias"] = np.zeros(7, np.float32)
+        (tmp_path / "checkpoint_1").write_bytes(serialization.msgpack_serialize(tree))
+        with pytest.raises(UserError, match="do not belong together"):
+            checkpoints.load_model(tmp_path)
+
+    @pytest.mark.parametrize(("name", "words"), [("nothing", "no such file"), ("empty", "No model in")])
+    def test_nothing_there(self, tmp_path, name, words):
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(UserError, match=words):
+            checkpoints.load_model(tmp_path / name)
+
+    def test_foreign_config(self, tmp_path):
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+        with pytest.raises(UserError, match=r"config\.json does not describe a network"):
+            checkpoints.load_model(tmp_path)

@@ -1,0 +1,86 @@
+"""Preprocessors, document by document, from the original's rules."""
+
+import pytest
+
+from transformer_lm.data import dataset_preprocessor
+from transformer_lm.data.dataset_preprocessor import PREPROCESSORS, Preprocessing, for_dataset
+from transformer_lm.errors import UserError
+
+ARTICLE = """
+_START_ARTICLE_
+ビートたけしの教科書に載らない日本人の謎
+_START_SECTION_
+概要
+_START_PARAGRAPH_
+「教科書には決して載らない」日本人の謎やしきたりを多角的に検証する番組。_NEWLINE_九文字しかない段落_NEWLINE_ちょうど十文字の文です
+_START_SECTION_
+新春番組
+_START_PARAGRAPH_
+短い
+_START_PARAGRAPH_
+2009年1月1日に放送され、好評であったため、続編が作られることになった。"""
+
+
+def test_wiki40b():
+    """The line after each _START_PARAGRAPH_, split at _NEWLINE_; nothing under 10 characters, no titles."""
+    assert PREPROCESSORS["wiki40b/ja"](ARTICLE) == [
+        "「教科書には決して載らない」日本人の謎やしきたりを多角的に検証する番組。",
+        "ちょうど十文字の文です",
+        "2009年1月1日に放送され、好評であったため、続編が作られることになった。",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("document", "texts"),
+    [
+        ("", []),
+        ("_START_ARTICLE_\n題だけの記事です、段落はありません\n", []),
+        ("_START_PARAGRAPH_", []),
+        ("_START_PARAGRAPH_\n一二三四五六七八九", []),
+        ("_START_PARAGRAPH_\n一二三四五六七八九十\n次の行は段落ではありません", ["一二三四五六七八九十"]),
+        (
+            "_START_PARAGRAPH_\n一二三四五六七八九十_NEWLINE__NEWLINE_一二三四五六七八九十百",
+            ["一二三四五六七八九十", "一二三四五六七八九十百"],
+        ),
+    ],
+)
+def test_wiki40b_edges(document, texts):
+    assert PREPROCESSORS["wiki40b/ja"](document) == texts
+
+
+@pytest.mark.parametrize(
+    ("document", "texts"),
+    [("一行目\n二行目\n", ["一行目二行目"]), ("\n", []), ("", []), ("短", ["短"]), ("空白 \n", ["空白 "])],
+)
+def test_cc100(document, texts):
+    assert PREPROCESSORS["huggingface:cc100/lang=ja"](document) == texts
+
+
+def test_lm1b_as_it_is():
+    assert PREPROCESSORS["lm1b"](" The Dow\nrose . ") == [" The Dow\nrose . "]
+
+
+def test_a_dataset_has_its_own_or_the_one_that_is_named():
+    assert for_dataset("wiki40b/ja", None, "").preprocessor == "wiki40b/ja"
+    assert for_dataset("jsonl:x", None, "").preprocessor == "plain"
+    assert for_dataset("text:ja.txt.xz", "huggingface:cc100/lang=ja", "")("一\n二") == ["一二"]
+
+
+def test_unicode_normalization_comes_first_and_is_off_by_default():
+    document = "ﾊﾝｶｸ①ＡＢＣ が"  # half-width kana, compatibility characters, a combining mark
+    assert Preprocessing("plain")(document) == [document]
+    assert Preprocessing("plain", "NFKC")(document) == ["ハンカク1ABC が"]
+
+
+def test_fingerprint_follows_the_function(monkeypatch):
+    before = Preprocessing("plain").fingerprint
+    assert before == Preprocessing("plain").fingerprint
+    assert before != Preprocessing("plain", "NFKC").fingerprint
+    monkeypatch.setitem(dataset_preprocessor.PREPROCESSORS, "plain", lambda document: [document.upper()])
+    assert before != Preprocessing("plain").fingerprint
+
+
+@pytest.mark.parametrize("arguments", [("nosuch",), ("plain", "NFX")])
+def test_unknown_names(arguments):
+    with pytest.raises(UserError, match="must be"):
+        Preprocessing(*arguments)

@@ -1,0 +1,58 @@
+"""Batches: a pure function of the seed and the step."""
+
+import collections
+import itertools
+
+import numpy as np
+import pytest
+from test_preparation import data_config, rows_of
+
+from transformer_lm.data import input_pipeline, packing, preparation
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> preparation.PreparedCorpus:
+    config = data_config(train_split="train[:100]", max_target_length=32)
+    return preparation.prepare(config, str(tmp_path_factory.mktemp("workdir"))).train
+
+
+def batches(corpus, number, **arguments):
+    stream = input_pipeline.train_batches(corpus, **{"batch_size": 7, "seed": 1} | arguments)
+    return [batch["targets"] for batch in itertools.islice(stream, number)]
+
+
+def test_started_anywhere_it_goes_on_alike(corpus):
+    unbroken = batches(corpus, 300)
+    assert corpus.manifest["rows"] < 300 * 7 / 2  # over more than two epochs
+    for start in (1, 17, 180, 299):
+        np.testing.assert_array_equal(batches(corpus, 300 - start, start_step=start), unbroken[start:])
+
+
+def test_every_epoch_sees_all_rows_once_in_an_order_of_its_own(corpus):
+    rows = corpus.manifest["rows"]
+    stream = np.concatenate(batches(corpus, 2 * rows, batch_size=1))
+    epochs = [[tuple(row) for row in epoch] for epoch in (stream[:rows], stream[rows:])]
+    expected = collections.Counter(tuple(row) for row in packing.unpack(rows_of(corpus))["targets"])
+    assert collections.Counter(epochs[0]) == collections.Counter(epochs[1]) == expected
+    assert epochs[0] != epochs[1]
+    # The order has nothing to do with that on disk, nor with that of the other epoch.
+    on_disk = {tuple(row): i for i, row in enumerate(packing.unpack(rows_of(corpus))["targets"])}
+    order = [[on_disk[row] for row in epoch] for epoch in epochs]
+    for a, b in ((order[0], range(rows)), (order[1], range(rows)), (order[0], order[1])):
+        assert abs(np.corrcoef(a, list(b))[0, 1]) < 5 / np.sqrt(rows)
+
+
+def test_seeds_differ(corpus):
+    assert not np.array_equal(batches(corpus, 5), batches(corpus, 5, seed=2))
+
+
+def test_evaluation_reads_every_row_once_in_order(corpus):
+    rows = packing.unpack(rows_of(corpus))
+    read = list(input_pipeline.eval_batches(corpus, batch_size=50, max_batches=-1))
+    assert {len(batch["targets"]) for batch in read} == {50}
+    for name in ("inputs", "targets", "positions", "segments"):
+        joined = np.concatenate([batch[name] for batch in read])
+        real = len(rows[name])
+        np.testing.assert_array_equal(joined[:real], rows[name])
+    assert not np.concatenate([batch["segments"] for batch in read])[real:].any()
+    assert len(list(input_pipeline.eval_batches(corpus, batch_size=50, max_batches=2))) == 2

@@ -1,0 +1,293 @@
+"""Preparation: what is counted, what is left behind by an interruption, and what is found again."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from conftest import command
+
+from transformer_lm.data import corpora, packing, preparation
+from transformer_lm.errors import UserError
+from transformer_lm.tokenizer import EOS_ID
+
+
+def data_config(**changes) -> preparation.DataConfig:
+    fields = {
+        "dataset_name": "mukashi",
+        "train_split": "train[:400]",
+        "eval_dataset_name": None,
+        "eval_split": "validation[:50]",
+        "text_field": "text",
+        "streaming": False,
+        "preprocessor": None,
+        "unicode_normalization": "",
+        "cleaning_rules": "",
+        "vocab_path": None,
+        "vocab_size": 900,
+        "max_corpus_chars": 100_000,
+        "spm_train_options": "--character_coverage=1.0",
+        "max_target_length": 64,
+        "max_eval_target_length": 128,
+        "prepared_dir": None,
+        "prepare_processes": 1,
+    }
+    return preparation.DataConfig(**fields | changes)
+
+
+def rows_of(corpus: preparation.PreparedCorpus) -> np.ndarray:
+    """All rows [N, T] of a prepared corpus, read without this package."""
+    return np.stack([np.frombuffer(record, corpus.dtype) for record in ArrayRecordDataSource(corpus.paths)])
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("workdir")
+    return workdir, preparation.prepare(data_config(), str(workdir))
+
+
+def test_rows_hold_the_corpus(prepared):
+    _, data = prepared
+    for corpus, split, length in ((data.train, "train[:400]", 64), (data.eval, "validation[:50]", 128)):
+        texts = list(corpora.open_documents("mukashi", split))
+        rows = rows_of(corpus)
+        assert rows.shape == (corpus.manifest["rows"], length)
+        tokens = rows[rows != packing.padding_id(rows.dtype)]
+        expected = np.concatenate(data.tokenizer.encode_texts(texts))
+        np.testing.assert_array_equal(np.sort(tokens), np.sort(expected))
+        assert corpus.manifest["documents"] == len(texts) == np.sum(tokens == EOS_ID)
+        assert corpus.manifest["tokens"] == len(expected)
+        assert corpus.manifest["characters"] == sum(map(len, texts))
+        assert corpus.manifest["bytes"] == sum(len(text.encode()) for text in texts)
+        assert corpus.manifest["padding"] == rows.size - len(tokens)
+
+
+def test_found_again(prepared):
+    workdir, data = prepared
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    again = preparation.prepare(data_config(), str(workdir))
+    assert again.train.directory == data.train.directory
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+@pytest.mark.parametrize("changes", [{"max_target_length": 32}, {"train_split": "train[:300]"}])
+def test_what_makes_rows_finds_them(prepared, changes):
+    """Another row length or split lies in another folder."""
+    workdir, data = prepared
+    other = preparation.prepare(data_config(**changes), str(workdir))
+    assert other.train.directory != data.train.directory
+    assert other.eval.directory == data.eval.directory
+
+
+def test_changed_tokenizer_never_meets_stale_rows(prepared, tmp_path):
+    workdir, data = prepared
+    config = data_config(vocab_path=str(tmp_path / "spm"), vocab_size=950)
+    other = preparation.prepare(config, str(workdir))
+    assert {other.train.directory, other.eval.directory}.isdisjoint({data.train.directory, data.eval.directory})
+
+
+def test_changed_file_never_meets_stale_rows(tmp_path):
+    source = tmp_path / "tales.jsonl"
+    config = data_config(dataset_name=f"jsonl:{source}", train_split="train[:150]", eval_split="train[150:]")
+    tales = list(corpora.open_documents("mukashi", "train[:200]"))
+    source.write_text("".join(json.dumps({"text": tale}) + "\n" for tale in tales))
+    before = preparation.prepare(config, str(tmp_path)).train
+    source.write_text("".join(json.dumps({"text": tale}) + "\n" for tale in reversed(tales)))
+    after = preparation.prepare(config, str(tmp_path)).train
+    assert before.directory != after.directory
+    assert before.manifest["characters"] != after.manifest["characters"]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Many blocks of few documents, also in worker processes and commands."""
+    monkeypatch.setattr(preparation, "BLOCK_CHARS", 10_000)
+
+
+def test_same_bytes_whatever_the_number_of_processes(tmp_path, small_blocks):
+    folders = []
+    for processes in (1, 3):
+        config = data_config(prepare_processes=processes, vocab_path=str(tmp_path / "spm"))
+        data = preparation.prepare(config, str(tmp_path / str(processes)))
+        assert len(data.train.paths) > 5
+        folders.append(files_of(data.train.directory))
+    assert folders[0] == folders[1]
+
+
+def test_killed_and_started_again(tmp_path):
+    """A preparation killed with SIGKILL leaves nothing that counts as whole, and ends with the same bytes."""
+    code = (
+        "import sys\n"
+        "from transformer_lm.data import preparation\n"
+        "from test_preparation import data_config\n"
+        "preparation.BLOCK_CHARS = 20_000\n"
+        "if __name__ == '__main__':\n"
+        "    preparation.prepare(data_config(train_split='train[:4000]', vocab_path=sys.argv[1]), sys.argv[2])\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+
+    def start(workdir):
+        arguments = [sys.executable, str(script), str(tmp_path / "spm"), str(workdir)]
+        return subprocess.Popen(arguments, env=environment, start_new_session=True)
+
+    assert start(tmp_path / "unbroken").wait() == 0
+    workdir, blocks_seen = tmp_path / "broken", 0
+    for blocks in (1, 20):
+        process = start(workdir)
+        while process.poll() is None and len(list(workdir.glob("prepared/*/*.json"))) < blocks:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        blocks_seen = max(blocks_seen, len(list(workdir.glob("prepared/*/rows-*.json"))))
+        assert not list(workdir.glob("prepared/*/manifest.json"))
+    assert blocks_seen >= 20
+    assert start(workdir).wait() == 0
+    folders = [sorted((tmp_path / name / "prepared").iterdir()) for name in ("unbroken", "broken")]
+    assert [folder.name for folder in folders[0]] == [folder.name for folder in folders[1]]
+    for unbroken, broken in zip(*folders, strict=True):
+        assert files_of(unbroken) == files_of(broken)
+
+
+def workers_of(process: subprocess.Popen) -> list[int]:
+    """Its worker processes, found in Linux's /proc."""
+    folder = Path("/proc") / str(process.pid) / "task" / str(process.pid)
+    try:
+        children = map(int, (folder / "children").read_text().split())
+        return [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    except OSError:
+        return []
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc, which is Linux's")
+def test_a_killed_worker_is_an_error_in_one_line(tmp_path, tales_tokenizer):
+    """As when the system runs out of memory; the same command goes on."""
+    (tmp_path / "spm").write_bytes(tales_tokenizer.model)
+    tales = "\n\n".join(corpora.mukashi.tale(number) for number in range(1000)) + "\n\n"
+    (tmp_path / "tales.txt").write_text(tales * 100, encoding="utf-8")
+    name = f"text:{tmp_path}/tales.txt"
+    fields = {"dataset_name": name, "train_split": "train", "eval_dataset_name": name, "eval_split": "train[:9]"}
+    arguments = command("prepare_data", tmp_path, **fields, vocab_path=tmp_path / "spm", prepare_processes=2)
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and len(workers_of(process)) < 2:
+        time.sleep(0.01)
+    os.kill(workers_of(process)[1], signal.SIGKILL)
+    errors = process.communicate()[1]
+    assert process.returncode == 1
+    assert [line for line in errors.splitlines() if line.startswith("error: A process that prepares rows was killed")]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_padding_of_literature_is_below_3_percent(literature, tmp_path):
+    config = data_config(
+        dataset_name=f"jsonl:{literature}/aozora_validation.jsonl.gz",
+        train_split="train",
+        eval_split="train[:3]",
+        vocab_size=4000,
+        max_corpus_chars=500_000,
+        spm_train_options="--character_coverage=0.9995 --byte_fallback=true",
+        max_target_length=256,
+    )
+    corpus = preparation.prepare(config, str(tmp_path)).train
+    rows = rows_of(corpus)
+    assert np.mean(rows == packing.padding_id(rows.dtype)) < 0.03
+
+
+def test_empty_documents_are_counted_and_left_out(tmp_path, tales_tokenizer):
+    (tmp_path / "spm").write_bytes(tales_tokenizer.model)
+    texts = ["昔々あるところに", "", " \n", "川が流れていました。"]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = data_config(
+        dataset_name=f"jsonl:{tmp_path}/x.jsonl", train_split="train", eval_split="train[:1]",
+        vocab_path=str(tmp_path / "spm"),
+    )  # fmt: skip
+    manifest = preparation.prepare(config, str(tmp_path)).train.manifest
+    assert (manifest["documents"], manifest["empty_documents"], manifest["texts"]) == (4, 2, 2)
+    with pytest.raises(UserError, match="holds no text"):
+        preparation.prepare(dataclasses.replace(config, eval_split="train[1:3]"), str(tmp_path))
+
+
+def test_errors_come_before_long_work(tmp_path):
+    for changes in ({"eval_split": "test"}, {"dataset_name": "text:/no/such"}, {"eval_dataset_name": "jsonl:/none"}):
+        with pytest.raises(UserError):
+            preparation.prepare(data_config(**changes), str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def prepare_files(tmp_path, spm, **changes):
+    """Prepares jsonl or text files in tmp_path with a given tokenizer; the manifest of the training rows."""
+    (tmp_path / "spm").write_bytes(spm.model)
+    fields = {"train_split": "train", "eval_split": "train[:1]", "vocab_path": str(tmp_path / "spm")} | changes
+    return preparation.prepare(data_config(**fields), str(tmp_path)).train
+
+
+def test_nul_bytes_are_counted_and_removed(tmp_path, tales_tokenizer):
+    (tmp_path / "x.txt").write_text("昔々\0あるところに\n\n\0\0\n\n川", encoding="utf-8")
+    manifest = prepare_files(tmp_path, tales_tokenizer, dataset_name=f"text:{tmp_path}/x.txt").manifest
+    assert (manifest["nul_characters"], manifest["empty_documents"], manifest["texts"]) == (3, 1, 2)
+    assert manifest["characters"] == len("昔々あるところに川")
+
+
+def test_empty_files_and_corpora(tmp_path, tales_tokenizer):
+    (tmp_path / "a.txt").write_bytes(b"")
+    with pytest.raises(UserError, match="holds no text"):
+        prepare_files(tmp_path, tales_tokenizer, dataset_name=f"text:{tmp_path}/*.txt")
+    (tmp_path / "b.txt").write_text("川が流れていました。", encoding="utf-8")
+    corpus = prepare_files(tmp_path, tales_tokenizer, dataset_name=f"text:{tmp_path}/*.txt")
+    assert corpus.manifest["rows"] == len(rows_of(corpus)) == 1  # a corpus smaller than a row
+
+
+def test_a_huge_document(tmp_path, tales_tokenizer):
+    """50 MB in one document: whole, and cut into parts only where its ids stay the same."""
+    lines = [corpora.mukashi.tale(number) for number in range(300)]
+    text = "\n".join(lines * (50_000_000 // sum(len(line.encode()) + 1 for line in lines) + 1))
+    assert len(text.encode()) > 50_000_000
+    (tmp_path / "x.txt").write_text(text, encoding="utf-8")
+    corpus = prepare_files(tmp_path, tales_tokenizer, dataset_name=f"text:{tmp_path}/x.txt", max_target_length=1024)
+    manifest = corpus.manifest
+    assert (manifest["documents"], manifest["characters"]) == (1, len(text))
+    expected = sum(len(tales_tokenizer.encode(line)) for line in lines) * (len(text) + 1) // (len("\n".join(lines)) + 1)
+    assert manifest["tokens"] == expected + 1  # EOS
+
+
+def test_manifest_says_where_the_rows_come_from(prepared):
+    manifest = prepared[1].train.manifest
+    assert (manifest["dataset_name"], manifest["split"], manifest["preprocessor"]) == (
+        "mukashi",
+        "train[:400]",
+        "plain",
+    )
+    for name in ("source_fingerprint", "tokenizer_sha256", "transformer_lm_version", "unicode_normalization"):
+        assert name in manifest
+    assert manifest["characters_per_token"] == pytest.approx(manifest["characters"] / manifest["tokens"], abs=1e-4)
+    assert manifest["dtype"] == "uint16"
+
+
+def test_normalization_and_cleaning_by_config(tmp_path, tales_tokenizer):
+    pytest.importorskip("hojichar")
+    tales = [corpora.mukashi.tale(number) for number in range(30)]
+    (tmp_path / "x.txt").write_text("\n\n".join([*tales, "ＡＤ．短い。"]), encoding="utf-8")
+    dataset = f"text:{tmp_path}/x.txt"
+    before = prepare_files(tmp_path, tales_tokenizer, dataset_name=dataset)
+    after = prepare_files(
+        tmp_path, tales_tokenizer, dataset_name=dataset, cleaning_rules="language,length", unicode_normalization="NFKC"
+    )
+    assert before.manifest["texts"] == 31
+    assert after.manifest["texts"] == 30
+    assert after.directory != before.directory
+    assert after.manifest["dataset_name"] == dataset
+    assert (after.manifest["unicode_normalization"], after.manifest["cleaning_rules"]) == ("NFKC", "language,length")
+    assert after.manifest["cleaning_counts"]["removed"] == {"language": 0, "length": 1}

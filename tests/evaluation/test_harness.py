@@ -1,0 +1,305 @@
+"""lm-evaluation-harness on our network: what it asks is what our own scores and texts say."""
+
+import gzip
+import json
+import os
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import FIXTURE, ROOT, one_line_error, run
+
+import transformer_lm
+from transformer_lm import models
+from transformer_lm.errors import UserError
+from transformer_lm.generation.language_model import LanguageModel
+
+lm_eval = pytest.importorskip("lm_eval")
+from lm_eval.api.instance import Instance  # noqa: E402
+
+from transformer_lm.evaluation import harness  # noqa: E402
+
+JCOMMONSENSEQA = {
+    "q_id": 0, "question": "桃から生まれたのは？", "choice0": "一寸法師", "choice1": "桃太郎", "choice2": "金太郎",
+    "choice3": "浦島", "choice4": "鬼", "label": 1,
+}  # fmt: skip
+JNLI = [
+    {"sentence_pair_id": "0", "sentence1": "猫が二匹いる。", "sentence2": "動物がいる。", "label": "entailment"},
+    {"sentence_pair_id": "1", "sentence1": "猫が二匹いる。", "sentence2": "猫はいない。", "label": "contradiction"},
+    {"sentence_pair_id": "2", "sentence1": "猫が二匹いる。", "sentence2": "猫は黒い。", "label": "neutral"},
+]
+MARC_JA = [
+    {"review_id": "R1", "text": "とても良い品でした。", "label": "positive"},
+    {"review_id": "R2", "text": "すぐに壊れました。", "label": "negative"},
+]
+JSQUAD = {
+    "version": "1.1",
+    "data": [{
+        "title": "梅雨",
+        "paragraphs": [{
+            "context": "梅雨 [SEP] 梅雨（つゆ）は、雨季の一種である。",
+            "qas": [
+                {"question": "梅雨とは何か。", "id": "a0", "is_impossible": False,
+                 "answers": [{"text": "雨季", "answer_start": 15}, {"text": "雨季の一種", "answer_start": 15}]},
+                {"question": "何と読むか。", "id": "a1", "is_impossible": False,
+                 "answers": [{"text": "つゆ", "answer_start": 11}]},
+            ],
+        }],
+    }],
+}  # fmt: skip
+ALPACA = "以下は、タスクを説明する指示と、文脈のある入力の組み合わせです。要求を適切に満たす応答を書きなさい。\n\n"
+
+
+def lines(records: list[dict]) -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+@pytest.fixture(scope="module")
+def jglue(tmp_path_factory):
+    """The four datasets, small, in both layouts and with an older version beside one."""
+    folder = tmp_path_factory.mktemp("jglue")
+    for name in ("jcommonsenseqa-v1.3", "jnli-v1.1", "marc_ja-v1.1"):
+        (folder / name).mkdir()
+    (folder / "jcommonsenseqa-v1.3" / "valid-v1.3.json").write_bytes(lines([JCOMMONSENSEQA] * 3))
+    (folder / "jnli-v1.1" / "valid-v1.1.json").write_bytes(b"an older version, which is not read")
+    (folder / "jnli-valid-v1.3.json.gz").write_bytes(gzip.compress(lines(JNLI)))
+    (folder / "marc_ja-v1.1" / "valid-v1.1.json").write_bytes(lines(MARC_JA))
+    (folder / "jsquad-valid-v1.3.json").write_text(json.dumps(JSQUAD, ensure_ascii=False))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model():
+    return transformer_lm.load(FIXTURE)
+
+
+def ask(kind: str, *arguments) -> list[Instance]:
+    return [Instance(kind, {}, request, number) for number, request in enumerate(arguments)]
+
+
+def test_loglikelihood_is_the_sum_of_our_scores(model):
+    contexts = ["昔々", "吾輩は", "", "むかし、 "]
+    continuations = ["あるところに", "猫である。名前はまだ無い。", "お爺さんが", "ある所"]
+    requests = ask("loglikelihood", *zip(contexts, continuations, strict=True))
+    answers = harness.HarnessModel(model).loglikelihood(requests * 20, disable_tqdm=True)
+    np.testing.assert_allclose(answers[:4], answers[-4:], atol=1e-4)  # in any company
+    for context, continuation, (log_prob, greedy) in zip(contexts, continuations, answers, strict=False):
+        [whole] = model.score([context + continuation])
+        given = len(model.tokenizer.encode(context.rstrip()))
+        assert log_prob == pytest.approx(whole.token_log_probs[given:].sum(), abs=1e-4)
+        assert greedy is False
+
+
+def test_greedy_continuations_are_known_as_such(model):
+    prompt = "夏目漱石は、"
+    [text] = model.generate(prompt, temperature=0, max_length=20)
+    ids = model.tokenizer.encode(prompt)
+    request = (None, [0, *ids], text["tokens"][len(ids) :])
+    wrong = (None, [0, *ids], [*text["tokens"][len(ids) : -1], 5])
+    found = harness.HarnessModel(model)._loglikelihood_tokens([request, wrong], disable_tqdm=True)
+    assert [greedy for _, greedy in found] == [True, False]
+
+
+def test_rolling_log_likelihood(model):
+    """A text that fits is its score; one that does not, the sum over windows, each token in one."""
+    texts = ["吾輩は猫である。", "名前はまだ無い。" * 30]
+    rolling = harness.HarnessModel(model).loglikelihood_rolling(ask("loglikelihood_rolling", *[(t,) for t in texts]))
+    assert rolling == pytest.approx([score.log_prob for score in model.score(texts)], abs=1e-3)
+
+    short = harness.HarnessModel(model, max_length=16)
+    [found] = short.loglikelihood_rolling(ask("loglikelihood_rolling", (texts[1],)))
+    ids = [0, *model.tokenizer.encode(texts[1])]
+    expected = 0.0
+    for start in range(1, len(ids), 16):
+        new = min(16, len(ids) - start)
+        context = ids[max(0, start + new - 17) : start + new]  # as much of it as fits before the new tokens
+        [(log_probs, _)] = model.score_tokens([context])
+        expected += log_probs[-new:].sum()
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("limit", [5, 32, 40, 100])
+def test_generation_is_the_samplers(model, limit):
+    """In rounds and in company as at once and alone."""
+    prompts = ["夏目漱石は、", "昔々", "吾輩は猫である。" * 5, "むかし"]
+    requests = ask("generate_until", *[(prompt, {"until": [], "max_gen_toks": limit}) for prompt in prompts])
+    answers = harness.HarnessModel(model).generate_until(requests, disable_tqdm=True)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = model.tokenizer.encode(prompt)
+        [text] = model.generate(prompt, temperature=0, max_length=len(ids) + limit)
+        assert answer == model.tokenizer.decode(text["tokens"][len(ids) :])
+
+
+def test_generation_stops(model):
+    prompt = "夏目漱石は、"
+    [(whole,)] = [harness.HarnessModel(model).generate_until(ask("generate_until", (prompt, {"max_gen_toks": 64})))]
+    stop = whole[10:12]
+    stopped = harness.HarnessModel(model).generate_until(
+        ask("generate_until", (prompt, {"max_gen_toks": 64, "until": [stop, "never"]}))
+    )
+    assert stopped == [whole.split(stop)[0]]
+
+
+def test_generation_samples_when_asked(model):
+    settings = {"do_sample": True, "temperature": 1.0, "top_k": 50, "max_gen_toks": 20}
+    one, two = harness.HarnessModel(model).generate_until(ask("generate_until", ("昔々", settings), ("昔々", settings)))
+    assert one != two
+    with pytest.raises(UserError, match="leaves no room for a prompt"):
+        harness.HarnessModel(model, max_length=20).generate_until(ask("generate_until", ("昔々", settings)))
+
+
+def test_the_four_tasks(model, jglue):
+    """Prompts letter by letter those of version 0.3, and scores those that our own log probabilities give."""
+    tasks = ["jglue", "marc_ja-1.1-0.3"]
+    found = harness.evaluate(model, tasks, data_dir=str(jglue))
+    samples = {task: sorted(of, key=lambda sample: sample["doc_id"]) for task, of in found["samples"].items()}
+    first = {task.split("-")[0]: of[0]["arguments"][0] for task, of in samples.items()}
+    assert first["jcommonsenseqa"] == (
+        ALPACA + "### 指示:\n与えられた選択肢の中から、最適な答えを選んでください。出力は以下から選択してください：\n"
+        "- 一寸法師\n- 桃太郎\n- 金太郎\n- 浦島\n- 鬼\n\n### 入力:\n桃から生まれたのは？\n\n### 応答:\n",
+        "一寸法師",
+    )
+    assert first["jnli"] == (
+        ALPACA + "### 指示:\n与えられた前提と仮説の関係を回答してください。\n\n出力は以下から選択してください：\n"
+        "含意\n矛盾\n中立\n\n### 入力:\n前提：猫が二匹いる。\n仮説：動物がいる。\n\n### 応答:\n",
+        "含意",
+    )
+    assert first["marc_ja"] == (
+        ALPACA + "### 指示:\n以下の製品レビューを、ポジティブまたはネガティブの感情クラスのいずれかに分類してください。"
+        "\n\n### 入力:\nとても良い品でした。\n\n### 応答:\n",
+        "ポジティブ",
+    )
+    assert first["jsquad"] == (
+        ALPACA + "### 指示:\n与えられた文脈から、質問に対する答えを抜き出してください。\n\n### 入力:\n"
+        "文脈：梅雨（つゆ）は、雨季の一種である。\n質問：梅雨とは何か。\n\n### 応答:\n",
+        {"until": ["\n"], "max_gen_toks": 64, "do_sample": False},
+    )
+    assert {task: len(of) for task, of in samples.items()} == {
+        "jcommonsenseqa-1.1-0.3": 3, "jnli-1.3-0.3": 3, "jsquad-1.1-0.3": 2, "marc_ja-1.1-0.3": 2,
+    }  # fmt: skip
+    for task, of in samples.items():
+        if not task.startswith("jsquad"):
+            results = found["results"][task]
+            assert results["acc,none"] == pytest.approx(np.mean([self_scored(model, sample) for sample in of]))
+    assert [sample["target"] for sample in samples["jnli-1.3-0.3"]] == [0, 1, 2]
+    assert [sample["target"] for sample in samples["marc_ja-1.1-0.3"]] == [0, 1]
+
+
+def self_scored(model, sample) -> bool:
+    """Whether the answer that our scores find likeliest is right."""
+    scores = []
+    for context, choice in sample["arguments"]:
+        given = len(model.tokenizer.encode(context.rstrip()))
+        scores.append(model.score([context + choice])[0].token_log_probs[given:].sum())
+    return int(np.argmax(scores)) == sample["target"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "exact_match", "f1"),
+    [
+        ("雨季", 1, 1),
+        (" 「雨季」。", 1, 1),
+        ("雨季の", 0, 4 / 5),  # against 雨季; against 雨季の一種 3 / 4
+        ("梅雨", 0, 0.5),
+        ("", 0, 0),
+        ("雪", 0, 0),
+    ],
+)
+def test_scores_of_answers(answer, exact_match, f1):
+    from transformer_lm.evaluation.tasks import jglue
+
+    found = jglue.score_answer({"answers": ["雨季", "雨季の一種"]}, [answer])
+    assert found == {"exact_match": exact_match, "f1": pytest.approx(f1)}
+
+
+def test_our_tasks_beside_lm_evals(model, monkeypatch):
+    """A name of lm_eval's own is known, in whatever company."""
+    asked = {}
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda model, **arguments: asked.update(arguments))
+    harness.evaluate(model, ["jnli-1.3-0.3", "hellaswag"])
+    assert asked["task_manager"].match_tasks(asked["tasks"]) == ["hellaswag", "jnli-1.3-0.3"]
+
+
+def test_registered_by_name(jglue):
+    """lm_eval's own entry point finds the model, as its command line does."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(harness.TASKS), include_defaults=False, metadata={"data_dir": str(jglue)})
+    found = lm_eval.simple_evaluate(
+        "transformer_lm", model_args={"address": str(FIXTURE)}, tasks=["jnli-1.3-0.3"], task_manager=manager
+    )
+    assert found["results"]["jnli-1.3-0.3"]["sample_len"] == 3
+
+
+class TestCommand:
+    def evaluate(self, *arguments, cwd=None, script=("-m", "transformer_lm.evaluate"), **environment):
+        command = [sys.executable, *script, f"--workdir={FIXTURE}", *arguments]
+        return run(command, cwd=cwd, env=os.environ | environment)
+
+    def test_tasks(self, jglue, tmp_path, model):
+        done = self.evaluate(
+            "--tasks=jglue", f"--tasks_data={jglue}", f"--samples={tmp_path}/samples.jsonl", "--limit=2"
+        )
+        assert done.returncode == 0, done.stderr
+        values = json.loads(done.stdout)
+        assert values["step"] == 499_999
+        assert values["tasks"].keys() == {"jcommonsenseqa-1.1-0.3", "jnli-1.3-0.3", "jsquad-1.1-0.3"}
+        assert values["tasks"]["jnli-1.3-0.3"].keys() == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
+        samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+        assert [sample["task"] for sample in samples].count("jsquad-1.1-0.3") == 2
+
+    def test_as_a_script_of_its_folder(self, jglue):
+        """There our evaluate.py must not stand in for the package `evaluate`, which lm_eval imports."""
+        done = self.evaluate(
+            "--tasks=jnli-1.3-0.3", script=("evaluate.py",), cwd=ROOT / "transformer_lm", JGLUE_DIR=str(jglue)
+        )
+        assert done.returncode == 0, done.stderr
+        assert "jnli-1.3-0.3" in json.loads(done.stdout)["tasks"]
+
+    def test_tasks_of_ones_own(self, tmp_path):
+        (tmp_path / "mine.yaml").write_text(
+            "task: mine\ndataset_path: json\ndataset_kwargs: {data_files: {test: "
+            + str(tmp_path / "mine.jsonl")
+            + "}}\n"
+            "test_split: test\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+            "metric_list: [{metric: bits_per_byte}]\n"
+        )
+        (tmp_path / "mine.jsonl").write_bytes(lines([{"text": "吾輩は猫である。"}]))
+        done = self.evaluate("--tasks=mine", f"--include_path={tmp_path}", HF_HOME=str(tmp_path / "cache"))
+        assert done.returncode == 0, done.stderr
+        [score] = transformer_lm.load(FIXTURE).score(["吾輩は猫である。"])
+        expected = -score.log_prob / np.log(2) / len("吾輩は猫である。".encode())
+        assert json.loads(done.stdout)["tasks"]["mine"]["bits_per_byte"] == pytest.approx(expected, rel=1e-4)
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["--tasks=no_such_task"], "there is no task 'no_such_task'; the project has jcommonsenseqa-1.1-0.3"),
+            (["--tasks=jglue"], "needs JGLUE's files: name their folder by --tasks_data"),
+            (["--tasks=jglue", "--tasks_data=/nowhere"], "/nowhere has no jcommonsenseqa-valid"),
+        ],
+    )
+    def test_errors(self, arguments, words):
+        assert words in one_line_error(self.evaluate(*arguments))
+
+
+def test_needs_no_torch():
+    code = "import sys; sys.modules['torch'] = None; from transformer_lm import harness"
+    done = run([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_context_longer_than_the_model(model):
+    """Only its end counts, as with lm_eval's `hf`."""
+    short = harness.HarnessModel(model, max_length=16)
+    context, continuation = list(range(10, 60)), [7, 8, 9]
+    [(found, _)] = short._loglikelihood_tokens([(None, context, continuation)], disable_tqdm=True)
+    [(log_probs, _)] = model.score_tokens([(context + continuation)[-17:]])
+    assert found == pytest.approx(log_probs[-3:].sum(), abs=1e-5)
+
+
+def test_max_length_is_the_exported_models():
+    config = models.TransformerConfig(vocab_size=50, emb_dim=16, num_heads=2, num_layers=1, qkv_dim=16, mlp_dim=16)
+    params = models.init(config, jax.random.key(0))
+    assert harness.HarnessModel(LanguageModel(config, params, None, 0)).max_length == 2048

@@ -1,0 +1,63 @@
+"""What a run reports, and that a step done again after a restart stands there once."""
+
+import json
+import math
+
+import pytest
+from tensorboardX.proto import event_pb2
+
+from transformer_lm.training import metrics
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(workdir):
+    """The events of all TensorBoard files, read from their records: length, CRC, content, CRC."""
+    found = []
+    for path in sorted(workdir.glob("events.out.tfevents.*")):
+        content, at = path.read_bytes(), 0
+        while at < len(content):
+            length = int.from_bytes(content[at : at + 8], "little")
+            found.append(event_pb2.Event.FromString(content[at + 12 : at + 12 + length]))
+            at += length + 16
+    return found
+
+
+def test_lines_scalars_texts_and_recipe(tmp_path):
+    shown = []
+    writer = metrics.MetricWriter(tmp_path, 0, lambda step, text: shown.append((step, text)))
+    writer.write_recipe({"seed": 3})
+    writer.write(10, {"train_loss": 2.5})
+    writer.write_samples(10, ["昔々", "あるところに"])
+    writer.show(10, "loss 2.5")
+    writer.close()
+    assert lines(tmp_path) == [{"step": 10, "train_loss": 2.5}]
+    assert metrics.read_last(tmp_path, "train_loss") == 2.5
+    assert shown == [(10, "loss 2.5")]
+    values = {value.tag: (event.step, value) for event in events(tmp_path) for value in event.summary.value}
+    assert values["train_loss"][0] == 10
+    assert values["train_loss"][1].simple_value == 2.5
+    [text] = [values[tag][1].tensor.string_val[0].decode() for tag in values if tag.startswith("samples")]
+    assert text == "昔々\n\nあるところに"
+    [text] = [values[tag][1].tensor.string_val[0].decode() for tag in values if tag.startswith("recipe")]
+    assert "seed = 3" in text
+
+
+def test_resumed_run_drops_what_it_does_again(tmp_path):
+    writer = metrics.MetricWriter(tmp_path, 0, print)
+    for step in (10, 20, 30):
+        writer.write(step, {"train_loss": float(step)})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "train_lo')  # the kill came here
+    writer = metrics.MetricWriter(tmp_path, 20, print)
+    writer.write(30, {"train_loss": 31.0})
+    writer.close()
+    assert [line["train_loss"] for line in lines(tmp_path)] == [10.0, 20.0, 31.0]
+
+
+@pytest.mark.parametrize(("loss", "expected"), [(0.0, 1.0), (1.0, math.e), (1000.0, math.inf)])
+def test_perplexity(loss, expected):
+    assert metrics.perplexity(loss) == pytest.approx(expected)

@@ -1,0 +1,1 @@
+"""From a source to batches: corpora, cleaning, tokenizer training, packed rows, batches."""

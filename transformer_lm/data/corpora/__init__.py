@@ -1,0 +1,75 @@
+"""Where documents come from: one module a kind of source.
+
+A new kind is a module with a subclass of `Source` and a line in `open_source`.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+from transformer_lm.data.corpora import files, huggingface, mukashi, splits, tfds
+from transformer_lm.data.corpora.base import Options, Source
+from transformer_lm.errors import UserError
+
+_TFDS_NAME = re.compile(r"\w+(/[\w.\-]+)?(:[\d.*]+)?")
+
+
+def open_source(name: str, options: Options = Options()) -> Source:
+    """The source that a dataset name means; raises UserError if there is none."""
+    kind, _, rest = name.partition(":")
+    if kind in files.READERS and rest:
+        return files.Files(kind, rest, options)
+    if kind == "huggingface" and rest:
+        return huggingface.HuggingFace(rest, options)
+    if name == "mukashi":
+        return mukashi.Mukashi()
+    if _TFDS_NAME.fullmatch(name):
+        return tfds.Tfds(name, options)
+    raise UserError(
+        f"dataset_name={name!r} must be a name of TensorFlow Datasets (wiki40b/ja), huggingface:OWNER/NAME[/CONFIG], "
+        f"{', '.join(f'{kind}:GLOB' for kind in files.READERS)}, or mukashi."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """The documents of some splits of a source; may be iterated over again and again."""
+
+    name: str
+    split: str
+    source: Source
+    slices: tuple[splits.Slice, ...]
+
+    def __iter__(self) -> Iterator[str]:
+        return self.read()
+
+    def read(self, task: int = 0, num_tasks: int = 1) -> Iterator[str]:
+        """The documents of one of many tasks that share the work; see Source.read."""
+        for part in self.slices:
+            start, stop = splits.resolve(part, self.source.size)
+            yield from self.source.read(part.name, start, stop, task, num_tasks)
+
+    def count(self):
+        """Counts what its tasks need to find their documents in `read`: nothing where whole splits are read."""
+        for part in self.slices:
+            if part.start is not None or part.stop is not None:
+                self.source.size(part.name)
+
+
+def open_documents(name: str, split: str, options: Options = Options()) -> Documents:
+    """Finds a dataset and checks its split, without reading any document yet.
+
+    Args:
+      name: a dataset name, see `open_source`.
+      split: in the notation of TFDS: "train", "train[:98%]", "train[98%:]".
+      options: how records are read.
+
+    Raises:
+      UserError: there is no such dataset or no such split.
+    """
+    source = open_source(name, options)
+    slices = tuple(splits.parse(split))
+    for part in slices:
+        if part.name not in source.splits:
+            raise UserError(f"Dataset {name!r} has no split {part.name!r}; it has {', '.join(source.splits)}.")
+    return Documents(name, split, source, slices)

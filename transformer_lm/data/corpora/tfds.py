@@ -1,0 +1,141 @@
+"""TensorFlow Datasets by their names (`lm1b`, `wiki40b/ja`, `name/config:version`), read without TensorFlow.
+
+The data must lie prepared in TFDS_DATA_DIR (a folder or gs://bucket/folder; ~/tensorflow_datasets where it is not set),
+as ArrayRecord, TFRecord or Parquet. What prepares them is TFDS itself, see docs/corpora.md.
+"""
+
+import hashlib
+import itertools
+import os
+import struct
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from etils import epath
+
+from transformer_lm.data.corpora.base import Options, Source
+from transformer_lm.data.corpora.files import parquet_column
+from transformer_lm.errors import UserError
+from transformer_lm.extras import optional_import
+from transformer_lm.files import local_copy
+
+READ_RECORDS = 256  # read at once from an ArrayRecord file
+
+
+class Tfds(Source):
+    """A prepared dataset; its shards are its files."""
+
+    def __init__(self, name: str, options: Options = Options(), data_dir: str | None = None):
+        """`data_dir` takes the place of TFDS_DATA_DIR."""
+        super().__init__()
+        tfds = optional_import(
+            "tensorflow_datasets", "tfds", f"dataset_name={name!r} is one of TensorFlow Datasets: it"
+        )
+        self._options = options
+        data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+        self._arguments = (name, options, data_dir)
+        try:
+            parsed, arguments = tfds.core.naming.parse_builder_name_kwargs(name)
+            builder = tfds.core.read_only_builder.builder_from_files(
+                str(parsed), data_dir=os.path.expanduser(data_dir), **arguments
+            )
+        except (tfds.core.registered.DatasetNotFoundError, ValueError, FileNotFoundError) as error:
+            raise UserError(
+                f"dataset_name={name!r}: no prepared data in TFDS_DATA_DIR={data_dir}. Prepare it once: "
+                "pip install 'transformer-lm-japanese[tfds-prepare]', then "
+                f"TFDS_DATA_DIR={data_dir} tfds build {name} --file_format=array_record"
+            ) from error
+        self._info = builder.info
+        self.splits = tuple(self._info.splits)
+        if options.text_field not in self._info.features:
+            raise UserError(
+                f"Dataset {name!r} has no feature {options.text_field!r}; it has {', '.join(self._info.features)}: "
+                "set text_field."
+            )
+        self._paths = {split: list(info.filepaths) for split, info in self._info.splits.items()}
+        metadata = [(builder.data_path / file).read_bytes() for file in ("dataset_info.json", "features.json")]
+        self._fingerprint = hashlib.sha256(b"".join(metadata) + options.text_field.encode()).hexdigest()
+
+    def __reduce__(self):  # opened again in another process
+        return type(self), self._arguments
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of TFDS's own description, which counts examples and bytes."""
+        return self._fingerprint
+
+    def num_shards(self, split: str) -> int:
+        """See Source."""
+        return len(self._paths[split])
+
+    def known_size(self, split: str, shard: int) -> int:
+        """See Source."""
+        return self._info.splits[split].shard_lengths[shard]
+
+    def read_shard(self, split: str, shard: int, start: int = 0) -> Iterator[str]:
+        """See Source."""
+        path, kind, count = self._paths[split][shard], self._info.file_format.value, start
+        for text in self._read_file(path, kind, start):
+            count += 1
+            yield text
+        if count != self.known_size(split, shard):
+            raise UserError(
+                f"{path} holds {count} examples, but TFDS wrote {self.known_size(split, shard)}: the file is damaged."
+            )
+
+    def _read_file(self, path: epath.Path, kind: str, start: int) -> Iterator[str]:
+        if kind not in RECORD_READERS:
+            raise UserError(
+                f"{path}: files of the format {kind} cannot be read; convert them: tfds convert_format "
+                f"--dataset_version_dir={path.parent} --out_file_format=array_record --out_dir=FOLDER"
+            )
+        records = RECORD_READERS[kind](path, start)
+        for record in records:
+            yield self._info.features.deserialize_example_np(record)[self._options.text_field].decode()
+
+
+def _array_records(path: epath.Path, start: int) -> Iterator[bytes]:
+    try:
+        with ArrayRecordDataSource([str(local_copy(path))]) as records:
+            for first in range(start, len(records), READ_RECORDS):
+                yield from records.__getitems__(range(first, min(first + READ_RECORDS, len(records))))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _tf_records(path: epath.Path, start: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        try:
+            yield from itertools.islice(read_tf_records(file), start, None)
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _parquet_records(path: epath.Path, start: int) -> Iterator[bytes]:
+    with path.open("rb") as file:  # TFDS writes whole records into a column "data"
+        yield from itertools.islice(parquet_column(file, str(path), "data"), start, None)
+
+
+RECORD_READERS = {"array_record": _array_records, "tfrecord": _tf_records, "parquet": _parquet_records}
+
+
+def read_tf_records(file: BinaryIO) -> Iterator[bytes]:
+    """The records of a TFRecord file (https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details).
+
+    A record is its length (uint64), the length's masked CRC-32C, its bytes, and their masked CRC-32C. The length's
+    checksum is compared, which finds a shift or a cut; the one of the bytes would take longer than all the rest.
+    """
+    from tensorboardX.crc32c import crc32c  # here, since it takes PyTorch along where that is installed
+
+    while header := file.read(12):
+        if len(header) < 12:
+            raise ValueError("it ends inside a record")
+        length, checksum = struct.unpack("<QI", header)
+        crc = crc32c(header[:8])
+        if checksum != (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF:
+            raise ValueError("a record's length does not agree with its checksum")
+        record = file.read(length)
+        if len(record) < length or len(file.read(4)) < 4:
+            raise ValueError("it ends inside a record")
+        yield record

@@ -1,0 +1,128 @@
+"""This package's functions as steps of datatrove pipelines. Needs the extra `prep`; imported where it is used."""
+
+import json
+from collections.abc import Iterable, Iterator
+
+import hojichar
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.filters.base_filter import BaseFilter
+from datatrove.utils.word_tokenizers import WordTokenizer
+from etils import epath
+
+from transformer_lm.data import corpora, preparation
+from transformer_lm.data.dataset_preprocessor import Preprocessing
+from transformer_lm.files import write_atomically
+
+EXAMPLES = 3  # removed texts that each task keeps of each rule, for the report
+EXAMPLE_CHARS = 200
+
+
+class ReadDocuments(PipelineStep):
+    """Reads a task's share of a corpus's documents."""
+
+    def __init__(self, documents: corpora.Documents):
+        super().__init__()
+        named("documents", self)
+        self.documents = documents
+
+    def run(self, data=None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """See PipelineStep."""
+        for number, document in enumerate(self.documents.read(rank, world_size)):
+            self.stat_update("documents")
+            yield Document(text=document, id=f"{rank}/{number}")
+
+
+class ToTexts(PipelineStep):
+    """From documents to the texts in them."""
+
+    def __init__(self, preprocessing: Preprocessing):
+        super().__init__()
+        named("texts", self)
+        self.preprocessing = preprocessing
+
+    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """See PipelineStep."""
+        for document in data:
+            for number, text in enumerate(self.preprocessing(document.text)):
+                self.stat_update("texts")
+                yield Document(text=text, id=f"{document.id}/{number}")
+
+
+class PackRows(PipelineStep):
+    """Tokenizes and packs a task's documents, block by block; blocks that are there already are left as they are."""
+
+    def __init__(self, plan: preparation.RowsPlan):
+        super().__init__()
+        named("rows", self)
+        self.directory, self.write_block = str(plan.directory), plan.write_block
+
+    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1):
+        """See PipelineStep."""
+        for number, block in enumerate(preparation.blocks_of(document.text for document in data)):
+            name = f"{rows_prefix(world_size)}{rank:05d}-{number:06d}"
+            if not (epath.Path(self.directory) / f"{name}.json").exists():
+                self.write_block(name, block)
+
+
+def rows_prefix(tasks: int) -> str:
+    """What the names of all blocks begin with that are made by so many tasks."""
+    return f"rows-{tasks:05d}-"
+
+
+class HojicharFilter(BaseFilter):
+    """Keeps the texts that all of some HojiChar filters keep."""
+
+    def __init__(self, filters: list[hojichar.Filter], examples: "KeepExamples"):
+        super().__init__(exclusion_writer=examples)
+        self.filters = filters
+
+    def filter(self, doc: Document) -> bool:
+        """Whether a text is kept."""
+        return not any(one.apply(hojichar.Document(doc.text)).is_rejected for one in self.filters)
+
+
+def named(name: str, step: PipelineStep) -> PipelineStep:
+    """The step, with its counts under a name of our own."""
+    step.name = step.stats.name = name
+    step.type = step.type or "STEP"
+    return step
+
+
+class KeepExamples:
+    """Takes the texts that a rule removes, and writes the first few of a task down."""
+
+    def __init__(self, folder: epath.Path, rule: str):
+        self.folder, self.rule = str(folder), rule
+        self.rank, self.texts = 0, []
+
+    def __enter__(self):
+        self.texts = []
+        return self
+
+    def write(self, document: Document, rank: int = 0):
+        """Called for every removed text."""
+        self.rank = rank
+        if len(self.texts) < EXAMPLES:
+            self.texts.append(document.text[:EXAMPLE_CHARS])
+
+    def __exit__(self, kind, error, traceback):
+        if self.texts and error is None:
+            path = epath.Path(self.folder) / f"{self.rule}-{self.rank:05d}.json"
+            write_atomically(path, json.dumps(self.texts, ensure_ascii=False).encode())
+
+
+class Characters(WordTokenizer):
+    """Takes characters for words, so that n-grams need no morphological analysis."""
+
+    def word_tokenize(self, text: str) -> list[str]:
+        """The characters but white space."""
+        return [character for character in text if not character.isspace()]
+
+    def sent_tokenize(self, text: str) -> list[str]:
+        """The text as one sentence."""
+        return [text]
+
+    def span_tokenize(self, text: str) -> list[tuple[int, int]]:
+        """The spans of `sent_tokenize`."""
+        return [(0, len(text))]

@@ -1,0 +1,60 @@
+"""Packed rows -> batches, by Grain.
+
+The training batch of step n is a pure function of (rows, seed, batch size, n): whoever asks for it, and after however
+many restarts, gets the same rows.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from transformer_lm.data.packing import padding_id, unpack
+from transformer_lm.data.preparation import PreparedCorpus, PreparedMixture
+from transformer_lm.files import local_copy
+
+READ_THREADS = 4
+PREFETCH_BATCHES = 8
+
+Batch = dict[str, np.ndarray]
+
+
+def _rows(corpus: PreparedCorpus) -> grain.MapDataset:
+    """The corpus's rows, each [T]. Remote files are copied to the cache of this machine first."""
+    source = grain.sources.ArrayRecordDataSource([str(local_copy(path)) for path in corpus.paths])
+    return grain.MapDataset.source(source).map(lambda record: np.frombuffer(record, corpus.dtype))
+
+
+def _mix(datasets: list[grain.MapDataset], weights: tuple[float, ...]) -> grain.MapDataset:
+    """Rows of several datasets, each with its share in any stretch; ends where the first of them does."""
+    return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, weights)
+
+
+def train_batches(
+    corpus: PreparedCorpus | PreparedMixture, *, batch_size: int, seed: int, start_step: int = 0
+) -> Iterator[Batch]:
+    """The endless training batches from `start_step` on.
+
+    Every epoch of a corpus sees all its rows once, in an order of its own; so does each part of a mixture.
+
+    Yields:
+      what `packing.unpack` makes of [batch_size, T] rows.
+    """
+    parts = [_rows(part).shuffle(seed=seed).repeat() for part in corpus.parts]
+    dataset = _mix(parts, corpus.weights).batch(batch_size, drop_remainder=True).map(unpack)
+    options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCH_BATCHES * READ_THREADS)
+    iterator = iter(dataset.to_iter_dataset(options))
+    iterator.set_state({"next_index": start_step})
+    return iterator
+
+
+def eval_batches(corpus: PreparedCorpus | PreparedMixture, *, batch_size: int, max_batches: int) -> Iterator[Batch]:
+    """The corpus's rows in order, once, at most `max_batches` (-1: all). The last batch is filled up with padding."""
+    rows = _mix([_rows(part) for part in corpus.parts], corpus.weights)
+    stop = None if max_batches < 0 else max_batches
+    for start in itertools.islice(range(0, len(rows), batch_size), stop):
+        batch = np.full((batch_size, corpus.row_length), padding_id(corpus.dtype), corpus.dtype)
+        for i in range(start, min(start + batch_size, len(rows))):
+            batch[i - start] = rows[i]
+        yield unpack(batch)

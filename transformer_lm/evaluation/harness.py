@@ -1,0 +1,221 @@
+"""The tasks of lm-evaluation-harness (lm_eval), run on our own network; needs no PyTorch.
+
+Importing this module registers the model `transformer_lm` with lm_eval, whose `simple_evaluate(model="transformer_lm",
+model_args={"address": ...})` then finds it; `evaluate` is that with the project's tasks.
+"""
+
+import functools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import lm_eval
+import lm_eval.utils
+import tqdm
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.tasks import TaskManager
+
+from transformer_lm.errors import UserError
+from transformer_lm.generation import language_model, sampler
+from transformer_lm.generation.language_model import LanguageModel
+from transformer_lm.huggingface import fast_tokenizer
+from transformer_lm.huggingface import tensor_tables as architectures
+from transformer_lm.tokenizer import EOS_ID, START_ID
+
+TASKS = Path(__file__).parent / "tasks"
+MAX_NEW_TOKENS = 256  # lm_eval's own default
+FIRST_NEW_TOKENS = 32  # of the first round of an answer: most are short
+BATCH_TOKENS = 8_192  # of prompts and answers that are generated at once: their keys and values are kept
+
+
+@register_model("transformer_lm")
+class HarnessModel(TemplateLM):
+    """A language model as lm_eval asks it: texts in, log probabilities and texts out.
+
+    Requests are worked on by length, longest first, in batches of a bounded number of tokens. Texts begin with
+    START_ID, and what is longer than `max_length` loses its beginning, as with lm_eval's model `hf`.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel | None = None,
+        *,
+        address: str | None = None,
+        dtype: str = "float32",
+        max_length: int | None = None,
+        **_,
+    ):
+        """Takes a model, or loads the one at an address; **_ is what lm_eval hands to every model, like batch_size."""
+        super().__init__()
+        self.model = model or language_model.load(address, dtype=dtype)
+        config = self.model.config
+        self.max_length = max_length or architectures.architecture_of(config).sizes(config).positions
+
+    @property
+    def eot_token_id(self) -> int:
+        """Closes a text."""
+        return EOS_ID
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Opens a text."""
+        return START_ID
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        """Token ids, with START_ID in front unless told otherwise."""
+        return [START_ID] * (add_special_tokens is not False) + self.model.tokenizer.encode(string)
+
+    def _loglikelihood_tokens(self, requests: Iterable, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
+        """(texts, context ids, continuation ids) -> sum of log probabilities, and whether greedy decoding writes it."""
+        requests = list(requests)
+        sequences = [(context + continuation)[-self.max_length - 1 :] for _, context, continuation in requests]
+        with tqdm.tqdm(total=len(requests), desc="Log probabilities", disable=disable_tqdm) as bar:
+            scored = self.model.score_tokens(sequences, report=bar.update)
+        answers = []
+        for (texts, _, continuation), (log_probs, greedy) in zip(requests, scored, strict=True):
+            start = len(log_probs) - len(continuation)
+            answers.append((float(log_probs[start:].sum(dtype="float64")), bool(greedy[start:].all())))
+            if texts is not None:  # a window of a text has none of its own
+                self.cache_hook.add_partial("loglikelihood", texts, answers[-1])
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log probabilities of whole texts; of one longer than max_length in windows, each token in one of them."""
+        windows = [
+            [
+                (None, *lm_eval.utils.make_disjoint_window(window))
+                for window in lm_eval.utils.get_rolling_token_windows(
+                    token_list=self.tok_encode(request.args[0], add_special_tokens=False),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length,
+                    context_len=1,
+                )
+            ]
+            for request in requests
+        ]
+        answers = iter(self._loglikelihood_tokens((window for text in windows for window in text), disable_tqdm))
+        sums = [sum(next(answers)[0] for _ in text) for text in windows]
+        for request, total in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return sums
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continuations, each cut before the first of its stop strings."""
+        groups: dict[str, list[int]] = {}  # requests with the same settings
+        for number, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(number)
+        answers: dict[int, str] = {}
+        with tqdm.tqdm(total=len(requests), desc="Generating", disable=disable_tqdm) as bar:
+            for numbers in groups.values():
+                settings = normalize_gen_kwargs(dict(requests[numbers[0]].args[1]), MAX_NEW_TOKENS)
+                prompts = {number: self._prompt(requests[number].args[0], settings) for number in numbers}
+                order = sorted(prompts, key=lambda number: len(prompts[number]), reverse=True)
+                while order:
+                    width = sampler.padded_length(len(prompts[order[0]])) + settings["max_gen_toks"]
+                    rows = max(1, BATCH_TOKENS // width)
+                    batch, order = order[:rows], order[rows:]
+                    answers |= self._continue({number: prompts[number] for number in batch}, rows, settings)
+                    bar.update(len(batch))
+        for number, answer in answers.items():
+            self.cache_hook.add_partial("generate_until", requests[number].args, answer)
+        return [answers[number] for number in range(len(requests))]
+
+    @functools.cached_property
+    def _fast_tokenizer(self):
+        """Makes texts of tokens, also of bytes that are no whole character, as for users of the exported model."""
+        return fast_tokenizer.convert(self.model.tokenizer)
+
+    def _prompt(self, text: str, settings: dict) -> list[int]:
+        """Ids of a prompt without START_ID, shortened from the left to leave room for the answer."""
+        room = self.max_length - settings["max_gen_toks"]
+        if room < 2:
+            raise UserError(
+                f"max_gen_toks={settings['max_gen_toks']} leaves no room for a prompt: max_length={self.max_length}."
+            )
+        return self.model.tokenizer.encode(text)[1 - room :]
+
+    def _continue(self, prompts: dict[int, list[int]], rows: int, settings: dict) -> dict[int, str]:
+        """Answers to prompts. In a few rounds, each of twice as many tokens: who has met a stop string is left out."""
+        answers: dict[int, str] = {}
+        tokens: dict[int, list[int]] = {number: [] for number in prompts}
+        limit, new = settings["max_gen_toks"], FIRST_NEW_TOKENS
+        while tokens:
+            so_far = [prompts[number] + written for number, written in tokens.items()]
+            length = sampler.padded_length(max(map(len, so_far))) + new
+            written = sampler.generate(
+                self.model.config,
+                self.model.params,
+                so_far + so_far[:1] * (rows - len(so_far)),  # always as many, so that few shapes are compiled
+                num_samples=1,
+                sampling=_sampling(settings, length),
+                seed=length,
+            )
+            for number, [more] in zip(list(tokens), written, strict=False):
+                tokens[number] = (tokens[number] + more.tokens)[:limit]
+                text = self._fast_tokenizer.decode(tokens[number])
+                answer = postprocess_generated_text(text, settings.get("until"), None)
+                if more.finished or len(tokens[number]) == limit or answer != text:
+                    answers[number] = answer
+                    del tokens[number]
+            new *= 2
+        return answers
+
+
+def _sampling(settings: dict, length: int) -> sampler.SamplingConfig:
+    """lm_eval's settings of a generation in our terms; greedy unless it says do_sample."""
+    if not settings.get("do_sample"):
+        return sampler.SamplingConfig(temperature=0.0, max_length=length)
+    return sampler.SamplingConfig(
+        settings.get("temperature", 1.0), settings.get("top_k", 0), settings.get("top_p", 1.0), length
+    )
+
+
+def evaluate(
+    model: LanguageModel,
+    tasks: Sequence[str],
+    *,
+    data_dir: str | None = None,
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+) -> dict:
+    """Runs tasks.
+
+    Args:
+      model: what is evaluated.
+      tasks: names of the project's tasks (in tasks/), of those below `include_path`, or of lm_eval's own.
+      data_dir: the folder with JGLUE's files, for the project's tasks.
+      include_path: a folder with task files of the user's; such a file may name Python functions beside it to run.
+      num_fewshot: worked examples before each question; None for what the task says.
+      limit: how many questions of each task are asked; None for all.
+
+    Returns:
+      what lm_eval.simple_evaluate returns: "results", "samples", "versions" and more.
+
+    Raises:
+      UserError: there is no such task, or its data are missing.
+    """
+    paths = [str(TASKS), *([include_path] if include_path else [])]
+    metadata = {"data_dir": data_dir} if data_dir else None
+    manager = own = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
+    if not all(own.match_tasks([name]) for name in tasks):
+        manager = TaskManager(include_path=paths, metadata=metadata)  # thousands of files: some seconds
+    if unknown := [name for name in tasks if not manager.match_tasks([name])]:
+        raise UserError(
+            f"--tasks: there is no task {unknown[0]!r}; the project has {', '.join(own.all_tasks)}, and lm_eval "
+            "its own."
+        )
+    return lm_eval.simple_evaluate(
+        HarnessModel(model), tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot, limit=limit
+    )
+
+
+def plain_metrics(metrics: dict) -> dict[str, float]:
+    """A task's entry of "results" as {"acc": 0.5, "acc_stderr": 0.01}, without the name of the filter `none`."""
+    return {
+        name.removesuffix(",none"): value
+        for name, value in metrics.items()
+        if isinstance(value, (int, float)) and name != "sample_len"
+    }

@@ -1,0 +1,1 @@
+"""A trained model: text in, text and scores out."""

@@ -1,0 +1,188 @@
+"""A trained model in Python: text in, text and probabilities out.
+
+import transformer_lm
+model = transformer_lm.load("logs/my_model")        # or an original checkpoint, or hf://OWNER/NAME
+print(model.generate("夏目漱石は、")[0]["text"], model.score(["吾輩は猫である。"])[0].log_prob)
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from transformer_lm import models
+from transformer_lm.checkpoints import store as checkpoints
+from transformer_lm.errors import UserError
+from transformer_lm.generation import sampler
+from transformer_lm.tokenizer import START_ID, Tokenizer
+
+BATCH_TOKENS = 4096  # tokens that are scored at once: their logits are the largest array
+LENGTH_STEP = 64  # lengths are padded to multiples of it, so that few shapes are compiled
+MAX_SCORED_TOKENS = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How likely a text is.
+
+    Attributes:
+      log_prob: natural logarithm of the text's probability, the sum over its tokens.
+      tokens: its token ids.
+      token_log_probs: [n] float32, of each token given those before it.
+    """
+
+    log_prob: float
+    tokens: list[int]
+    token_log_probs: np.ndarray
+
+
+class LanguageModel:
+    """A network with its parameters and its tokenizer; made by `load`.
+
+    Attributes:
+      config: the network.
+      params: its parameters, on the default device.
+      tokenizer: the tokenizer it was trained with.
+      step: training steps behind it.
+    """
+
+    def __init__(self, config: models.TransformerConfig, params: models.Params, tokenizer: Tokenizer, step: int):
+        self.config, self.params, self.tokenizer, self.step = config, params, tokenizer, step
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        num_samples: int = 1,
+        max_length: int = 128,
+        temperature: float = 0.6,
+        top_k: int = 20,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[dict]:
+        """Continues texts, all in one batch.
+
+        Args:
+          prompts: a text or several.
+          num_samples: continuations of each.
+          max_length: tokens of prompt and continuation together.
+          temperature: logits are divided by it; 0 takes the likeliest token.
+          top_k: choose among the k likeliest tokens; 0 for all.
+          top_p: choose among the likeliest tokens that reach this probability together; 1 for all.
+          seed: the same seed writes the same texts.
+
+        Returns:
+          for each prompt `num_samples` dicts, one after the other: prompt, text (prompt and continuation), tokens, and
+          finished (whether the text ended by itself).
+        """
+        sampling = sampler.SamplingConfig(temperature, top_k, top_p, max_length)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        return generate_texts(
+            self.config, self.params, self.tokenizer, prompts, sampling, seed=seed, num_samples=num_samples
+        )
+
+    def score(self, texts: Sequence[str], *, with_eos: bool = False) -> list[Score]:
+        """How likely each text is as a document's beginning, or with `with_eos` as a whole document.
+
+        Raises:
+          UserError: a text has more than MAX_SCORED_TOKENS tokens.
+        """
+        ids = [tokens if with_eos else tokens[:-1] for tokens in self.tokenizer.encode_texts(list(texts))]
+        for text, tokens in zip(texts, ids, strict=True):
+            if len(tokens) > MAX_SCORED_TOKENS:
+                raise UserError(
+                    f"The text {text[:20]!r}... has {len(tokens)} tokens; at most {MAX_SCORED_TOKENS} are scored at "
+                    "once: cut it."
+                )
+        scored = self.score_tokens([[START_ID, *tokens] for tokens in ids])
+        return [
+            Score(float(np.sum(log_probs, dtype=np.float64)), tokens.tolist(), log_probs)
+            for tokens, (log_probs, _) in zip(ids, scored, strict=True)
+        ]
+
+    def score_tokens(
+        self, sequences: Sequence[Sequence[int]], report: Callable[[int], object] = lambda count: None
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """How likely each token of a sequence is, given those before it.
+
+        Args:
+          sequences: token ids; the first of each is given, at the beginning of a document START_ID.
+          report: is told after each batch how many sequences it had.
+
+        Returns:
+          for each sequence of n ids, log probabilities [n - 1] float32 of all but the first, and [n - 1] bool, whether
+          no other token was likelier. Sequences are batched by length.
+        """
+        found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
+        while order:
+            length = -(-max(len(sequences[order[0]]) - 1, 1) // LENGTH_STEP) * LENGTH_STEP
+            rows = max(1, BATCH_TOKENS // length)
+            numbers, order = order[:rows], order[rows:]
+            inputs, targets, segments = (np.zeros((rows, length), np.int32) for _ in range(3))
+            for row, number in enumerate(numbers):
+                size = len(sequences[number]) - 1
+                inputs[row, :size], targets[row, :size] = sequences[number][:-1], sequences[number][1:]
+                segments[row, :size] = 1
+            config = dataclasses.replace(self.config, max_len=max(self.config.max_len, length))
+            log_probs, greedy = map(np.asarray, _score_targets(config, self.params, inputs, targets, segments))
+            for row, number in enumerate(numbers):
+                size = len(sequences[number]) - 1
+                found[number] = log_probs[row, :size], greedy[row, :size]
+            report(len(numbers))
+        return [found[number] for number in range(len(sequences))]
+
+
+def load(address: os.PathLike | str, *, dtype: str = "float32") -> LanguageModel:
+    """Loads a model for generation and scoring; no optimizer.
+
+    Args:
+      address: a workdir, a folder or file of the original's, an exported folder, or hf://OWNER/NAME[@REVISION].
+      dtype: what the network computes in: "float32" or "bfloat16".
+
+    Raises:
+      UserError: there is no model, or it cannot be read.
+    """
+    loaded = checkpoints.load_model(address)
+    tokenizer = Tokenizer.load_for(loaded.tokenizer_path, loaded.config.vocab_size)
+    config = dataclasses.replace(loaded.config, dtype=dtype)
+    return LanguageModel(config, jax.device_put(loaded.params), tokenizer, loaded.step)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score_targets(config: models.TransformerConfig, params: models.Params, inputs, targets, segments):
+    """[B, T] log probabilities of targets, and whether they are the likeliest; of padding they mean nothing."""
+    positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
+    logits = models.bind(config, params)(inputs, positions, segments)  # [B, T, V]
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return target_logits - jax.nn.logsumexp(logits, axis=-1), target_logits >= logits.max(axis=-1)
+
+
+def generate_texts(
+    model: models.TransformerConfig,
+    params: models.Params,
+    tokenizer: Tokenizer,
+    prompts: Iterable[str],
+    sampling: sampler.SamplingConfig,
+    *,
+    seed: int,
+    num_samples: int = 1,
+) -> list[dict]:
+    """Continues texts: for each prompt `num_samples` dicts of prompt, text, tokens, finished; prompts included."""
+    prompts = list(prompts)
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    written = sampler.generate(model, params, ids, num_samples=num_samples, sampling=sampling, seed=seed)
+    return [
+        {
+            "prompt": prompt,
+            "text": tokenizer.decode(prompt_ids + text.tokens),
+            "tokens": prompt_ids + text.tokens,
+            "finished": text.finished,
+        }
+        for prompt, prompt_ids, texts in zip(prompts, ids, written, strict=True)
+        for text in texts
+    ]

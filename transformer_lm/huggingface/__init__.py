@@ -1,0 +1,1 @@
+"""A model's folder for other people's tools, and back."""

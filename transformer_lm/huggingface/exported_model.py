@@ -1,0 +1,246 @@
+"""Model folders of the Hugging Face world: written for everybody's tools, and read back bit by bit.
+
+config.json says which architecture computes the network, and under "transformer_lm" which network of ours it is;
+model.safetensors (in shards above 5 GB, with model.safetensors.index.json) holds the tensors. A value that the
+architecture's tensors hold rounded lies unrounded in the safetensors file's metadata.
+
+Folders are untrusted: sizes are compared with what the files' headers declare before anything of that size is made,
+what is read must be what would be written of it, and nothing is unpickled or executed.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+from flax import traverse_util
+
+from transformer_lm import models
+from transformer_lm.errors import UserError
+from transformer_lm.extras import optional_import
+from transformer_lm.files import local_copy, read_json, write_json
+from transformer_lm.huggingface import tensor_tables as architectures
+from transformer_lm.huggingface.tensor_tables import Architecture, Sizes, Tensor
+from transformer_lm.models import TransformerConfig
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5_000_000_000
+OURS = "transformer_lm"  # the key of config.json, and the prefix in the metadata
+TOLERANCE = 1e-5  # of a tensor's greatest value: what is computed again, perhaps by another NumPy, differs less
+
+
+def is_model(folder: epath.Path) -> bool:
+    """Whether a folder holds a model in this format."""
+    return (folder / WEIGHTS_FILE).exists() or (folder / INDEX_FILE).exists()
+
+
+# Writing. -------------------------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, model: TransformerConfig, params: models.Params, step: int, max_shard: int = MAX_SHARD_BYTES):
+    """Writes config.json and the tensors.
+
+    Args:
+      folder: an empty folder.
+      model: the network.
+      params: its parameters: NumPy arrays, float32.
+      step: training steps behind it, for the record.
+      max_shard: bytes above which there are several files.
+    """
+    numpy_format = optional_import("safetensors.numpy", "hf", "The export")
+    hub = optional_import("huggingface_hub", "hf", "The export")
+    architecture = architectures.architecture_of(model)
+    sizes = architecture.sizes(model)
+    flat = traverse_util.flatten_dict(params, sep=".")
+    rows = {row.name.format(i=i): (row, i) for row, i in layered(architecture.tensors(model), sizes)}
+    split = hub.split_state_dict_into_shards_factory(
+        {name: row.shape(sizes) for name, (row, _) in rows.items()},
+        get_storage_size=lambda shape: 4 * int(np.prod(shape)),
+        filename_pattern=WEIGHTS_FILE.replace(".safetensors", "{suffix}.safetensors"),
+        max_shard_size=max_shard,
+    )
+    settings = {
+        "architectures": [architecture.name],
+        **architecture.settings(model),
+        "dtype": "float32",
+        OURS: {"model": dataclasses.asdict(model), "step": step},
+    }
+    write_json(folder / CONFIG_FILE, settings)
+    for file, names in split.filename_to_tensors.items():
+        tensors, metadata = {}, {"format": "pt"}  # which transformers 4 asks for
+        for name in names:
+            row, i = rows[name]
+            ours = parameters(flat, row, i)
+            tensors[name] = np.ascontiguousarray(row.export(sizes, *ours))
+            if row.rounds:
+                metadata[f"{OURS}:{name}"] = base64.b64encode(ours[0].astype("<f4").tobytes()).decode()
+        numpy_format.save_file(tensors, folder / file, metadata)
+        shutil.copymode(folder / CONFIG_FILE, folder / file)  # the library's own lets nobody else read
+    if split.is_sharded:
+        write_json(folder / INDEX_FILE, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+
+
+def layered(rows: tuple[Tensor, ...], sizes: Sizes) -> Iterator[tuple[Tensor, int]]:
+    """Every row with every layer it has."""
+    for row in rows:
+        for i in range(row.count(sizes)):
+            yield row, i
+
+
+def parameters(flat: dict[str, np.ndarray], row: Tensor, layer: int) -> list[np.ndarray]:
+    """What a row is made of, from our parameters by their dotted names."""
+    return [flat[name][layer] if name.startswith("blocks.") else flat[name] for name in row.ours]
+
+
+# Reading. -------------------------------------------------------------------------------------------------------------
+
+
+def load(folder: epath.Path) -> tuple[TransformerConfig, models.Params, int]:
+    """The network, its parameters (NumPy arrays, float32, layers stacked) and its training steps.
+
+    Memory: the parameters, and at one time one more tensor or two.
+
+    Raises:
+      UserError: it is another architecture, was changed since it was written, or is no model at all.
+    """
+    architecture, model, step = _described(folder)
+    sizes = architecture.sizes(model)
+    flat: dict[str, np.ndarray] = {}
+    with contextlib.ExitStack() as stack:
+        tensors = _open(folder, stack)
+        for row, i in _checked(folder, architecture.tensors(model), sizes, tensors):
+            name = row.name.format(i=i)
+            theirs = tensors[name].get_tensor(name)
+            if row.restore is None:
+                ours = parameters(flat, row, i)
+            else:
+                ours = _restored(row, sizes, theirs, (tensors[name].metadata() or {}).get(f"{OURS}:{name}"))
+                _place(flat, row, i, sizes.layers, ours)
+            _check_unchanged(folder, name, theirs, row.export(sizes, *ours))
+    return dataclasses.replace(model, dtype="float32"), traverse_util.unflatten_dict(flat, sep="."), step
+
+
+def _described(folder: epath.Path) -> tuple[Architecture, TransformerConfig, int]:
+    """What config.json says: the architecture, our network, its steps."""
+    path = folder / CONFIG_FILE
+    settings = read_json(path)
+    names, ours = settings.get("architectures"), settings.get(OURS)
+    name = names[0] if isinstance(names, list) and len(names) == 1 else names
+    if not isinstance(name, str) or name not in architectures.ARCHITECTURES or not isinstance(ours, dict):
+        raise UserError(
+            f"{folder} holds a model of the architecture {str(name)[:80]} that export_huggingface.py has not written; "
+            f"read are its exports ({', '.join(architectures.ARCHITECTURES)}), workdirs, and the original's "
+            "checkpoint_N."
+        )
+    architecture = architectures.ARCHITECTURES[name]
+    model = TransformerConfig.from_json(ours.get("model"), str(path))
+    step = ours.get("step")
+    if type(step) is not int or step < 0:
+        raise UserError(f"{path}: {OURS}.step={str(step)[:80]} is not a number of steps.")
+    for key, value in architecture.settings(model).items():
+        if settings.get(key, value) != value and not key.endswith("pdrop"):
+            raise UserError(
+                f"{path}: {key}={str(settings[key])[:80]}, but the network under {OURS!r} needs {value}: the model was "
+                "changed since it was exported."
+            )
+    return architecture, model, step
+
+
+def _open(folder: epath.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """For each tensor's name the opened file that it lies in."""
+    safetensors = optional_import("safetensors", "hf", f"The model in {folder}")
+    files = [WEIGHTS_FILE]
+    if not (folder / WEIGHTS_FILE).exists():
+        places = read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(places, dict) or not all(map(_is_plain_name, places.values())):
+            raise UserError(f"{folder / INDEX_FILE}: weight_map is not a map to .safetensors files beside it.")
+        files = sorted(set(places.values()))
+    found = {}
+    for file in files:
+        path = folder / file
+        if not path.exists():
+            raise UserError(f"{path} is missing; copy or download the model again.")
+        try:
+            opened = stack.enter_context(
+                safetensors.safe_open(os.fspath(local_copy(path)), framework="np", backend="pread")
+            )
+            found |= dict.fromkeys(opened.keys(), opened)
+        except (safetensors.SafetensorError, ValueError) as error:
+            raise UserError(f"{path} is damaged or not a safetensors file ({_one_line(error)}).") from error
+    return found
+
+
+def _is_plain_name(name: Any) -> bool:
+    """Whether a name from an index is that of a file in the same folder."""
+    return isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", name) is not None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _checked(
+    folder: epath.Path, rows: tuple[Tensor, ...], sizes: Sizes, tensors: dict[str, Any]
+) -> list[tuple[Tensor, int]]:
+    """The rows of all layers, after every tensor was found in the shape that the network needs."""
+    expected = sum(row.count(sizes) for row in rows)
+    if expected != len(tensors):  # before a list is made that is as long as config.json pleases
+        raise UserError(f"{folder}: the network of {CONFIG_FILE} has {expected} tensors, the files {len(tensors)}.")
+    found = list(layered(rows, sizes))
+    for row, i in found:
+        name = row.name.format(i=i)
+        if name not in tensors:
+            raise UserError(f"{folder}: the tensor {name} is missing.")
+        header = tensors[name].get_slice(name)
+        shape, dtype = tuple(header.get_shape()), header.get_dtype()
+        if (shape, dtype) != (row.shape(sizes), "F32"):
+            raise UserError(
+                f"{folder}: the tensor {name} is {dtype}{list(shape)}, and must be F32{list(row.shape(sizes))}; "
+                "export writes float32 alone."
+            )
+    return found
+
+
+def _restored(row: Tensor, sizes: Sizes, theirs: np.ndarray, kept: str | None) -> tuple[np.ndarray, ...]:
+    """Our parameters in a tensor; of a rounded one those kept beside it, if they are the ones that were rounded."""
+    ours = row.restore(sizes, theirs)
+    if row.rounds and kept:
+        with contextlib.suppress(ValueError):  # not base64, or of another length
+            value = np.frombuffer(base64.b64decode(kept), "<f4").reshape(ours[0].shape)
+            if np.array_equal(row.export(sizes, value), theirs):
+                return (value,)
+    return ours
+
+
+def _check_unchanged(folder: epath.Path, name: str, theirs: np.ndarray, again: np.ndarray):
+    """Raises UserError where a tensor is not what would be written of it."""
+    if not _greatest(again - theirs) <= TOLERANCE * _greatest(again):  # nor if a value is NaN
+        raise UserError(
+            f"{folder}: the tensor {name} is not one that export_huggingface.py writes: the model was trained or "
+            "changed elsewhere, and this project's network cannot compute it any more."
+        )
+
+
+def _greatest(x: np.ndarray) -> np.float32:
+    """The greatest absolute value, without an array of them."""
+    return np.maximum(x.max(), -x.min())
+
+
+def _place(flat: dict[str, np.ndarray], row: Tensor, layer: int, layers: int, ours: tuple[np.ndarray, ...]):
+    """Puts a row's parameters where they belong; the first layer makes room for all."""
+    for name, value in zip(row.ours, ours, strict=True):
+        if not name.startswith("blocks."):
+            flat[name] = np.array(value, np.float32, order="C")
+            continue
+        if name not in flat:
+            flat[name] = np.empty((layers, *value.shape), np.float32)
+        flat[name][layer] = value

@@ -1,0 +1,1 @@
+"""State and step, loss, evaluation, optimizers, sharding, the loop, and what it reports."""
