@@ -25,7 +25,7 @@ from absl import app, flags
 from rich.table import Table
 
 from transformer_lm import console, files, tokenizer
-from transformer_lm.data import corpora, preparation
+from transformer_lm.data import corpora, dataset_preprocessor, preparation, rows, tokenizer_training
 from transformer_lm.data.corpora import mukashi
 
 _CORPUS = flags.DEFINE_string("corpus", None, "JSON lines with a field text, gzipped; unset for tales.")
@@ -64,9 +64,9 @@ def write_corpus(path: Path, *, max_chars: float = float("inf"), max_bytes: floa
 def prepare(corpus: Path, spm_path: Path, folder: Path):
     """Prepares a corpus, from a file to rows."""
     shutil.rmtree(folder, ignore_errors=True)
-    source = preparation.Corpus.open(corpora.open_documents(f"jsonl:{corpus}", "train"), preparation.Preprocessing())
+    source = rows.Corpus.open(corpora.open_documents(f"jsonl:{corpus}", "train"), dataset_preprocessor.Preprocessing())
     spm = tokenizer.Tokenizer.load(spm_path)
-    plan = preparation.RowsPlan(source, spm, ROW_LENGTH, files.absolute(folder))
+    plan = rows.RowsPlan(source, spm, ROW_LENGTH, files.absolute(folder))
     preparation.prepare_rows(plan, CORES)
 
 
@@ -130,7 +130,9 @@ def main(argv):
     spm_path = folder / "sentencepiece_model"
     options = "--character_coverage=0.9995 --byte_fallback=true"
     vocab_size = VOCAB_SIZE if _CORPUS.value else 3000
-    model = tokenizer.train([(sample, 1.0)], vocab_size=vocab_size, max_corpus_chars=2_000_000, options=options)
+    model = tokenizer_training.train(
+        [(sample, 1.0)], vocab_size=vocab_size, max_corpus_chars=2_000_000, options=options
+    )
     spm_path.write_bytes(model)
     speed = Table(
         "way", "seconds", "million characters/s", "ratio", title=f"{THROUGHPUT_CHARS:,} characters, {CORES} cores"

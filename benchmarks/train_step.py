@@ -20,8 +20,10 @@ from rich.table import Table
 
 from transformer_lm import models
 from transformer_lm.data import packing
-from transformer_lm.training import loop as train
 from transformer_lm.training import optimizers
+from transformer_lm.training.flops import flops_per_token
+from transformer_lm.training.state import init_state
+from transformer_lm.training.step import make_train_step
 
 ROUNDS = 7
 PRODUCT = 2048  # rows and columns of the matrices that the peak is measured with
@@ -42,9 +44,9 @@ def matrix_product() -> Callable[[], None]:
 def ours(config: models.TransformerConfig, tokens: np.ndarray) -> Callable[[], None]:
     """A train step of this project on [B, T] tokens."""
     optimizer = optimizers.make_optimizer(optimizers.OptimizerConfig(0.001, 1, 0.1))
-    make_state = jax.jit(lambda key: train.init_state(config, optimizer, key))
+    make_state = jax.jit(lambda key: init_state(config, optimizer, key))
     state = make_state(jax.random.key(0))
-    step = jax.jit(train.make_train_step(config, optimizer, 0.0), donate_argnums=0)
+    step = jax.jit(make_train_step(config, optimizer, 0.0), donate_argnums=0)
     batch = packing.unpack(tokens)
     key = jax.random.key(1)
 
@@ -131,7 +133,7 @@ def measure(shape: tuple[int, ...], table: Table):
     base = seconds.get("Hugging Face GPT-2, PyTorch")
     for name, times in seconds.items():
         speed = tokens.size / statistics.median(times)
-        flops = speed * train.flops_per_token(config, length)
+        flops = speed * flops_per_token(config, length)
         ratio = statistics.median(a / b for a, b in zip(base, times, strict=True)) if base else float("nan")
         table.add_row(
             f"{layers} x {width}, batch {rows} x {length}", name, f"{speed:.0f}", f"{flops / 1e9:.0f}",

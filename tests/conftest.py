@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from transformer_lm import models, tokenizer
-from transformer_lm.data import packing
+from transformer_lm.data import packing, tokenizer_training
 
 sys.path += [str(folder) for folder in Path(__file__).parent.rglob("*") if any(folder.glob("*.py"))]  # for one another
 
@@ -67,7 +67,9 @@ def tales_tokenizer() -> tokenizer.Tokenizer:
 
     texts = [mukashi.tale(number) for number in range(300)]
     return tokenizer.Tokenizer(
-        tokenizer.train([(texts, 1.0)], vocab_size=900, max_corpus_chars=100_000, options="--character_coverage=1.0")
+        tokenizer_training.train(
+            [(texts, 1.0)], vocab_size=900, max_corpus_chars=100_000, options="--character_coverage=1.0"
+        )
     )
 
 
@@ -138,14 +140,14 @@ def one_line_error(done: subprocess.CompletedProcess) -> str:
 MEMORY = """
 import json, re, sys
 from transformer_lm import models
-from transformer_lm.checkpoints import store as checkpoints
+from transformer_lm.checkpoints import loading
 
 def peak():  # not resource's ru_maxrss, which a process inherits
     return int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 
 models.count_params(models.TransformerConfig(vocab_size=8))  # what JAX takes at its first use
 before = peak()
-loaded = checkpoints.load_model(sys.argv[1])
+loaded = loading.load_model(sys.argv[1])
 print(json.dumps([peak() - before, 4 * models.count_params(loaded.config)]))
 """
 

@@ -13,7 +13,7 @@ from conftest import FIXTURE, command, one_line_error, run
 from real_datasets import make_hub_cache, write_jsonl
 
 import transformer_lm
-from transformer_lm.checkpoints import store as checkpoints
+from transformer_lm.checkpoints import loading
 from transformer_lm.data.corpora import mukashi
 
 pytest.importorskip("safetensors")
@@ -66,7 +66,7 @@ def test_files(workdir, exported):
 
 
 def test_same_model(workdir, exported):
-    trained, loaded = checkpoints.load_model(workdir), checkpoints.load_model(exported)
+    trained, loaded = loading.load_model(workdir), loading.load_model(exported)
     assert (loaded.config, loaded.step) == (trained.config, 6)
     assert_same_params(loaded.params, trained.params)
 
@@ -79,7 +79,7 @@ def test_greedy_settings(workdir, tmp_path):
 def test_the_originals_checkpoint(tmp_path):
     done = export(FIXTURE, tmp_path / "out", "--config=configs/japanese_0.1b_v1.py")
     assert done.returncode == 0, done.stderr
-    original, loaded = checkpoints.load_model(FIXTURE), checkpoints.load_model(tmp_path / "out")
+    original, loaded = loading.load_model(FIXTURE), loading.load_model(tmp_path / "out")
     assert (loaded.config, loaded.step) == (original.config, 499_999)
     assert_same_params(loaded.params, original.params)
     card = (tmp_path / "out" / "README.md").read_text()
@@ -187,16 +187,16 @@ class TestInitFrom:
     def test_begins_with_its_parameters(self, source, tmp_path):
         done = self.start(tmp_path, source)
         assert done.returncode == 0, done.stderr
-        begun = checkpoints.load_model(tmp_path)
+        begun = loading.load_model(tmp_path)
         assert begun.step == 1
-        assert_same_params(begun.params, checkpoints.load_model(source).params, atol=1e-25)  # but for a step of 1e-30
+        assert_same_params(begun.params, loading.load_model(source).params, atol=1e-25)  # but for a step of 1e-30
         assert (tmp_path / "sentencepiece_model").read_bytes() == (source / "sentencepiece_model").read_bytes()
 
     def test_the_originals_checkpoint(self, tmp_path):
         sizes = {"emb_dim": 32, "qkv_dim": 32, "mlp_dim": 64}
         done = self.start(tmp_path, FIXTURE, **sizes)
         assert done.returncode == 0, done.stderr
-        assert_same_params(checkpoints.load_model(tmp_path).params, checkpoints.load_model(FIXTURE).params, atol=1e-25)
+        assert_same_params(loading.load_model(tmp_path).params, loading.load_model(FIXTURE).params, atol=1e-25)
 
     def test_goes_on_without_it(self, exported, tmp_path):
         source = tmp_path / "source"
@@ -206,13 +206,13 @@ class TestInitFrom:
         again = command("main", tmp_path / "run", num_train_steps=2, init_from=source)
         done = run(again)
         assert done.returncode == 0, done.stderr
-        assert checkpoints.load_model(tmp_path / "run").step == 2
+        assert loading.load_model(tmp_path / "run").step == 2
 
     def test_killed_in_its_first_save(self, exported, tmp_path):
         (tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp").mkdir(parents=True)
         assert self.start(tmp_path, exported).returncode == 0
-        begun = checkpoints.load_model(tmp_path)
-        assert_same_params(begun.params, checkpoints.load_model(exported).params, atol=1e-25)
+        begun = loading.load_model(tmp_path)
+        assert_same_params(begun.params, loading.load_model(exported).params, atol=1e-25)
 
     def test_prepare_data_takes_its_tokenizer(self, exported, tmp_path):
         done = run(command("prepare_data", tmp_path, init_from=exported))

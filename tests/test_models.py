@@ -9,7 +9,7 @@ import pytest
 from conftest import batch_of, call, init
 
 from transformer_lm import models
-from transformer_lm.checkpoints import store as checkpoints
+from transformer_lm.checkpoints import loading
 from transformer_lm.errors import UserError
 
 
@@ -22,7 +22,7 @@ def unpacked(tokens):
 
 class TestParityWithOriginal:
     def test_logits_and_losses(self, original):
-        loaded = checkpoints.load_model(original.path)
+        loaded = loading.load_model(original.path)
         tokens, real = original.reference["tokens"], original.reference["tokens"] > 0
         logits = np.asarray(call(loaded.config, loaded.params, unpacked(tokens)))
         np.testing.assert_allclose(
@@ -33,7 +33,7 @@ class TestParityWithOriginal:
         assert np.mean(losses[real]) == pytest.approx(original.about["mean_loss"], abs=1e-4)
 
     def test_packed_row(self, original):
-        loaded = checkpoints.load_model(original.path)
+        loaded = loading.load_model(original.path)
         tokens = original.reference["packed_tokens"]
         texts = [text.tolist() for text in np.split(tokens[0], np.flatnonzero(tokens[0] == 2)[:-1] + 1)]
         batch = batch_of([text[:-1] for text in texts], tokens.shape[1])
@@ -43,7 +43,7 @@ class TestParityWithOriginal:
         np.testing.assert_allclose(logits, original.reference["packed_logits"], atol=1e-4, rtol=0)
 
     def test_network_follows_from_the_arrays(self, original):
-        config = checkpoints.load_model(original.path).config
+        config = loading.load_model(original.path).config
         for name in ("vocab_size", "emb_dim", "num_heads", "qkv_dim", "mlp_dim", "num_layers", "logits_via_embedding"):
             assert getattr(config, name) == original.about[name], name
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transformer_lm import tokenizer
+from transformer_lm.data import tokenizer_training
 from transformer_lm.data.corpora import mukashi
 from transformer_lm.errors import UserError
 
@@ -38,7 +39,7 @@ def test_reads_the_originals_model(original):
 
 
 def test_training_is_deterministic_and_unigram():
-    models = [tokenizer.train([(TALES, 1.0)], **ARGUMENTS) for _ in range(2)]
+    models = [tokenizer_training.train([(TALES, 1.0)], **ARGUMENTS) for _ in range(2)]
     assert models[0] == models[1]
     spm = tokenizer.Tokenizer(models[0])
     assert spm.vocab_size == 900
@@ -49,7 +50,9 @@ def test_training_is_deterministic_and_unigram():
 def test_cuts_alike_wherever_it_stands():
     """Scores are round, so that no rounding decides between ways to cut that are equally good."""
     texts = [mukashi.tale(number) + "…" * (number % 9) for number in range(100)]
-    model = tokenizer.train([(texts, 1.0)], vocab_size=1000, max_corpus_chars=100_000, options="--byte_fallback=true")
+    model = tokenizer_training.train(
+        [(texts, 1.0)], vocab_size=1000, max_corpus_chars=100_000, options="--byte_fallback=true"
+    )
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     scores = [processor.get_score(i) for i in range(processor.vocab_size())]
     assert all((score * 256).is_integer() for score in scores)
@@ -63,27 +66,27 @@ def test_cuts_alike_wherever_it_stands():
 
 def test_options_are_passed_through():
     options = "--character_coverage=0.98 --byte_fallback=true"
-    spm = tokenizer.Tokenizer(tokenizer.train([(TALES, 1.0)], **ARGUMENTS | {"options": options}))
+    spm = tokenizer.Tokenizer(tokenizer_training.train([(TALES, 1.0)], **ARGUMENTS | {"options": options}))
     assert spm.decode(spm.encode("🍣")) == "🍣"
-    plain = tokenizer.Tokenizer(tokenizer.train([(TALES, 1.0)], **ARGUMENTS))
+    plain = tokenizer.Tokenizer(tokenizer_training.train([(TALES, 1.0)], **ARGUMENTS))
     assert plain.encode("🍣")[-1] == tokenizer.UNK_ID
 
 
 def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = epath.Path(tmp_path) / "deep" / "sentencepiece_model"
-    spm = tokenizer.load_or_train(path, [(TALES, 1.0)], **ARGUMENTS)
+    spm = tokenizer_training.load_or_train(path, [(TALES, 1.0)], **ARGUMENTS)
     assert path.read_bytes() == spm.model
     assert [child.name for child in path.parent.iterdir()] == [path.name]
-    again = tokenizer.load_or_train(path, iter(()), **ARGUMENTS)  # found, not trained again
+    again = tokenizer_training.load_or_train(path, iter(()), **ARGUMENTS)  # found, not trained again
     assert again.fingerprint == spm.fingerprint
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text("あいう\n", max_size=3000), max_size=20), st.integers(1, 8000))
 def test_sample_is_bounded_and_in_order(texts, max_chars):
-    sample = tokenizer.sample_texts(iter(texts), max_chars)
+    sample = tokenizer_training.sample_texts(iter(texts), max_chars)
     assert sum(map(len, sample)) <= max_chars
-    assert sample == tokenizer.sample_texts(texts, max_chars)
+    assert sample == tokenizer_training.sample_texts(texts, max_chars)
     assert sample or not "".join(texts).strip("\n")
     joined, at = "\n".join(texts), 0
     for run in sample:
@@ -92,13 +95,13 @@ def test_sample_is_bounded_and_in_order(texts, max_chars):
 
 def test_sample_is_spread_over_the_corpus():
     texts = [chr(0x4E00 + i) * 1000 for i in range(1000)]
-    numbers = [ord(run[0]) - 0x4E00 for run in tokenizer.sample_texts(texts, 200_000)]
+    numbers = [ord(run[0]) - 0x4E00 for run in tokenizer_training.sample_texts(texts, 200_000)]
     assert len(numbers) == 200
     assert all(20 < sum(low <= n < low + 250 for n in numbers) < 80 for low in range(0, 1000, 250))
 
 
 def test_everything_is_read_when_it_fits():
-    assert "".join(tokenizer.sample_texts(TALES, 10**9)) == "".join(TALES)
+    assert "".join(tokenizer_training.sample_texts(TALES, 10**9)) == "".join(TALES)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +116,7 @@ def test_everything_is_read_when_it_fits():
 )
 def test_errors_in_plain_words(changes, words):
     with pytest.raises(UserError, match=words) as error:
-        tokenizer.train(**{"mixture": [(TALES, 1.0)], **ARGUMENTS} | changes)
+        tokenizer_training.train(**{"mixture": [(TALES, 1.0)], **ARGUMENTS} | changes)
     assert "\n" not in str(error.value)
 
 
@@ -125,7 +128,7 @@ def test_foreign_files(tmp_path, content):
 
 
 def test_other_special_ids_are_refused():
-    model = tokenizer.train([(TALES, 1.0)], **ARGUMENTS | {"options": "--unk_id=3 --pad_id=0"})
+    model = tokenizer_training.train([(TALES, 1.0)], **ARGUMENTS | {"options": "--unk_id=3 --pad_id=0"})
     with pytest.raises(UserError, match="ids"):
         tokenizer.Tokenizer(model)
 
@@ -135,14 +138,14 @@ def lossless():
     """Bytes for what is unknown, and no normalization: what a tokenizer that keeps every string is trained with."""
     options = "--byte_fallback=true --normalization_rule_name=identity --remove_extra_whitespaces=false"
     arguments = ARGUMENTS | {"options": options, "vocab_size": 1200}
-    return tokenizer.Tokenizer(tokenizer.train([(TALES, 1.0)], **arguments))
+    return tokenizer.Tokenizer(tokenizer_training.train([(TALES, 1.0)], **arguments))
 
 
 @pytest.fixture(scope="module")
 def originals():
     """The options of the original's japanese_0.1b_v1."""
     arguments = ARGUMENTS | {"options": "--character_coverage=0.9995 --byte_fallback=true", "vocab_size": 1200}
-    return tokenizer.Tokenizer(tokenizer.train([(TALES, 1.0)], **arguments))
+    return tokenizer.Tokenizer(tokenizer_training.train([(TALES, 1.0)], **arguments))
 
 
 UNICODE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=40)
@@ -184,7 +187,7 @@ def test_long_texts_are_encoded_in_parts(originals, text):
 
 
 def test_a_long_line_is_cut_anywhere():
-    assert list(tokenizer._parts("ab\ncdefgh\n\ni", 4)) == ["ab\n", "cdef", "gh\n\n", "i"]
+    assert list(tokenizer.split_text("ab\ncdefgh\n\ni", 4)) == ["ab\n", "cdef", "gh\n\n", "i"]
 
 
 def test_inspect(tmp_path, originals):

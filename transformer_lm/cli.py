@@ -1,29 +1,35 @@
 """What the commands share: flags, recipes, errors as one line."""
 
-import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
 
-from absl import app, flags
-from etils import epath
-from ml_collections import ConfigDict, config_flags
+HERE = os.path.dirname(os.path.abspath(__file__))
+# A command that runs as a script has its own folder first in the module search path, where `evaluate.py` and the like
+# would stand in for libraries of the same names.
+sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != HERE]
 
-from transformer_lm import console, recipe
-from transformer_lm.checkpoints import hub
-from transformer_lm.errors import UserError
+import contextlib  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+
+from absl import app, flags  # noqa: E402
+from etils import epath  # noqa: E402
+from ml_collections import ConfigDict, config_flags  # noqa: E402
+
+from transformer_lm import console, recipe  # noqa: E402
+from transformer_lm.checkpoints import hub  # noqa: E402
+from transformer_lm.errors import UserError  # noqa: E402
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that holds all that a run is.")
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
-    os.path.join(os.path.dirname(__file__), "configs", "base.py"),
+    os.path.join(HERE, "configs", "base.py"),
     "Recipe: a path, absolute, from here, or from the package's folder (configs/japanese_0.1b_v1.py).",
 )
 _DEBUG = flags.DEFINE_bool("debug", False, "Show stack traces.")
 
 
-def run(main: Callable[[recipe.Recipe, str], None], *, needs_config: bool = True):
-    """Parses the command line, reads the recipe and calls main(recipe, workdir).
+def run(main: Callable[[ConfigDict, str], None], *, needs_config: bool = True):
+    """Parses the command line and calls main(config, workdir); `recipe` makes dataclasses of the config.
 
     An error that the user can mend is one line on standard error and exit status 1; so is Ctrl-C, with status 130.
 
@@ -41,7 +47,7 @@ def run(main: Callable[[recipe.Recipe, str], None], *, needs_config: bool = True
             workdir = os.path.expanduser(_WORKDIR.value)
             if needs_config and hub.is_address(workdir):
                 raise UserError(f"--workdir={workdir}: a run cannot be written to the hub; name a folder.")
-            main(recipe.read(_config(workdir)), workdir)
+            main(_config(workdir), workdir)
 
     app.run(start, flags_parser=_parse_flags)
 
@@ -86,9 +92,9 @@ def _find_recipe(argument: str) -> str:
     name, equals, path = argument.partition("=")
     if name.lstrip("-") != "config" or not equals or os.path.exists(path.split(":")[0]):
         return argument
-    inside = os.path.join(os.path.dirname(__file__), path)
+    inside = os.path.join(HERE, path)
     if not os.path.exists(inside.split(":")[0]):
-        raise UserError(f"--config={path}: no such file; recipes lie in {os.path.dirname(__file__)}/configs.")
+        raise UserError(f"--config={path}: no such file; recipes lie in {HERE}/configs.")
     return f"{name}={inside}"
 
 

@@ -14,19 +14,19 @@ from transformer_lm.data import preparation
 from transformer_lm.data.corpora import mukashi
 from transformer_lm.files import write_atomically
 from transformer_lm.generation import language_model
-from transformer_lm.training import loop as train
-from transformer_lm.training import metrics
+from transformer_lm.training import loop, metrics
+from transformer_lm.training.config import Recipe
 
 WORKDIR = Path("logs/demo")
 NUM_TALES = 3
 
 
-def main(demo: recipe.Recipe, workdir: Path):
+def main(demo: Recipe, workdir: Path):
     """Trains the recipe, prints tales and scores, and leaves them in workdir/summary.json."""
     shutil.rmtree(workdir, ignore_errors=True)
     data = preparation.prepare(demo.data, str(workdir))
     start = time.perf_counter()
-    train.train_and_evaluate(demo, data, str(workdir))
+    loop.train_and_evaluate(demo, data, str(workdir))
     train_seconds = time.perf_counter() - start
 
     model = language_model.load(workdir)

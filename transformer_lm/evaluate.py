@@ -19,21 +19,21 @@ Standard output gets one JSON object.
 import dataclasses
 import json
 import logging as python_logging
-import os
-import sys
 
 import jax
 from absl import flags
 from etils import epath
+from ml_collections import ConfigDict
 
-from transformer_lm import cli, files
+from transformer_lm import cli, files, recipe
 from transformer_lm.checkpoints import hub
 from transformer_lm.data import preparation
 from transformer_lm.extras import optional_import
 from transformer_lm.generation import language_model
-from transformer_lm.recipe import Recipe
-from transformer_lm.training import loop as train
 from transformer_lm.training import sharding
+from transformer_lm.training.config import Recipe
+from transformer_lm.training.evaluation import evaluate_rows
+from transformer_lm.training.step import make_eval_step
 
 _TASKS = flags.DEFINE_list(
     "tasks", None, "Tasks of lm-evaluation-harness; jglue: the three of which data are published."
@@ -47,35 +47,34 @@ _LIMIT = flags.DEFINE_integer("limit", None, "How many questions of each task ar
 _SAMPLES = flags.DEFINE_string("samples", None, "File (JSON lines) for every question, answer and score.")
 
 
-def main(recipe: Recipe, workdir: str):
+def main(config: ConfigDict, workdir: str):
     """Evaluates on tasks, if any are named, or else on the recipe's evaluation corpus; prints."""
-    model = language_model.load(workdir, dtype=recipe.model.dtype)
-    values = run_tasks(model) if _TASKS.value else evaluate_corpus(model, recipe, workdir)
+    chosen = recipe.read(config)
+    model = language_model.load(workdir, dtype=chosen.network.dtype)
+    values = evaluate_tasks(model) if _TASKS.value else evaluate_corpus(model, chosen, workdir)
     print(json.dumps({"step": model.step, **values}))
 
 
-def evaluate_corpus(model: language_model.LanguageModel, recipe: Recipe, workdir: str) -> dict[str, float]:
+def evaluate_corpus(model: language_model.LanguageModel, chosen: Recipe, workdir: str) -> dict[str, float]:
     """Prepares the rows, unless they are there, and evaluates on them."""
     beside = epath.Path(workdir) / "prepared"
     has_rows = not hub.is_address(workdir) and beside.exists()
-    root = files.absolute(recipe.data.prepared_dir or (beside if has_rows else files.cache_folder() / "prepared"))
-    rows = preparation.prepare_evaluation(recipe.data, model.tokenizer, root)
+    root = files.absolute(chosen.data.prepared_dir or (beside if has_rows else files.cache_folder() / "prepared"))
+    rows = preparation.prepare_evaluation(chosen.data, model.tokenizer, root)
     mesh = sharding.make_mesh()
     config = dataclasses.replace(model.config, max_len=max(model.config.max_len, rows.row_length))
     params = jax.device_put(model.params, sharding.replicated(mesh))
-    return train.evaluate_rows(jax.jit(train.make_eval_step(config)), params, rows, recipe.train, mesh)
+    return evaluate_rows(jax.jit(make_eval_step(config)), params, rows, chosen.train, mesh)
 
 
-def run_tasks(model: language_model.LanguageModel) -> dict[str, dict]:
+def evaluate_tasks(model: language_model.LanguageModel) -> dict[str, dict]:
     """{"tasks": {task: {metric: value}}} of the tasks named by the flags."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    sys.path[:] = [path for path in sys.path if os.path.abspath(path) != here]  # lm_eval has an `evaluate` of its own
     optional_import("lm_eval", "eval", "--tasks")
     for name in ("lm_eval", "datasets"):
         python_logging.getLogger(name).setLevel(python_logging.ERROR)
     from transformer_lm.evaluation import harness
 
-    found = harness.evaluate(
+    found = harness.run_tasks(
         model,
         _TASKS.value,
         data_dir=_TASKS_DATA.value,

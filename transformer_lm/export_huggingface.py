@@ -13,41 +13,42 @@ import uuid
 from pathlib import Path
 
 from absl import flags, logging
+from ml_collections import ConfigDict
 
-from transformer_lm import cli, files
-from transformer_lm.checkpoints import store as checkpoints
+from transformer_lm import cli, files, recipe
+from transformer_lm.checkpoints import loading
+from transformer_lm.checkpoints.facts import read_facts
+from transformer_lm.checkpoints.workdir import TOKENIZER_FILE
 from transformer_lm.errors import UserError
 from transformer_lm.generation.sampler import SamplingConfig
-from transformer_lm.huggingface import exported_model, fast_tokenizer, model_card
-from transformer_lm.huggingface import tensor_tables as architectures
-from transformer_lm.recipe import Recipe
+from transformer_lm.huggingface import exported_model, fast_tokenizer, model_card, tensor_tables
 from transformer_lm.tokenizer import Tokenizer
 
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write, new or empty.")
 
 
-def main(recipe: Recipe, workdir: str):
+def main(config: ConfigDict, workdir: str):
     """Writes --output, whole or not at all."""
     if not _OUTPUT.value or files.is_remote(_OUTPUT.value):
         raise UserError(f"--output={_OUTPUT.value or ''} must name a local folder, like --output=exported/my_model.")
-    export(workdir, Path(_OUTPUT.value).expanduser().absolute(), recipe.sampling)
+    export(workdir, Path(_OUTPUT.value).expanduser().absolute(), recipe.read(config).sampling)
 
 
 def export(address: str, output: Path, sampling: SamplingConfig):
-    """Writes a model at an address, as `checkpoints.load_model` takes it, into a new folder."""
+    """Writes a model at an address, as `loading.load_model` takes it, into a new folder."""
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"--output={output} exists and is not an empty folder; remove it or name another.")
-    loaded = checkpoints.load_model(address)
+    loaded = loading.load_model(address)
     tokenizer = Tokenizer.load_for(loaded.tokenizer_path, loaded.config.vocab_size)
-    positions = architectures.architecture_of(loaded.config).sizes(loaded.config).positions
+    positions = tensor_tables.table_of(loaded.config).sizes(loaded.config).positions
     temporary = output.with_name(f"{output.name}.tmp{uuid.uuid4().hex}")
     temporary.mkdir(parents=True)
     try:
         exported_model.save(temporary, loaded.config, loaded.params, loaded.step)
         fast_tokenizer.save(temporary, tokenizer, positions)
         files.write_json(temporary / "generation_config.json", _generation_settings(sampling, positions))
-        (temporary / checkpoints.TOKENIZER_FILE).write_bytes(tokenizer.model)
-        card = model_card.write(output.name, address, loaded.config, loaded.step, tokenizer)
+        (temporary / TOKENIZER_FILE).write_bytes(tokenizer.model)
+        card = model_card.write(output.name, loaded.config, loaded.step, read_facts(address, loaded.step, tokenizer))
         (temporary / "README.md").write_text(card, encoding="utf-8")
         if output.exists():
             output.rmdir()
@@ -61,7 +62,7 @@ def _generation_settings(sampling: SamplingConfig, positions: int) -> dict:
     """How transformers' generate() samples unless it is told otherwise."""
     chosen = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     return {
-        **architectures.SPECIAL_TOKENS,
+        **tensor_tables.SPECIAL_TOKENS,
         "do_sample": sampling.temperature > 0,
         **(chosen if sampling.temperature > 0 else {}),
         "max_length": min(sampling.max_length, positions),

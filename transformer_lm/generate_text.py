@@ -14,11 +14,11 @@ Without --config, the workdir's own recipe is taken.
 import json
 
 from absl import flags, logging
+from ml_collections import ConfigDict
 
-from transformer_lm import cli
+from transformer_lm import cli, recipe
 from transformer_lm.errors import UserError
 from transformer_lm.generation import language_model
-from transformer_lm.recipe import Recipe
 
 _NUM_GENERATED_TEXTS = flags.DEFINE_integer("num_generated_texts", 10, "Texts to generate for each prompt.")
 _OUTPUT = flags.DEFINE_enum(
@@ -26,15 +26,16 @@ _OUTPUT = flags.DEFINE_enum(
 )
 
 
-def main(recipe: Recipe, workdir: str):
+def main(config: ConfigDict, workdir: str):
     """Continues the recipe's prompts with the workdir's model."""
     if _NUM_GENERATED_TEXTS.value < 1:
         raise UserError(f"--num_generated_texts={_NUM_GENERATED_TEXTS.value} must be at least 1.")
-    model = language_model.load(workdir, dtype=recipe.model.dtype)
+    chosen = recipe.read(config)
+    model = language_model.load(workdir, dtype=chosen.network.dtype)
     logging.info("Generating text with the model of step %d.", model.step)
     texts = language_model.generate_texts(
-        model.config, model.params, model.tokenizer, recipe.prompts, recipe.sampling,
-        seed=recipe.seed, num_samples=_NUM_GENERATED_TEXTS.value,
+        model.config, model.params, model.tokenizer, chosen.prompts, chosen.sampling,
+        seed=chosen.seed, num_samples=_NUM_GENERATED_TEXTS.value,
     )  # fmt: skip
     for text in texts:
         if _OUTPUT.value == "jsonl":

@@ -3,18 +3,20 @@
 python3 main.py --workdir=logs/japanese_0.1b_v1 --config=configs/japanese_0.1b_v1.py [--config.field=value ...]
 """
 
-from transformer_lm import cli
-from transformer_lm.checkpoints import store as checkpoints
+from ml_collections import ConfigDict
+
+from transformer_lm import cli, recipe
+from transformer_lm.checkpoints import loading
 from transformer_lm.data import preparation
-from transformer_lm.recipe import Recipe
-from transformer_lm.training import loop as train
+from transformer_lm.training import loop
 
 
-def main(recipe: Recipe, workdir: str):
+def main(config: ConfigDict, workdir: str):
     """Runs the recipe in the workdir."""
-    initial_tokenizer = checkpoints.initial_tokenizer(recipe.init_from, recipe.model, workdir)
-    data = preparation.prepare(recipe.data, workdir, tokenizer_source=initial_tokenizer)
-    train.train_and_evaluate(recipe, data, workdir)
+    chosen = recipe.read(config)
+    initial_tokenizer = loading.initial_tokenizer(chosen.init_from, chosen.network, workdir)
+    data = preparation.prepare(chosen.data, workdir, tokenizer_source=initial_tokenizer)
+    loop.train_and_evaluate(chosen, data, workdir)
 
 
 if __name__ == "__main__":

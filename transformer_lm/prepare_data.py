@@ -8,12 +8,11 @@ goes on after an interruption. Workdir and corpus must lie where all machines fi
 """
 
 from absl import flags
+from ml_collections import ConfigDict
 
-from transformer_lm import cli
-from transformer_lm.checkpoints import store as checkpoints
+from transformer_lm import cli, recipe
 from transformer_lm.data import preparation
 from transformer_lm.data.launcher import EXECUTORS, Launcher
-from transformer_lm.recipe import Recipe
 
 _EXECUTOR = flags.DEFINE_enum("executor", None, EXECUTORS, "Where datatrove's tasks run; unset for plain processes.")
 _TASKS = flags.DEFINE_integer("tasks", 100, "Tasks that the shards (files) of a corpus are shared out to.")
@@ -23,13 +22,17 @@ _PARTITION = flags.DEFINE_string("slurm_partition", None, "Slurm's partition.")
 _TIME = flags.DEFINE_string("slurm_time", "20:00:00", "Slurm's limit of time for a task.")
 
 
-def main(recipe: Recipe, workdir: str):
+def main(config: ConfigDict, workdir: str):
     """Makes what main.py would make before its first step."""
     launcher = None
     if _EXECUTOR.value:
         launcher = Launcher(_EXECUTOR.value, _TASKS.value, _WORKERS.value, _MEMORY.value, _PARTITION.value, _TIME.value)
-    initial_tokenizer = checkpoints.initial_tokenizer(recipe.init_from, recipe.model, workdir)
-    preparation.prepare(recipe.data, workdir, launcher, initial_tokenizer)
+    initial_tokenizer = None
+    if config.init_from:
+        from transformer_lm.checkpoints import loading  # here, since it imports JAX
+
+        initial_tokenizer = loading.initial_tokenizer(config.init_from, recipe.read(config).network, workdir)
+    preparation.prepare(recipe.read_data(config), workdir, launcher, initial_tokenizer)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
-"""From a recipe's ConfigDict to the small frozen dataclasses that the rooms take. Below here, no ConfigDict."""
+"""From a recipe's ConfigDict to the small frozen dataclasses that the rooms take. Below here, no ConfigDict.
+
+What computes is imported where it is read: preparing data, and each of its worker processes, does without JAX.
+"""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -8,46 +12,23 @@ from ml_collections import ConfigDict
 from transformer_lm.data.preparation import DataConfig
 from transformer_lm.errors import UserError
 from transformer_lm.files import read_json
-from transformer_lm.generation.sampler import SamplingConfig
-from transformer_lm.models import TransformerConfig
-from transformer_lm.training.loop import TrainConfig
-from transformer_lm.training.optimizers import OptimizerConfig
+
+if TYPE_CHECKING:
+    from transformer_lm.training.config import Recipe
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """A checked recipe.
-
-    Attributes:
-      data: which corpus, tokenizer and rows.
-      model: the network; its vocab_size is what is wished for until a tokenizer is there.
-      optimizer: schedule and optimizer.
-      train: the run.
-      sampling: how text is generated.
-      prompts: texts to continue.
-      init_from: address of the model whose parameters the run begins with; None for random ones.
-      seed: of parameters, dropout, order of data and sampling.
-      fields: the recipe as it was given, for the record.
-    """
-
-    data: DataConfig
-    model: TransformerConfig
-    optimizer: OptimizerConfig
-    train: TrainConfig
-    sampling: SamplingConfig
-    prompts: tuple[str, ...]
-    init_from: str | None
-    seed: int
-    fields: dict
-
-
-def read(config: ConfigDict) -> Recipe:
+def read(config: ConfigDict) -> "Recipe":
     """Checks every value; raises UserError on an impossible one."""
+    from transformer_lm.generation.sampler import SamplingConfig
+    from transformer_lm.models import TransformerConfig
+    from transformer_lm.training.config import Recipe, TrainConfig
+    from transformer_lm.training.optimizers import OptimizerConfig
+
     if not 0 <= config.seed < 2**31:
         raise UserError(f"seed={config.seed} must lie in [0, 2**31).")
     return Recipe(
-        data=_pick(DataConfig, config),
-        model=_pick(
+        data=read_data(config),
+        network=_pick(
             TransformerConfig,
             config,
             max_len=max(config.max_target_length, config.max_eval_target_length, config.max_predict_length),
@@ -66,6 +47,11 @@ def read(config: ConfigDict) -> Recipe:
         seed=config.seed,
         fields=config.to_dict(),
     )
+
+
+def read_data(config: ConfigDict) -> DataConfig:
+    """The part of a recipe that says which data are prepared, and how."""
+    return _pick(DataConfig, config)
 
 
 def read_saved(path: epath.Path) -> dict:

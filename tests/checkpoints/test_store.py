@@ -14,8 +14,10 @@ from etils import epath
 from flax import serialization
 
 from transformer_lm import models
-from transformer_lm.checkpoints import store as checkpoints
+from transformer_lm.checkpoints import loading, store
+from transformer_lm.checkpoints.workdir import claim_workdir
 from transformer_lm.errors import UserError
+from transformer_lm.tokenizer import Tokenizer
 
 
 def trees(step):
@@ -27,7 +29,7 @@ def trees(step):
 def restore(workdir):
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), trees(3))
-    saved = checkpoints.Checkpoints(workdir)
+    saved = store.Checkpoints(workdir)
     try:
         return saved.restore(*target)
     finally:
@@ -35,7 +37,7 @@ def restore(workdir):
 
 
 def save(workdir, *steps, keep=2):
-    saved = checkpoints.Checkpoints(workdir, keep)
+    saved = store.Checkpoints(workdir, keep)
     for step in steps:
         saved.save(step, *trees(step))
     saved.close()
@@ -59,7 +61,7 @@ def test_keeps_the_latest(tmp_path, keep, kept):
 
 def test_what_is_saved_is_the_moment_of_the_call(tmp_path):
     """The arrays may be donated to the next step while they are still being written."""
-    saved = checkpoints.Checkpoints(tmp_path)
+    saved = store.Checkpoints(tmp_path)
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
     state = trees(3)
     saved.save(3, *state)
@@ -112,18 +114,18 @@ def test_full_disk_harms_no_earlier_checkpoint(tmp_path):
     """In a process that may not write a file of more than 4 kB, which fails as a full disk does."""
     code = (
         "import resource, sys\n"
-        "from test_store import checkpoints, save, trees\n"
+        "from test_store import UserError, save, store, trees\n"
         "save(sys.argv[1], 3)\n"
-        "saved = checkpoints.Checkpoints(sys.argv[1])\n"
+        "saved = store.Checkpoints(sys.argv[1])\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "try:\n"
         "    saved.save(4, *trees(4))\n"
         "    saved.wait()\n"
-        "except checkpoints.UserError as error:\n"
+        "except UserError as error:\n"
         "    print('told:', error)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=FIXTURE.parents[1]
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=FIXTURE.parents[1] / "checkpoints"
     )
     assert "told: A checkpoint could not be written" in done.stdout, done.stderr
     assert "MiB free" in done.stdout
@@ -132,7 +134,7 @@ def test_full_disk_harms_no_earlier_checkpoint(tmp_path):
 
 class TestClaimWorkdir:
     def claim(self, workdir, model, tokenizer):
-        checkpoints.claim_workdir(epath.Path(workdir), {"seed": 0}, model, tokenizer)
+        claim_workdir(epath.Path(workdir), {"seed": 0}, model, tokenizer, [])
 
     @pytest.fixture
     def claimed(self, tmp_path, tiny, tales_tokenizer):
@@ -152,7 +154,7 @@ class TestClaimWorkdir:
         assert (claimed / "config.json").read_bytes() == before
 
     def test_another_tokenizer(self, claimed, tiny, original):
-        spm = checkpoints.Tokenizer.load(original.path / "sentencepiece_model")
+        spm = Tokenizer.load(original.path / "sentencepiece_model")
         with pytest.raises(UserError, match="another tokenizer"):
             self.claim(claimed, tiny, spm)
 
@@ -160,17 +162,17 @@ class TestClaimWorkdir:
 class TestLoadModel:
     def test_workdir(self, tmp_path, tiny, tales_tokenizer):
         params = init(tiny)
-        checkpoints.claim_workdir(epath.Path(tmp_path), {}, tiny, tales_tokenizer)
-        saved = checkpoints.Checkpoints(tmp_path)
+        claim_workdir(epath.Path(tmp_path), {}, tiny, tales_tokenizer, [])
+        saved = store.Checkpoints(tmp_path)
         saved.save(7, params, {"m": jnp.zeros(3)}, {"step": jnp.asarray(7)})
         saved.close()
-        loaded = checkpoints.load_model(tmp_path)
+        loaded = loading.load_model(tmp_path)
         assert (loaded.step, loaded.config) == (7, tiny)
         jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
         assert loaded.tokenizer_path.read_bytes() == tales_tokenizer.model
 
     def test_original_file_or_folder(self, original):
-        by_folder, by_file = checkpoints.load_model(original.path), checkpoints.load_model(original.checkpoint)
+        by_folder, by_file = loading.load_model(original.path), loading.load_model(original.checkpoint)
         assert by_folder.step == by_file.step == 499999
         jax.tree.map(np.testing.assert_array_equal, by_folder.params, by_file.params)
         # Every array of the file, read by Flax's own reader, is among ours.
@@ -184,14 +186,14 @@ class TestLoadModel:
     def test_newest_of_several_originals(self, tmp_path):
         for step in (9, 10, 100):
             (tmp_path / f"checkpoint_{step}").write_bytes((FIXTURE / "checkpoint_499999").read_bytes())
-        assert checkpoints.load_model(tmp_path).step == 100
+        assert loading.load_model(tmp_path).step == 100
 
     @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9])
     def test_truncated_original(self, tmp_path, share):
         content = (FIXTURE / "checkpoint_499999").read_bytes()
         (tmp_path / "checkpoint_1").write_bytes(content[: int(share * len(content))])
         with pytest.raises(UserError, match="truncated"):
-            checkpoints.load_model(tmp_path)
+            loading.load_model(tmp_path)
 
     @pytest.mark.parametrize(
         "content",
@@ -208,7 +210,7 @@ class TestLoadModel:
     def test_foreign_file(self, tmp_path, content):
         (tmp_path / "checkpoint_1").write_bytes(content)
         with pytest.raises(UserError, match=r"checkpoint_1|is a str"):
-            checkpoints.load_model(tmp_path)
+            loading.load_model(tmp_path)
 
     def test_pickle_is_not_executed(self, tmp_path):
         class Trap:
@@ -217,7 +219,7 @@ class TestLoadModel:
 
         (tmp_path / "checkpoint_1").write_bytes(pickle.dumps({"params": Trap()}))
         with pytest.raises(UserError):
-            checkpoints.load_model(tmp_path)
+            loading.load_model(tmp_path)
         assert not (tmp_path / "sprung").exists()
 
     def test_arrays_that_do_not_belong_together(self, tmp_path):
@@ -225,16 +227,16 @@ class TestLoadModel:
         tree["params"]["decoder"]["logitdense"]["bias"] = np.zeros(7, np.float32)
         (tmp_path / "checkpoint_1").write_bytes(serialization.msgpack_serialize(tree))
         with pytest.raises(UserError, match="do not belong together"):
-            checkpoints.load_model(tmp_path)
+            loading.load_model(tmp_path)
 
     @pytest.mark.parametrize(("name", "words"), [("nothing", "no such file"), ("empty", "No model in")])
     def test_nothing_there(self, tmp_path, name, words):
         (tmp_path / "empty").mkdir()
         with pytest.raises(UserError, match=words):
-            checkpoints.load_model(tmp_path / name)
+            loading.load_model(tmp_path / name)
 
     def test_foreign_config(self, tmp_path):
         (tmp_path / "checkpoints").mkdir()
         (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
         with pytest.raises(UserError, match=r"config\.json does not describe a network"):
-            checkpoints.load_model(tmp_path)
+            loading.load_model(tmp_path)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from test_preparation import data_config, rows_of
 
-from transformer_lm.data import input_pipeline, packing, preparation
+from transformer_lm.data import input_pipeline, packing, preparation, rows
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> preparation.PreparedCorpus:
+def corpus(tmp_path_factory) -> rows.PreparedCorpus:
     config = data_config(train_split="train[:100]", max_target_length=32)
     return preparation.prepare(config, str(tmp_path_factory.mktemp("workdir"))).train
 

@@ -14,7 +14,7 @@ import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from conftest import command
 
-from transformer_lm.data import corpora, packing, preparation
+from transformer_lm.data import corpora, packing, preparation, rows
 from transformer_lm.errors import UserError
 from transformer_lm.tokenizer import EOS_ID
 
@@ -42,7 +42,7 @@ def data_config(**changes) -> preparation.DataConfig:
     return preparation.DataConfig(**fields | changes)
 
 
-def rows_of(corpus: preparation.PreparedCorpus) -> np.ndarray:
+def rows_of(corpus: rows.PreparedCorpus) -> np.ndarray:
     """All rows [N, T] of a prepared corpus, read without this package."""
     return np.stack([np.frombuffer(record, corpus.dtype) for record in ArrayRecordDataSource(corpus.paths)])
 
@@ -112,7 +112,7 @@ def test_changed_file_never_meets_stale_rows(tmp_path):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Many blocks of few documents, also in worker processes and commands."""
-    monkeypatch.setattr(preparation, "BLOCK_CHARS", 10_000)
+    monkeypatch.setattr(rows, "BLOCK_CHARS", 10_000)
 
 
 def test_same_bytes_whatever_the_number_of_processes(tmp_path, small_blocks):
@@ -129,9 +129,9 @@ def test_killed_and_started_again(tmp_path):
     """A preparation killed with SIGKILL leaves nothing that counts as whole, and ends with the same bytes."""
     code = (
         "import sys\n"
-        "from transformer_lm.data import preparation\n"
+        "from transformer_lm.data import preparation, rows\n"
         "from test_preparation import data_config\n"
-        "preparation.BLOCK_CHARS = 20_000\n"
+        "rows.BLOCK_CHARS = 20_000\n"
         "if __name__ == '__main__':\n"
         "    preparation.prepare(data_config(train_split='train[:4000]', vocab_path=sys.argv[1]), sys.argv[2])\n"
     )

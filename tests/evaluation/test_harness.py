@@ -152,7 +152,7 @@ def test_generation_samples_when_asked(model):
 def test_the_four_tasks(model, jglue):
     """Prompts letter by letter those of version 0.3, and scores those that our own log probabilities give."""
     tasks = ["jglue", "marc_ja-1.1-0.3"]
-    found = harness.evaluate(model, tasks, data_dir=str(jglue))
+    found = harness.run_tasks(model, tasks, data_dir=str(jglue))
     samples = {task: sorted(of, key=lambda sample: sample["doc_id"]) for task, of in found["samples"].items()}
     first = {task.split("-")[0]: of[0]["arguments"][0] for task, of in samples.items()}
     assert first["jcommonsenseqa"] == (
@@ -217,7 +217,7 @@ def test_our_tasks_beside_lm_evals(model, monkeypatch):
     """A name of lm_eval's own is known, in whatever company."""
     asked = {}
     monkeypatch.setattr(lm_eval, "simple_evaluate", lambda model, **arguments: asked.update(arguments))
-    harness.evaluate(model, ["jnli-1.3-0.3", "hellaswag"])
+    harness.run_tasks(model, ["jnli-1.3-0.3", "hellaswag"])
     assert asked["task_manager"].match_tasks(asked["tasks"]) == ["hellaswag", "jnli-1.3-0.3"]
 
 

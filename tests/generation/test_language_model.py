@@ -5,6 +5,7 @@ import pytest
 from conftest import FIXTURE
 
 import transformer_lm
+from transformer_lm.data import tokenizer_training
 from transformer_lm.errors import UserError
 from transformer_lm.generation import language_model
 from transformer_lm.tokenizer import EOS_ID
@@ -60,11 +61,10 @@ def test_errors(model, tmp_path, monkeypatch):
         transformer_lm.load(tmp_path)
     for name in ("checkpoint_499999", "sentencepiece_model"):
         (tmp_path / name).write_bytes((FIXTURE / name).read_bytes())
-    from transformer_lm import tokenizer
     from transformer_lm.data.corpora import mukashi
 
     tales = [mukashi.tale(number) for number in range(50)]
-    other = tokenizer.train([(tales, 1.0)], vocab_size=800, max_corpus_chars=10**6, options="")
+    other = tokenizer_training.train([(tales, 1.0)], vocab_size=800, max_corpus_chars=10**6, options="")
     (tmp_path / "sentencepiece_model").write_bytes(other)
     with pytest.raises(UserError, match="do not belong together"):
         transformer_lm.load(tmp_path)

@@ -9,7 +9,7 @@ import pytest
 from conftest import batch_of, call, init
 
 from transformer_lm import tokenizer
-from transformer_lm.checkpoints import store as checkpoints
+from transformer_lm.checkpoints import loading
 from transformer_lm.errors import UserError
 from transformer_lm.generation import sampler
 from transformer_lm.generation.sampler import SamplingConfig
@@ -37,7 +37,7 @@ def with_eos(config, params):
 @pytest.mark.parametrize("how", [{"temperature": 0.0}, {"top_k": 1}])
 def test_greedy_continuations_of_the_original(original, together, how):
     """Exactly, for all texts in one batch (of unequal lengths) and one by one."""
-    loaded = checkpoints.load_model(original.path)
+    loaded = loading.load_model(original.path)
     spm = tokenizer.Tokenizer.load(loaded.tokenizer_path)
     prompts = [spm.encode(text) for text in original.about["texts"]]
     batches = [prompts] if together else [[prompt] for prompt in prompts]

@@ -13,10 +13,9 @@ from etils import epath
 from test_tensor_tables import SHAPES, config_of, random_params
 
 from transformer_lm import models
-from transformer_lm.checkpoints import store as checkpoints
+from transformer_lm.checkpoints import loading
 from transformer_lm.errors import UserError
-from transformer_lm.huggingface import exported_model
-from transformer_lm.huggingface import tensor_tables as architectures
+from transformer_lm.huggingface import exported_model, tensor_tables
 
 safetensors = pytest.importorskip("safetensors")
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
@@ -202,7 +201,7 @@ def test_sizes_that_agree_with_each_other_but_not_with_the_file(exported):
         huge = models.TransformerConfig(**{**vars(config), field: value})
 
         def change(content, huge=huge):
-            content |= architectures.GPT2.settings(huge)
+            content |= tensor_tables.GPT2.settings(huge)
             content["transformer_lm"]["model"] = vars(huge)
 
         change_config(folder, change)
@@ -329,6 +328,6 @@ def test_memory_at_the_published_shape(tmp_path):
 
 def test_load_model_takes_the_folder(exported):
     folder, config, params = exported
-    loaded = checkpoints.load_model(folder)
+    loaded = loading.load_model(folder)
     assert (loaded.config, loaded.step, loaded.tokenizer_path) == (config, 7, folder / "sentencepiece_model")
     assert_same(loaded.params, params)

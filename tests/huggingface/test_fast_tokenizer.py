@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from transformer_lm import tokenizer
 from transformer_lm.configs import mukashi as mukashi_recipe
+from transformer_lm.data import tokenizer_training
 from transformer_lm.data.corpora import mukashi
 from transformer_lm.errors import UserError
 from transformer_lm.huggingface import fast_tokenizer
@@ -52,7 +53,7 @@ def pair():
         if name not in made:
             texts = [mukashi.tale(number) for number in range(200)] + [" ".join(PARTS[:20])] * 3
             options = f"--character_coverage=1.0 {MODELS[name]}"
-            model = tokenizer.train([(texts, 1.0)], vocab_size=1200, max_corpus_chars=100_000, options=options)
+            model = tokenizer_training.train([(texts, 1.0)], vocab_size=1200, max_corpus_chars=100_000, options=options)
             slow = tokenizer.Tokenizer(model)
             made[name] = slow, fast_of(slow)
         return made[name]
@@ -154,7 +155,9 @@ def lines(literature) -> list[str]:
 
 @pytest.mark.parametrize("options", ["--byte_fallback=true", KEEP_ALL, f"--model_type=bpe {KEEP_ALL}"])
 def test_every_line_of_the_literature(lines, options):
-    model = tokenizer.train([(lines[:40_000], 1.0)], vocab_size=8_000, max_corpus_chars=1_000_000, options=options)
+    model = tokenizer_training.train(
+        [(lines[:40_000], 1.0)], vocab_size=8_000, max_corpus_chars=1_000_000, options=options
+    )
     slow = tokenizer.Tokenizer(model)
     assert different(slow, fast_of(slow), lines) == []
 
@@ -179,7 +182,7 @@ def test_every_character(pair, name):
 def test_the_demos_model():
     config = mukashi_recipe.get_config()
     texts = [mukashi.tale(number) for number in range(3_000)]
-    model = tokenizer.train(
+    model = tokenizer_training.train(
         [(texts, 1.0)], vocab_size=config.vocab_size, max_corpus_chars=1_000_000, options=config.spm_train_options
     )
     slow = tokenizer.Tokenizer(model)

@@ -56,7 +56,7 @@ def compare(both, tasks, folder, limit):
     model, theirs, _ = both
     manager = TaskManager(include_path=str(harness.TASKS), include_defaults=False, metadata={"data_dir": str(folder)})
     expected = lm_eval.simple_evaluate(theirs, tasks=tasks, task_manager=manager, limit=limit)
-    found = harness.evaluate(model, tasks, data_dir=str(folder), limit=limit)
+    found = harness.run_tasks(model, tasks, data_dir=str(folder), limit=limit)
     assert found["samples"].keys() == expected["samples"].keys()
     for task, samples in expected["samples"].items():
         ours = {sample["doc_id"]: sample for sample in found["samples"][task]}

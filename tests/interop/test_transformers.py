@@ -18,7 +18,7 @@ from test_tensor_tables import SHAPES, config_of, random_params
 
 import transformer_lm
 from transformer_lm import export_huggingface, models
-from transformer_lm.checkpoints import store as checkpoints
+from transformer_lm.checkpoints import loading
 from transformer_lm.data.corpora import mukashi
 from transformer_lm.generation import sampler
 from transformer_lm.generation.sampler import SamplingConfig
@@ -194,7 +194,7 @@ def test_saved_again_by_transformers(tmp_path):
     export_huggingface.export(str(FIXTURE), tmp_path / "ours", SamplingConfig())
     load(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     (tmp_path / "theirs" / "sentencepiece_model").write_bytes((FIXTURE / "sentencepiece_model").read_bytes())
-    found, expected = (checkpoints.load_model(tmp_path / name) for name in ("theirs", "ours"))
+    found, expected = (loading.load_model(tmp_path / name) for name in ("theirs", "ours"))
     assert found.config == expected.config
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7), found.params, expected.params)
 
@@ -210,7 +210,7 @@ def test_trained_on_by_transformers(tmp_path):
             parameter -= 0.01 * parameter.grad
     model.save_pretrained(tmp_path / "theirs")
     with pytest.raises(transformer_lm.errors.UserError, match="trained or changed elsewhere"):
-        checkpoints.load_model(tmp_path / "theirs")
+        loading.load_model(tmp_path / "theirs")
 
 
 def test_the_whole_circle(tmp_path):
@@ -237,8 +237,8 @@ def test_the_whole_circle(tmp_path):
         [ours] = trained.generate(prompt, temperature=0, max_length=length)
         assert ours["text"].startswith(text)  # which the longest prompt leaves less room
 
-    loaded = checkpoints.load_model(tmp_path / "exported")
-    before = checkpoints.load_model(tmp_path / "run")
+    loaded = loading.load_model(tmp_path / "exported")
+    before = loading.load_model(tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, loaded.params, before.params)
     assert loaded.config == before.config
 

@@ -18,11 +18,17 @@ import pytest
 from conftest import batch_of, call, command, init, one_line_error, run
 
 from transformer_lm import models
-from transformer_lm.checkpoints import store as checkpoints
+from transformer_lm.checkpoints import store
 from transformer_lm.data import packing
 from transformer_lm.errors import UserError
-from transformer_lm.training import loop as train
 from transformer_lm.training import optimizers
+from transformer_lm.training.config import TrainConfig
+from transformer_lm.training.evaluation import evaluate
+from transformer_lm.training.flops import flops_per_token
+from transformer_lm.training.loss import loss_and_totals
+from transformer_lm.training.start import restore_or_init
+from transformer_lm.training.state import TrainState, init_state, zero_totals
+from transformer_lm.training.step import make_eval_step, make_train_step
 
 ADAM = optimizers.OptimizerConfig(learning_rate=0.01, warmup_steps=10, weight_decay=0.1)
 
@@ -45,7 +51,7 @@ class TestLoss:
         entropy = -np.sum(wanted * np.log(np.maximum(wanted, 1e-30)), axis=-1)
         smoothed = -np.sum(wanted * log_softmax(logits), axis=-1) - entropy
         plain = -np.take_along_axis(log_softmax(logits), targets[..., None], axis=-1)[..., 0]
-        loss, totals = train.loss_and_totals(jnp.asarray(logits), jnp.asarray(targets), weights, smoothing)
+        loss, totals = loss_and_totals(jnp.asarray(logits), jnp.asarray(targets), weights, smoothing)
         assert float(loss) == pytest.approx(np.sum(smoothed * weights), rel=1e-5)
         assert float(totals["loss"]) == pytest.approx(np.sum(plain * weights), rel=1e-5)
         assert float(totals["correct"]) == np.sum((logits.argmax(axis=-1) == targets) * weights)
@@ -55,8 +61,8 @@ class TestLoss:
 def first_step(model, params, batch, smoothing=0.0):
     """State and metrics after one step of plain gradient descent with rate 1: the change is the gradient."""
     optimizer = optax.sgd(1.0)
-    state = train.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), train.zero_totals())
-    return jax.jit(train.make_train_step(model, optimizer, smoothing))(state, batch, jax.random.key(0))
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), zero_totals())
+    return jax.jit(make_train_step(model, optimizer, smoothing))(state, batch, jax.random.key(0))
 
 
 class TestTrainStep:
@@ -90,13 +96,13 @@ class TestTrainStep:
     def test_learns_by_heart(self, tiny):
         batch = batch_of([[5, 6, 7, 8], [9, 8, 7]], 10)
         optimizer = optimizers.make_optimizer(ADAM)
-        step = jax.jit(train.make_train_step(tiny, optimizer, 0.0))
-        state = train.init_state(tiny, optimizer, jax.random.key(0))
+        step = jax.jit(make_train_step(tiny, optimizer, 0.0))
+        state = init_state(tiny, optimizer, jax.random.key(0))
         for _ in range(200):
             state, _ = step(state, batch, jax.random.key(1))
         assert int(state.step) == 200
         assert float(state.totals["tokens"]) == 200 * 9
-        totals = train.make_eval_step(tiny)(state.params, batch)
+        totals = make_eval_step(tiny)(state.params, batch)
         assert float(totals["loss"]) / 9 < 0.2
 
 
@@ -110,7 +116,7 @@ def test_evaluate_counts_by_hand(tiny):
         logits = np.asarray(call(tiny, params, batch_of([text], len(tokens))))[0]
         nats.extend(-log_softmax(logits)[np.arange(len(tokens)), tokens])
     manifest = {"tokens": 90, "characters": 120, "bytes": 360}
-    found = train.evaluate(train.make_eval_step(tiny), params, batches, manifest)
+    found = evaluate(make_eval_step(tiny), params, batches, manifest)
     loss = np.mean(nats)
     assert found["eval_loss"] == pytest.approx(loss, rel=1e-5)
     assert found["eval_perplexity"] == pytest.approx(np.exp(loss), rel=1e-4)
@@ -119,10 +125,10 @@ def test_evaluate_counts_by_hand(tiny):
 
 
 def test_beginning_again_beside_checkpoints_is_refused(tmp_path):
-    saved = checkpoints.Checkpoints(tmp_path)
+    saved = store.Checkpoints(tmp_path)
     saved.save(3, {"w": jnp.zeros(2)}, {"m": jnp.zeros(2)}, {"step": jnp.asarray(3)})
     saved.wait()
-    config = train.TrainConfig(
+    config = TrainConfig(
         per_device_batch_size=1,
         eval_per_device_batch_size=1,
         num_train_steps=5,
@@ -136,7 +142,7 @@ def test_beginning_again_beside_checkpoints_is_refused(tmp_path):
         restore_checkpoints=False,
     )
     with pytest.raises(UserError, match=r"holds checkpoints \[3\], and restore_checkpoints=False"):
-        train.restore_or_init(saved, config, None, None, None)
+        restore_or_init(saved, config, None, None, None)
 
 
 def test_flops_against_xla():
@@ -147,23 +153,25 @@ def test_flops_against_xla():
     )  # fmt: skip
     batch = packing.unpack(np.full((4, 64), 7, np.uint16))
     optimizer = optimizers.make_optimizer(ADAM)
-    state = jax.eval_shape(lambda: train.init_state(model, optimizer, jax.random.key(0)))
-    step = jax.jit(train.make_train_step(model, optimizer, 0.0))
+    state = jax.eval_shape(lambda: init_state(model, optimizer, jax.random.key(0)))
+    step = jax.jit(make_train_step(model, optimizer, 0.0))
     compiled = step.lower(state, batch, jax.eval_shape(lambda: jax.random.key(0))).compile()
-    assert compiled.cost_analysis()["flops"] / (4 * 64) == pytest.approx(train.flops_per_token(model, 64), rel=0.15)
+    assert compiled.cost_analysis()["flops"] / (4 * 64) == pytest.approx(flops_per_token(model, 64), rel=0.15)
 
 
 SHARDED = """
 import sys
 import jax, numpy as np
 from transformer_lm import models
-from transformer_lm.training import optimizers, sharding, loop as train
+from transformer_lm.training import optimizers, sharding
+from transformer_lm.training.state import init_state
+from transformer_lm.training.step import make_train_step
 
 model = models.TransformerConfig(vocab_size=50, emb_dim=16, num_heads=2, num_layers=2, qkv_dim=16, mlp_dim=32)
 optimizer = optimizers.make_optimizer(optimizers.OptimizerConfig(0.01, 2, 0.1))
 mesh = sharding.make_mesh()
 assert mesh.size == int(sys.argv[1]), mesh
-state = train.init_state(model, optimizer, jax.random.key(0))
+state = init_state(model, optimizer, jax.random.key(0))
 state = jax.device_put(state, sharding.replicated(mesh))
 tokens = np.random.default_rng(0).integers(3, 50, (16, 12), np.int32)
 segments = np.ones_like(tokens)
@@ -171,7 +179,7 @@ segments[:5, 4:] = 0  # rows of unequal numbers of tokens, unevenly spread over 
 batch = {"inputs": tokens, "targets": tokens, "segments": segments,
          "positions": np.broadcast_to(np.arange(12, dtype=np.int32), tokens.shape)}
 batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-step = jax.jit(train.make_train_step(model, optimizer, 0.1), donate_argnums=0)
+step = jax.jit(make_train_step(model, optimizer, 0.1), donate_argnums=0)
 for _ in range(5):
     state, metrics = step(state, batch, jax.random.key(1))
 np.savez(sys.argv[2], *jax.tree.leaves((state.params, state.totals, metrics)))

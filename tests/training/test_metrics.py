@@ -7,6 +7,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from transformer_lm.training import metrics
+from transformer_lm.training.loss import perplexity
 
 
 def lines(workdir):
@@ -60,4 +61,4 @@ def test_resumed_run_drops_what_it_does_again(tmp_path):
 
 @pytest.mark.parametrize(("loss", "expected"), [(0.0, 1.0), (1.0, math.e), (1000.0, math.inf)])
 def test_perplexity(loss, expected):
-    assert metrics.perplexity(loss) == pytest.approx(expected)
+    assert perplexity(loss) == pytest.approx(expected)

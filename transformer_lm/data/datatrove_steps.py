@@ -10,8 +10,9 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.utils.word_tokenizers import WordTokenizer
 from etils import epath
 
-from transformer_lm.data import corpora, preparation
+from transformer_lm.data import corpora
 from transformer_lm.data.dataset_preprocessor import Preprocessing
+from transformer_lm.data.rows import RowsPlan, blocks_of
 from transformer_lm.files import write_atomically
 
 EXAMPLES = 3  # removed texts that each task keeps of each rule, for the report
@@ -52,14 +53,14 @@ class ToTexts(PipelineStep):
 class PackRows(PipelineStep):
     """Tokenizes and packs a task's documents, block by block; blocks that are there already are left as they are."""
 
-    def __init__(self, plan: preparation.RowsPlan):
+    def __init__(self, plan: RowsPlan):
         super().__init__()
         named("rows", self)
         self.directory, self.write_block = str(plan.directory), plan.write_block
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1):
         """See PipelineStep."""
-        for number, block in enumerate(preparation.blocks_of(document.text for document in data)):
+        for number, block in enumerate(blocks_of(document.text for document in data)):
             name = f"{rows_prefix(world_size)}{rank:05d}-{number:06d}"
             if not (epath.Path(self.directory) / f"{name}.json").exists():
                 self.write_block(name, block)

@@ -11,7 +11,7 @@ import grain
 import numpy as np
 
 from transformer_lm.data.packing import padding_id, unpack
-from transformer_lm.data.preparation import PreparedCorpus, PreparedMixture
+from transformer_lm.data.rows import PreparedCorpus, PreparedMixture
 from transformer_lm.files import local_copy
 
 READ_THREADS = 4

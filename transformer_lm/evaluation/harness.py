@@ -1,7 +1,7 @@
 """The tasks of lm-evaluation-harness (lm_eval), run on our own network; needs no PyTorch.
 
 Importing this module registers the model `transformer_lm` with lm_eval, whose `simple_evaluate(model="transformer_lm",
-model_args={"address": ...})` then finds it; `evaluate` is that with the project's tasks.
+model_args={"address": ...})` then finds it; `run_tasks` is that with the project's tasks.
 """
 
 import functools
@@ -20,8 +20,7 @@ from lm_eval.tasks import TaskManager
 from transformer_lm.errors import UserError
 from transformer_lm.generation import language_model, sampler
 from transformer_lm.generation.language_model import LanguageModel
-from transformer_lm.huggingface import fast_tokenizer
-from transformer_lm.huggingface import tensor_tables as architectures
+from transformer_lm.huggingface import fast_tokenizer, tensor_tables
 from transformer_lm.tokenizer import EOS_ID, START_ID
 
 TASKS = Path(__file__).parent / "tasks"
@@ -51,7 +50,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.model = model or language_model.load(address, dtype=dtype)
         config = self.model.config
-        self.max_length = max_length or architectures.architecture_of(config).sizes(config).positions
+        self.max_length = max_length or tensor_tables.table_of(config).sizes(config).positions
 
     @property
     def eot_token_id(self) -> int:
@@ -172,7 +171,7 @@ def _sampling(settings: dict, length: int) -> sampler.SamplingConfig:
     )
 
 
-def evaluate(
+def run_tasks(
     model: LanguageModel,
     tasks: Sequence[str],
     *,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from transformer_lm import models
-from transformer_lm.checkpoints import store as checkpoints
+from transformer_lm.checkpoints import loading
 from transformer_lm.errors import UserError
 from transformer_lm.generation import sampler
 from transformer_lm.tokenizer import START_ID, Tokenizer
@@ -147,7 +147,7 @@ def load(address: os.PathLike | str, *, dtype: str = "float32") -> LanguageModel
     Raises:
       UserError: there is no model, or it cannot be read.
     """
-    loaded = checkpoints.load_model(address)
+    loaded = loading.load_model(address)
     tokenizer = Tokenizer.load_for(loaded.tokenizer_path, loaded.config.vocab_size)
     config = dataclasses.replace(loaded.config, dtype=dtype)
     return LanguageModel(config, jax.device_put(loaded.params), tokenizer, loaded.step)
@@ -163,7 +163,7 @@ def _score_targets(config: models.TransformerConfig, params: models.Params, inpu
 
 
 def generate_texts(
-    model: models.TransformerConfig,
+    network: models.TransformerConfig,
     params: models.Params,
     tokenizer: Tokenizer,
     prompts: Iterable[str],
@@ -175,7 +175,7 @@ def generate_texts(
     """Continues texts: for each prompt `num_samples` dicts of prompt, text, tokens, finished; prompts included."""
     prompts = list(prompts)
     ids = [tokenizer.encode(prompt) for prompt in prompts]
-    written = sampler.generate(model, params, ids, num_samples=num_samples, sampling=sampling, seed=seed)
+    written = sampler.generate(network, params, ids, num_samples=num_samples, sampling=sampling, seed=seed)
     return [
         {
             "prompt": prompt,

@@ -26,8 +26,8 @@ from transformer_lm import models
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
 from transformer_lm.files import local_copy, read_json, write_json
-from transformer_lm.huggingface import tensor_tables as architectures
-from transformer_lm.huggingface.tensor_tables import Architecture, Sizes, Tensor
+from transformer_lm.huggingface import tensor_tables
+from transformer_lm.huggingface.tensor_tables import Sizes, Tensor, TensorTable
 from transformer_lm.models import TransformerConfig
 
 CONFIG_FILE = "config.json"
@@ -46,22 +46,22 @@ def is_model(folder: epath.Path) -> bool:
 # Writing. -------------------------------------------------------------------------------------------------------------
 
 
-def save(folder: Path, model: TransformerConfig, params: models.Params, step: int, max_shard: int = MAX_SHARD_BYTES):
+def save(folder: Path, network: TransformerConfig, params: models.Params, step: int, max_shard: int = MAX_SHARD_BYTES):
     """Writes config.json and the tensors.
 
     Args:
       folder: an empty folder.
-      model: the network.
+      network: what it computes.
       params: its parameters: NumPy arrays, float32.
       step: training steps behind it, for the record.
       max_shard: bytes above which there are several files.
     """
     numpy_format = optional_import("safetensors.numpy", "hf", "The export")
     hub = optional_import("huggingface_hub", "hf", "The export")
-    architecture = architectures.architecture_of(model)
-    sizes = architecture.sizes(model)
+    table = tensor_tables.table_of(network)
+    sizes = table.sizes(network)
     flat = traverse_util.flatten_dict(params, sep=".")
-    rows = {row.name.format(i=i): (row, i) for row, i in layered(architecture.tensors(model), sizes)}
+    rows = {row.name.format(i=i): (row, i) for row, i in layered(table.tensors(network), sizes)}
     split = hub.split_state_dict_into_shards_factory(
         {name: row.shape(sizes) for name, (row, _) in rows.items()},
         get_storage_size=lambda shape: 4 * int(np.prod(shape)),
@@ -69,10 +69,10 @@ def save(folder: Path, model: TransformerConfig, params: models.Params, step: in
         max_shard_size=max_shard,
     )
     settings = {
-        "architectures": [architecture.name],
-        **architecture.settings(model),
+        "architectures": [table.name],
+        **table.settings(network),
         "dtype": "float32",
-        OURS: {"model": dataclasses.asdict(model), "step": step},
+        OURS: {"model": dataclasses.asdict(network), "step": step},
     }
     write_json(folder / CONFIG_FILE, settings)
     for file, names in split.filename_to_tensors.items():
@@ -112,12 +112,12 @@ def load(folder: epath.Path) -> tuple[TransformerConfig, models.Params, int]:
     Raises:
       UserError: it is another architecture, was changed since it was written, or is no model at all.
     """
-    architecture, model, step = _described(folder)
-    sizes = architecture.sizes(model)
+    table, network, step = _described(folder)
+    sizes = table.sizes(network)
     flat: dict[str, np.ndarray] = {}
     with contextlib.ExitStack() as stack:
         tensors = _open(folder, stack)
-        for row, i in _checked(folder, architecture.tensors(model), sizes, tensors):
+        for row, i in _checked(folder, table.tensors(network), sizes, tensors):
             name = row.name.format(i=i)
             theirs = tensors[name].get_tensor(name)
             if row.restore is None:
@@ -126,33 +126,33 @@ def load(folder: epath.Path) -> tuple[TransformerConfig, models.Params, int]:
                 ours = _restored(row, sizes, theirs, (tensors[name].metadata() or {}).get(f"{OURS}:{name}"))
                 _place(flat, row, i, sizes.layers, ours)
             _check_unchanged(folder, name, theirs, row.export(sizes, *ours))
-    return dataclasses.replace(model, dtype="float32"), traverse_util.unflatten_dict(flat, sep="."), step
+    return dataclasses.replace(network, dtype="float32"), traverse_util.unflatten_dict(flat, sep="."), step
 
 
-def _described(folder: epath.Path) -> tuple[Architecture, TransformerConfig, int]:
+def _described(folder: epath.Path) -> tuple[TensorTable, TransformerConfig, int]:
     """What config.json says: the architecture, our network, its steps."""
     path = folder / CONFIG_FILE
     settings = read_json(path)
     names, ours = settings.get("architectures"), settings.get(OURS)
     name = names[0] if isinstance(names, list) and len(names) == 1 else names
-    if not isinstance(name, str) or name not in architectures.ARCHITECTURES or not isinstance(ours, dict):
+    if not isinstance(name, str) or name not in tensor_tables.TABLES or not isinstance(ours, dict):
         raise UserError(
             f"{folder} holds a model of the architecture {str(name)[:80]} that export_huggingface.py has not written; "
-            f"read are its exports ({', '.join(architectures.ARCHITECTURES)}), workdirs, and the original's "
+            f"read are its exports ({', '.join(tensor_tables.TABLES)}), workdirs, and the original's "
             "checkpoint_N."
         )
-    architecture = architectures.ARCHITECTURES[name]
-    model = TransformerConfig.from_json(ours.get("model"), str(path))
+    table = tensor_tables.TABLES[name]
+    network = TransformerConfig.from_json(ours.get("model"), str(path))
     step = ours.get("step")
     if type(step) is not int or step < 0:
         raise UserError(f"{path}: {OURS}.step={str(step)[:80]} is not a number of steps.")
-    for key, value in architecture.settings(model).items():
+    for key, value in table.settings(network).items():
         if settings.get(key, value) != value and not key.endswith("pdrop"):
             raise UserError(
                 f"{path}: {key}={str(settings[key])[:80]}, but the network under {OURS!r} needs {value}: the model was "
                 "changed since it was exported."
             )
-    return architecture, model, step
+    return table, network, step
 
 
 def _open(folder: epath.Path, stack: contextlib.ExitStack) -> dict[str, Any]:

@@ -3,37 +3,24 @@
 import json
 from typing import Any
 
-from etils import epath
-
-from transformer_lm import __version__, files, models
-from transformer_lm.checkpoints import hub
-from transformer_lm.checkpoints import store as checkpoints
-from transformer_lm.data import preparation
+from transformer_lm import models
 from transformer_lm.models import TransformerConfig
-from transformer_lm.tokenizer import Tokenizer
+from transformer_lm.version import __version__
 
 PROJECT = "transformer-lm-japanese"
 PROMPT = "夏目漱石は、"
-# Of a recipe what another may want to know; paths and how often a run reports are nobody's business.
-RECIPE_FIELDS = (
-    "num_layers", "emb_dim", "qkv_dim", "mlp_dim", "num_heads", "logits_via_embedding", "dropout_rate",
-    "attention_dropout_rate", "spm_train_options", "preprocessor", "unicode_normalization", "cleaning_rules",
-    "max_target_length", "per_device_batch_size", "learning_rate", "warmup_steps", "weight_decay", "label_smoothing",
-    "num_train_steps", "use_bfloat16", "seed",
-)  # fmt: skip
 DATA_FIELDS = ("documents", "characters", "bytes", "tokens")
-SCORES = ("eval_loss", "eval_perplexity", "eval_accuracy", "eval_bits_per_char", "eval_bits_per_byte")
 
 
-def write(name: str, address: str, model: TransformerConfig, step: int, tokenizer: Tokenizer) -> str:
-    """The card of the model `name` that was loaded from `address`; leaves out what is not known there."""
-    facts = _facts(address, step, tokenizer)
+def write(name: str, network: TransformerConfig, step: int, facts: dict[str, Any]) -> str:
+    """The card of the model `name`; `facts`, as `workdir.read_facts` gives them, may be empty where none are known."""
     parts = [_FRONT_MATTER, f"# {name}\n"]
+    prompt = json.dumps(facts["prompt"] or PROMPT, ensure_ascii=False)
     for words in (_JAPANESE, _ENGLISH):
         parts.append(
             words["about"].format(
-                project=PROJECT, version=__version__, parameters=f"{models.count_params(model) / 1e6:,.1f}",
-                layers=model.num_layers, emb=model.emb_dim, vocab=f"{model.vocab_size:,}", step=f"{step:,}",
+                project=PROJECT, version=__version__, parameters=f"{models.count_params(network) / 1e6:,.1f}",
+                layers=network.num_layers, emb=network.emb_dim, vocab=f"{network.vocab_size:,}", step=f"{step:,}",
             )
         )  # fmt: skip
         if facts["scores"]:
@@ -46,41 +33,10 @@ def write(name: str, address: str, model: TransformerConfig, step: int, tokenize
         parts.append(
             _section(
                 words["use"],
-                _USE.format(name=name, where=words["where"], prompt=json.dumps(facts["prompt"], ensure_ascii=False)),
+                _USE.format(name=name, where=words["where"], prompt=prompt),
             )
         )
     return "\n".join(parts)
-
-
-def _facts(address: str, step: int, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a workdir knows: recipe, manifests of its rows, scores of the last evaluation, a prompt."""
-    workdir = epath.Path(address)
-    config = workdir / checkpoints.CONFIG_FILE
-    recipe = {} if hub.is_address(address) or not config.exists() else files.read_json(config).get("recipe", {})
-    if not recipe:
-        return {"recipe": {}, "data": [], "scores": {}, "prompt": PROMPT}
-    prepared = files.absolute(recipe.get("prepared_dir") or workdir / "prepared")
-    manifests = [
-        files.read_json(path) for folder in files.children(prepared) if (path := folder / preparation.MANIFEST).exists()
-    ]
-    return {
-        "recipe": {name: recipe[name] for name in RECIPE_FIELDS if name in recipe},
-        "data": [
-            manifest
-            for split in ("train_split", "eval_split")
-            for manifest in manifests
-            if manifest.get("split") == recipe.get(split) and manifest["tokenizer_sha256"] == tokenizer.fingerprint
-        ],
-        "scores": _last_scores(workdir / "metrics.jsonl", step),
-        "prompt": recipe.get("prompts", PROMPT).split("\n")[0],
-    }
-
-
-def _last_scores(path: epath.Path, step: int) -> dict[str, Any]:
-    """The last evaluation up to a step."""
-    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
-    found = [line for line in lines if "eval_loss" in line and line["step"] <= step]
-    return {name: found[-1][name] for name in ("step", *SCORES) if name in found[-1]} if found else {}
 
 
 def _section(title: str, content: str) -> str:

@@ -54,20 +54,20 @@ class Sizes(NamedTuple):
     positions: int
 
 
-def gpt2_sizes(model: TransformerConfig) -> Sizes:
+def gpt2_sizes(network: TransformerConfig) -> Sizes:
     """The smallest GPT-2 that computes a network."""
-    head = model.qkv_dim // model.num_heads
-    all_heads = max(model.num_heads, model.emb_dim // head + 1)
+    head = network.qkv_dim // network.num_heads
+    all_heads = max(network.num_heads, network.emb_dim // head + 1)
     return Sizes(
-        vocab=model.vocab_size,
-        emb=model.emb_dim,
-        mlp=model.mlp_dim,
-        layers=model.num_layers,
-        heads=model.num_heads,
+        vocab=network.vocab_size,
+        emb=network.emb_dim,
+        mlp=network.mlp_dim,
+        layers=network.num_layers,
+        heads=network.num_heads,
         head=head,
         all_heads=all_heads,
         width=all_heads * head,
-        positions=max(model.max_len, POSITIONS),
+        positions=max(network.max_len, POSITIONS),
     )
 
 
@@ -97,8 +97,8 @@ class Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Architecture:
-    """An architecture that others know.
+class TensorTable:
+    """An architecture that others know, and how our parameters lie in it.
 
     Attributes:
       name: the class in transformers.
@@ -223,12 +223,12 @@ _GPT2_LOGITS_VIA_EMBEDDING = Tensor(
 )  # fmt: skip
 
 
-def _gpt2_tensors(model: TransformerConfig) -> tuple[Tensor, ...]:
-    return (*_GPT2_BODY, _GPT2_LOGITS_VIA_EMBEDDING if model.logits_via_embedding else _GPT2_LOGITS)
+def _gpt2_tensors(network: TransformerConfig) -> tuple[Tensor, ...]:
+    return (*_GPT2_BODY, _GPT2_LOGITS_VIA_EMBEDDING if network.logits_via_embedding else _GPT2_LOGITS)
 
 
-def _gpt2_settings(model: TransformerConfig) -> dict:
-    s = gpt2_sizes(model)
+def _gpt2_settings(network: TransformerConfig) -> dict:
+    s = gpt2_sizes(network)
     return {
         "model_type": "gpt2",
         "vocab_size": s.vocab,
@@ -239,19 +239,19 @@ def _gpt2_settings(model: TransformerConfig) -> dict:
         "n_inner": s.mlp,
         "activation_function": "relu",
         "layer_norm_epsilon": models.LAYER_NORM_EPSILON * s.emb / s.width,
-        "embd_pdrop": model.dropout_rate,
-        "resid_pdrop": model.dropout_rate,
-        "attn_pdrop": model.attention_dropout_rate,
+        "embd_pdrop": network.dropout_rate,
+        "resid_pdrop": network.dropout_rate,
+        "attn_pdrop": network.attention_dropout_rate,
         "tie_word_embeddings": False,
         **SPECIAL_TOKENS,
     }
 
 
-GPT2 = Architecture("GPT2LMHeadModel", gpt2_sizes, _gpt2_settings, _gpt2_tensors)
+GPT2 = TensorTable("GPT2LMHeadModel", gpt2_sizes, _gpt2_settings, _gpt2_tensors)
 
-ARCHITECTURES = {architecture.name: architecture for architecture in (GPT2,)}
+TABLES = {table.name: table for table in (GPT2,)}
 
 
-def architecture_of(model: TransformerConfig) -> Architecture:
-    """The architecture that computes a network."""
+def table_of(network: TransformerConfig) -> TensorTable:
+    """The table of the architecture that computes a network."""
     return GPT2

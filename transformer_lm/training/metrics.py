@@ -1,34 +1,15 @@
 """One writer for what a run reports: the console, TensorBoard, metrics.jsonl."""
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping
 
-import jax
 from absl import logging
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from transformer_lm.checkpoints.workdir import METRICS_FILE
 from transformer_lm.files import is_remote, write_atomically
-
-METRICS_FILE = "metrics.jsonl"
-
-# Peak dense bfloat16 FLOP/s of one device, from the makers' data sheets; by jax.Device.device_kind.
-PEAK_FLOPS = {
-    "TPU v3": 123e12 / 2,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
 
 class MetricWriter:
@@ -100,13 +81,3 @@ def _lines_until(path: epath.Path, step: int) -> list[str]:
 
 def _brief(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss in nats a token), infinite where it overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """Peak bfloat16 FLOP/s of a device, None where it is not known (a CPU)."""
-    return PEAK_FLOPS.get(device.device_kind)

@@ -48,7 +48,8 @@ def read(home, name, split="train", streaming=False, field="text"):
     """Documents read in a process of its own, since `datasets` looks at the environment when it is imported."""
     code = (
         "import sys, json\n"
-        "from transformer_lm import corpora, errors\n"
+        "from transformer_lm import errors\n"
+        "from transformer_lm.data import corpora\n"
         "try:\n"
         "    options = corpora.Options(sys.argv[4], sys.argv[3] == 'True')\n"
         "    documents = corpora.open_documents(sys.argv[1], sys.argv[2], options)\n"

@@ -99,7 +99,7 @@ def test_no_tensorflow(data_dir):
     make_tfds(folder, "lm1b", {"train": ["The first .", "The second ."], "test": ["The third ."]}, kind)
     code = (
         "import sys\n"
-        "from transformer_lm import corpora\n"
+        "from transformer_lm.data import corpora\n"
         "print(sorted(corpora.open_documents('lm1b', 'train')), 'tensorflow' in sys.modules)"
     )
     environment = {"TFDS_DATA_DIR": str(folder), "PATH": ""}

@@ -1,0 +1,68 @@
+"""What a workdir knows of its model: recipe, data, scores. For the model card."""
+
+import json
+from typing import Any
+
+from etils import epath
+
+from transformer_lm import files
+from transformer_lm.checkpoints import hub
+from transformer_lm.checkpoints.workdir import CONFIG_FILE, METRICS_FILE
+from transformer_lm.data import rows
+from transformer_lm.tokenizer import Tokenizer
+
+# Fields of a recipe that nobody needs who uses the model: where things lie, how often a run reports, what it is asked
+# for as a sample. All others are shown.
+UNSHOWN_FIELDS = {
+    "vocab_path", "dataset_name", "train_split", "eval_dataset_name", "eval_split", "prepared_dir", "prepare_processes",
+    "streaming", "text_field", "init_from", "eval_per_device_batch_size", "max_eval_target_length", "num_eval_steps",
+    "num_predict_steps", "log_every_steps", "eval_every_steps", "save_checkpoints", "restore_checkpoints",
+    "checkpoint_every_steps", "keep_checkpoints", "prompts", "max_predict_length", "sampling_temperature",
+    "sampling_top_k", "sampling_top_p",
+}  # fmt: skip
+SCORES = ("eval_loss", "eval_perplexity", "eval_accuracy", "eval_bits_per_char", "eval_bits_per_byte")
+
+
+def read_facts(address: str, step: int, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What is known at an address: `recipe`, `data` (manifests of the rows), `scores`, `prompt`; empty where nothing.
+
+    Args:
+      address: where the model was loaded from.
+      step: its training steps; later scores are not its own.
+      tokenizer: its tokenizer; rows of another are not its own.
+    """
+    workdir = epath.Path(address)
+    config = workdir / CONFIG_FILE
+    content = {} if hub.is_address(address) or not config.exists() else files.read_json(config)
+    recipe = content.get("recipe", {})
+    if not recipe:
+        return {"recipe": {}, "data": [], "scores": {}, "prompt": None}
+    return {
+        "recipe": {name: value for name, value in recipe.items() if name not in UNSHOWN_FIELDS},
+        "data": _manifests(workdir, recipe, content.get("rows"), tokenizer),
+        "scores": _last_scores(workdir / METRICS_FILE, step),
+        "prompt": recipe.get("prompts", "").split("\n")[0],
+    }
+
+
+def _manifests(workdir: epath.Path, recipe: dict, names: list[str] | None, tokenizer: Tokenizer) -> list[dict]:
+    """The manifests of the rows that the run read, each once; in old workdirs, which name none, of those that fit."""
+    prepared = files.absolute(recipe.get("prepared_dir") or workdir / "prepared")
+    if names is not None:
+        paths = [path for name in dict.fromkeys(names) if (path := prepared / name / rows.MANIFEST).exists()]
+        return [files.read_json(path) for path in paths]
+    paths = [path for folder in files.children(prepared) if (path := folder / rows.MANIFEST).exists()]
+    manifests = [files.read_json(path) for path in paths]
+    return [
+        manifest
+        for split in dict.fromkeys(recipe.get(name) for name in ("train_split", "eval_split"))
+        for manifest in manifests
+        if manifest.get("split") == split and manifest.get("tokenizer_sha256") == tokenizer.fingerprint
+    ]
+
+
+def _last_scores(path: epath.Path, step: int) -> dict[str, Any]:
+    """The last evaluation up to a step."""
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.exists() else ()
+    found = [line for line in lines if "eval_loss" in line and line["step"] <= step]
+    return {name: found[-1][name] for name in ("step", *SCORES) if name in found[-1]} if found else {}

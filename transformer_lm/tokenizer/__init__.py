@@ -1,0 +1,99 @@
+"""SentencePiece: ids, encode, decode.
+
+python -m transformer_lm.tokenizer --workdir=logs/my_model --inspect "吾輩は猫である。"
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import sentencepiece
+from etils import epath
+
+from transformer_lm.errors import UserError
+
+UNK_ID, BOS_ID, EOS_ID = 0, 1, 2  # SentencePiece's own defaults, on which the original's weights rest
+START_ID = UNK_ID  # what the network reads before a text's first token, as the original's does
+ENCODE_CHARS = 1_000_000  # longer texts are encoded in parts: SentencePiece takes some hundred bytes a character
+
+
+class Tokenizer:
+    """A trained SentencePiece model."""
+
+    def __init__(self, model: bytes, source: str = "SentencePiece model"):
+        """`model` holds the bytes of the file `source`, which errors name. Raises UserError if it is no model."""
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise UserError(f"{source} is not a SentencePiece model; delete it to train a new one.") from error
+        if not model:  # SentencePiece takes no bytes for an empty model
+            raise UserError(f"{source} is empty; delete it to train a new one.")
+        ids = (self._processor.unk_id(), self._processor.bos_id(), self._processor.eos_id())
+        if ids != (UNK_ID, BOS_ID, EOS_ID):
+            raise UserError(f"{source} has the ids (unk, bos, eos) = {ids}; {(UNK_ID, BOS_ID, EOS_ID)} are needed.")
+        self.model, self.source = model, source
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+
+    @classmethod
+    def load(cls, path: os.PathLike | str) -> "Tokenizer":
+        """Reads a model file, local or remote."""
+        path = epath.Path(path)
+        if not path.exists():
+            raise UserError(f"No tokenizer at {path}.")
+        return cls(path.read_bytes(), str(path))
+
+    @classmethod
+    def load_for(cls, path: os.PathLike | str, vocab_size: int) -> "Tokenizer":
+        """Reads the tokenizer of a model with `vocab_size` ids; raises UserError if it has another number of pieces."""
+        loaded = cls.load(path)
+        if loaded.vocab_size != vocab_size:
+            raise UserError(
+                f"{path} has {loaded.vocab_size} pieces, but the model {vocab_size}: they do not belong together."
+            )
+        return loaded
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of pieces, V."""
+        return self._processor.vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without BOS and EOS."""
+        return self._processor.encode(text)
+
+    def encode_texts(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids of each text, closed by EOS: int32 arrays [n].
+
+        A text of more than ENCODE_CHARS characters is encoded in parts that end with lines. Its ids are those of the
+        whole, since pieces do not cross white space, unless a single line is that long and must be cut elsewhere.
+        """
+        if any(len(text) > ENCODE_CHARS for text in texts):
+            return [self._encodesplit_text(text) for text in texts]
+        return self._encode_batch(texts)
+
+    def _encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return self._processor.encode(texts, add_eos=True, return_type="numpy", num_threads=1)
+
+    def _encodesplit_text(self, text: str) -> np.ndarray:
+        ids = self._encode_batch(list(split_text(text, ENCODE_CHARS)))
+        return np.concatenate([*(part[:-1] for part in ids[:-1]), *ids[-1:]])  # the last one's EOS closes the text
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; control ids such as EOS leave no trace."""
+        return self._processor.decode([int(i) for i in ids])
+
+    def pieces(self, text: str) -> list[str]:
+        """The pieces that a text is cut into."""
+        return self._processor.encode(text, out_type=str)
+
+
+def split_text(text: str, max_chars: int) -> Iterator[str]:
+    """Cuts a text into parts of at most `max_chars` characters: after a line end, or anywhere in a longer line."""
+    start = 0
+    while start < len(text):
+        end = min(start + max_chars, len(text))
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        yield text[start:end]
+        start = end

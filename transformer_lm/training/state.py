@@ -1,0 +1,42 @@
+"""All that a run is made of at one moment."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from transformer_lm import models
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a run is made of at one moment.
+
+    Attributes:
+      step: int32 scalar, steps done.
+      params: the parameters.
+      opt_state: the optimizer's state.
+      totals: sums over the steps since training metrics were last logged: loss (nats), correct, tokens. They lie in
+        the state so that a resumed run logs what an unbroken one would have.
+    """
+
+    step: jax.Array
+    params: models.Params
+    opt_state: Any
+    totals: dict[str, jax.Array]
+
+
+def zero_totals() -> dict[str, jax.Array]:
+    """Nothing counted yet."""
+    return {name: jnp.zeros((), jnp.float32) for name in ("loss", "correct", "tokens")}
+
+
+def init_state(
+    network: models.TransformerConfig, optimizer: optax.GradientTransformation, key: jax.Array
+) -> TrainState:
+    """A fresh state; pure, so that it may be jitted straight into its shardings, or only looked at abstractly."""
+    params = models.init(network, key)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), zero_totals())

@@ -1,0 +1,3 @@
+"""The package's version."""
+
+__version__ = "2.0.0.dev0"
