@@ -1,0 +1,182 @@
+"""Locks between processes, and between machines that share a folder or a bucket.
+
+On a file system the kernel holds the lock (flock) and lets go of it when the process ends, however it ends. An object
+store has no locks: there the holder writes its object again and again, and one that stays unchanged for
+`DEAD_SECONDS` counts as left behind by a process that has ended.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+
+from absl import logging
+from etils import epath
+
+from transformer_lm.errors import UserError
+from transformer_lm.files import is_remote
+
+BEAT_SECONDS = 10.0  # between two writes of a remote lock
+DEAD_SECONDS = 3 * BEAT_SECONDS
+SETTLE_SECONDS = 2.0  # after which the last of several that wrote at once stands in the object
+RETRY_SECONDS = 0.5
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # file systems without flock
+
+
+@contextlib.contextmanager
+def exclusive(path: os.PathLike | str, what: str) -> Iterator[None]:
+    """Holds a lock; raises UserError, which names the holder, where another process has it.
+
+    Args:
+      path: the lock's file or object, local or remote; its folder is made.
+      what: what is locked, for the error.
+    """
+    lock = _lock(path)
+    if (holder := lock.acquire()) is not None:
+        raise UserError(f"{what} is in use by {holder}; wait until that has ended, or stop it.")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def waiting_for(path: os.PathLike | str, what: str) -> Iterator[None]:
+    """Holds a lock, waiting while another process has it; says so in one line of the log."""
+    lock = _lock(path)
+    told = False
+    while (holder := lock.acquire()) is not None:
+        if not told:
+            logging.info("%s is in use by %s: waiting.", what, holder)
+            told = True
+        time.sleep(RETRY_SECONDS)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _lock(path: os.PathLike | str) -> "_FileLock | _HeartbeatLock":
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return _HeartbeatLock(path) if is_remote(path) else _FileLock(path)
+
+
+def _describe(content: str) -> str:
+    """Who wrote a lock, as errors name it."""
+    try:
+        holder = json.loads(content)
+        return f"process {holder['process']} on {holder['host']} (since {holder['since']})"
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return "another process"
+
+
+def _signature() -> dict:
+    return {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+
+
+class _FileLock:
+    """A lock of the kernel on a local or network file system."""
+
+    def __init__(self, path: epath.Path):
+        self._path = path
+        self._file: int | None = None
+        self._instead: _HeartbeatLock | None = None
+
+    def acquire(self) -> str | None:
+        """None when the lock is held now, else who holds it."""
+        while True:
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                content = os.read(file, 4096).decode(errors="replace")
+                os.close(file)
+                if error.errno in NO_LOCKS:
+                    self._instead = _HeartbeatLock(self._path)
+                    return self._instead.acquire()
+                if isinstance(error, BlockingIOError):
+                    return _describe(content)
+                raise
+            if self._is_current(file):
+                break
+            os.close(file)  # the one who held it has removed the file meanwhile
+        os.ftruncate(file, 0)
+        os.write(file, json.dumps(_signature()).encode())
+        self._file = file
+        return None
+
+    def _is_current(self, file: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file), os.stat(self._path))
+        except FileNotFoundError:
+            return False
+
+    def release(self):
+        """Lets others in."""
+        if self._instead:
+            self._instead.release()
+            return
+        with contextlib.suppress(OSError):  # the folder may be gone
+            os.unlink(self._path)
+        os.close(self._file)
+
+
+class _HeartbeatLock:
+    """An object that its holder keeps changing."""
+
+    def __init__(self, path: epath.Path):
+        self._path = path
+        self._token = uuid.uuid4().hex
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def acquire(self) -> str | None:
+        """None when the lock is held now, else who holds it; takes DEAD_SECONDS where a lock was left behind."""
+        before = self._read()
+        if before:
+            logging.info("%s was left by %s: seeing whether that still runs.", self._path, _describe(before))
+        deadline = time.monotonic() + DEAD_SECONDS
+        while before and time.monotonic() < deadline:
+            time.sleep(min(RETRY_SECONDS, BEAT_SECONDS))
+            if (now := self._read()) != before:
+                if now:
+                    return _describe(now)
+                before = now
+        self._write(0)
+        time.sleep(SETTLE_SECONDS)
+        if self._token not in (now := self._read()):
+            return _describe(now)
+        self._thread.start()
+        return None
+
+    def _read(self) -> str:
+        try:
+            return self._path.read_bytes().decode(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def _write(self, beat: int):
+        content = _signature() | {"token": self._token, "beat": beat}
+        self._path.write_text(json.dumps(content), encoding="utf-8")
+
+    def _beat(self):
+        beat = 0
+        while not self._ended.wait(BEAT_SECONDS):
+            beat += 1
+            try:
+                self._write(beat)
+            except Exception as error:  # a network that is away for a moment
+                logging.warning("The lock %s could not be written again: %s", self._path, error)
+
+    def release(self):
+        """Lets others in."""
+        self._ended.set()
+        self._thread.join()
+        self._path.unlink(missing_ok=True)
