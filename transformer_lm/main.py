@@ -14,8 +14,8 @@ from transformer_lm.training import loop
 def main(config: ConfigDict, workdir: str):
     """Runs the recipe in the workdir."""
     chosen = recipe.read(config)
-    initial_tokenizer = loading.initial_tokenizer(chosen.init_from, chosen.network, workdir)
-    data = preparation.prepare(chosen.data, workdir, tokenizer_source=initial_tokenizer)
+    initial = loading.find_initial(chosen.init_from, chosen.network, workdir)
+    data = preparation.prepare(chosen.data, workdir, tokenizer_source=initial and initial.tokenizer_path)
     loop.train_and_evaluate(chosen, data, workdir)
 
 

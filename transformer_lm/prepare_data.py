@@ -27,12 +27,12 @@ def main(config: ConfigDict, workdir: str):
     launcher = None
     if _EXECUTOR.value:
         launcher = Launcher(_EXECUTOR.value, _TASKS.value, _WORKERS.value, _MEMORY.value, _PARTITION.value, _TIME.value)
-    initial_tokenizer = None
+    initial = None
     if config.init_from:
         from transformer_lm.checkpoints import loading  # here, since it imports JAX
 
-        initial_tokenizer = loading.initial_tokenizer(config.init_from, recipe.read(config).network, workdir)
-    preparation.prepare(recipe.read_data(config), workdir, launcher, initial_tokenizer)
+        initial = loading.find_initial(config.init_from, recipe.read(config).network, workdir)
+    preparation.prepare(recipe.read_data(config), workdir, launcher, initial and initial.tokenizer_path)
 
 
 if __name__ == "__main__":

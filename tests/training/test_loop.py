@@ -1,201 +1,174 @@
-"""Training: the loss by hand, and a run that may be broken off anywhere."""
+"""A run that may be broken off, fail or be told to stop anywhere."""
 
-import dataclasses
+import contextlib
 import json
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import pytest
-from conftest import batch_of, call, command, init, one_line_error, run
+from conftest import SMALL_RUN, command, one_line_error, run
 
-from transformer_lm import models
+from transformer_lm import locks, recipe
 from transformer_lm.checkpoints import store
-from transformer_lm.data import packing
+from transformer_lm.configs import base
+from transformer_lm.data import input_pipeline, preparation
 from transformer_lm.errors import UserError
-from transformer_lm.training import optimizers
-from transformer_lm.training.config import TrainConfig
-from transformer_lm.training.evaluation import evaluate
-from transformer_lm.training.flops import flops_per_token
-from transformer_lm.training.loss import loss_and_totals
-from transformer_lm.training.start import restore_or_init
-from transformer_lm.training.state import TrainState, init_state, zero_totals
-from transformer_lm.training.step import make_eval_step, make_train_step
-
-ADAM = optimizers.OptimizerConfig(learning_rate=0.01, warmup_steps=10, weight_decay=0.1)
+from transformer_lm.training import loop
+from transformer_lm.training.config import Recipe
 
 
-def log_softmax(logits):
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Tokenizer and rows of the small run."""
+    folder = tmp_path_factory.mktemp("prepared")
+    return preparation.prepare(small_recipe().data, str(folder))
 
 
-class TestLoss:
-    @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
-    def test_against_explicit_distributions(self, smoothing):
-        """Kullback-Leibler divergence from the smoothed target distribution, written out."""
-        rng = np.random.default_rng(0)
-        logits = rng.normal(size=(2, 3, 7)).astype(np.float32) * 3
-        targets = rng.integers(0, 7, (2, 3))
-        weights = np.array([[1, 1, 0], [1, 0, 0]], np.float32)
-        wanted = np.full((2, 3, 7), smoothing / 6)
-        np.put_along_axis(wanted, targets[..., None], 1 - smoothing, axis=-1)
-        entropy = -np.sum(wanted * np.log(np.maximum(wanted, 1e-30)), axis=-1)
-        smoothed = -np.sum(wanted * log_softmax(logits), axis=-1) - entropy
-        plain = -np.take_along_axis(log_softmax(logits), targets[..., None], axis=-1)[..., 0]
-        loss, totals = loss_and_totals(jnp.asarray(logits), jnp.asarray(targets), weights, smoothing)
-        assert float(loss) == pytest.approx(np.sum(smoothed * weights), rel=1e-5)
-        assert float(totals["loss"]) == pytest.approx(np.sum(plain * weights), rel=1e-5)
-        assert float(totals["correct"]) == np.sum((logits.argmax(axis=-1) == targets) * weights)
-        assert float(totals["tokens"]) == 3
-
-
-def first_step(model, params, batch, smoothing=0.0):
-    """State and metrics after one step of plain gradient descent with rate 1: the change is the gradient."""
-    optimizer = optax.sgd(1.0)
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), zero_totals())
-    return jax.jit(make_train_step(model, optimizer, smoothing))(state, batch, jax.random.key(0))
-
-
-class TestTrainStep:
-    @pytest.fixture
-    def quiet(self, tiny):
-        return dataclasses.replace(tiny, dropout_rate=0.0, attention_dropout_rate=0.0)
-
-    def test_gradient_is_weighted_by_token(self, quiet):
-        """A batch of a long and a short row has the gradient of all its tokens' mean, not of the rows' means."""
-        params = init(quiet)
-        rows = [batch_of([[5, 6, 7, 8, 9, 10, 11]], 8), batch_of([[12]], 8)]
-        both = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-        states = [first_step(quiet, params, batch)[0] for batch in (*rows, both)]
-        long, short, mean = (jax.tree.map(lambda a, b: np.asarray(b - a), params, state.params) for state in states)
-        expected = jax.tree.map(lambda a, b: (8 * a + 2 * b) / 10, long, short)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), mean, expected)
-
-    def test_padding_changes_nothing(self, quiet):
-        params = init(quiet)
-        bare, padded = (first_step(quiet, params, batch_of([[5, 6, 7]], length)) for length in (4, 9))
-        assert float(bare[1]["loss"]) == pytest.approx(float(padded[1]["loss"]), rel=1e-6)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), bare[0].params, padded[0].params)
-
-    def test_label_smoothing_is_applied(self, quiet):
-        params, batch = init(quiet), batch_of([[5, 6, 7]], 4)
-        plain, smoothed = (first_step(quiet, params, batch, smoothing) for smoothing in (0.0, 0.2))
-        assert float(plain[1]["loss"]) == pytest.approx(float(smoothed[1]["loss"]))  # what is reported stays comparable
-        kernels = [np.asarray(state.params["logits"]["kernel"]) for state, _ in (plain, smoothed)]
-        assert np.max(np.abs(kernels[0] - kernels[1])) > 1e-3
-
-    def test_learns_by_heart(self, tiny):
-        batch = batch_of([[5, 6, 7, 8], [9, 8, 7]], 10)
-        optimizer = optimizers.make_optimizer(ADAM)
-        step = jax.jit(make_train_step(tiny, optimizer, 0.0))
-        state = init_state(tiny, optimizer, jax.random.key(0))
-        for _ in range(200):
-            state, _ = step(state, batch, jax.random.key(1))
-        assert int(state.step) == 200
-        assert float(state.totals["tokens"]) == 200 * 9
-        totals = make_eval_step(tiny)(state.params, batch)
-        assert float(totals["loss"]) / 9 < 0.2
-
-
-def test_evaluate_counts_by_hand(tiny):
-    params = init(tiny)
-    texts = [[5, 6, 7, 8], [9, 8, 7]]
-    batches = [batch_of([text], 8) for text in texts]
-    nats = []
-    for text in texts:
-        tokens = np.array([*text, 2])
-        logits = np.asarray(call(tiny, params, batch_of([text], len(tokens))))[0]
-        nats.extend(-log_softmax(logits)[np.arange(len(tokens)), tokens])
-    manifest = {"tokens": 90, "characters": 120, "bytes": 360}
-    found = evaluate(make_eval_step(tiny), params, batches, manifest)
-    loss = np.mean(nats)
-    assert found["eval_loss"] == pytest.approx(loss, rel=1e-5)
-    assert found["eval_perplexity"] == pytest.approx(np.exp(loss), rel=1e-4)
-    assert found["eval_bits_per_char"] == pytest.approx(loss / np.log(2) * 90 / 120, rel=1e-5)
-    assert found["eval_bits_per_byte"] == pytest.approx(loss / np.log(2) * 90 / 360, rel=1e-5)
-
-
-def test_beginning_again_beside_checkpoints_is_refused(tmp_path):
-    saved = store.Checkpoints(tmp_path)
-    saved.save(3, {"w": jnp.zeros(2)}, {"m": jnp.zeros(2)}, {"step": jnp.asarray(3)})
-    saved.wait()
-    config = TrainConfig(
-        per_device_batch_size=1,
-        eval_per_device_batch_size=1,
-        num_train_steps=5,
-        num_eval_steps=1,
-        label_smoothing=0.0,
-        log_every_steps=1,
-        eval_every_steps=1,
-        checkpoint_every_steps=1,
-        keep_checkpoints=1,
-        save_checkpoints=True,
-        restore_checkpoints=False,
+def small_recipe(**fields) -> Recipe:
+    """A recipe whose steps take no time."""
+    config = base.get_config()
+    config.update(
+        SMALL_RUN | {"num_layers": 1, "num_train_steps": 6, "log_every_steps": 1, "eval_every_steps": 4} | fields
     )
-    with pytest.raises(UserError, match=r"holds checkpoints \[3\], and restore_checkpoints=False"):
-        restore_or_init(saved, config, None, None, None)
+    return recipe.read(config)
 
 
-def test_flops_against_xla():
-    """The formula, against what XLA counts in a compiled step without the scan's hiding of layers."""
-    model = models.TransformerConfig(
-        vocab_size=512, emb_dim=128, num_heads=4, num_layers=1, qkv_dim=128, mlp_dim=512, dropout_rate=0.0,
-        attention_dropout_rate=0.0,
-    )  # fmt: skip
-    batch = packing.unpack(np.full((4, 64), 7, np.uint16))
-    optimizer = optimizers.make_optimizer(ADAM)
-    state = jax.eval_shape(lambda: init_state(model, optimizer, jax.random.key(0)))
-    step = jax.jit(make_train_step(model, optimizer, 0.0))
-    compiled = step.lower(state, batch, jax.eval_shape(lambda: jax.random.key(0))).compile()
-    assert compiled.cost_analysis()["flops"] / (4 * 64) == pytest.approx(flops_per_token(model, 64), rel=0.15)
+def train(workdir, data, **fields):
+    """Runs the small recipe in this process."""
+    loop.train_and_evaluate(small_recipe(**fields), data, str(workdir))
 
 
-SHARDED = """
-import sys
-import jax, numpy as np
-from transformer_lm import models
-from transformer_lm.training import optimizers, sharding
-from transformer_lm.training.state import init_state
-from transformer_lm.training.step import make_train_step
-
-model = models.TransformerConfig(vocab_size=50, emb_dim=16, num_heads=2, num_layers=2, qkv_dim=16, mlp_dim=32)
-optimizer = optimizers.make_optimizer(optimizers.OptimizerConfig(0.01, 2, 0.1))
-mesh = sharding.make_mesh()
-assert mesh.size == int(sys.argv[1]), mesh
-state = init_state(model, optimizer, jax.random.key(0))
-state = jax.device_put(state, sharding.replicated(mesh))
-tokens = np.random.default_rng(0).integers(3, 50, (16, 12), np.int32)
-segments = np.ones_like(tokens)
-segments[:5, 4:] = 0  # rows of unequal numbers of tokens, unevenly spread over the devices
-batch = {"inputs": tokens, "targets": tokens, "segments": segments,
-         "positions": np.broadcast_to(np.arange(12, dtype=np.int32), tokens.shape)}
-batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-step = jax.jit(make_train_step(model, optimizer, 0.1), donate_argnums=0)
-for _ in range(5):
-    state, metrics = step(state, batch, jax.random.key(1))
-np.savez(sys.argv[2], *jax.tree.leaves((state.params, state.totals, metrics)))
-"""
+def steps_in(workdir) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
-def test_sharded_equals_single(tmp_path):
-    """Eight devices and one end with the same parameters, dropout and token weights included."""
-    results = []
-    for devices in (1, 8):
-        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        path = tmp_path / f"{devices}.npz"
-        subprocess.run([sys.executable, "-c", SHARDED, str(devices), path], env=environment, check=True)
-        results.append(np.load(path))
-    for name in results[0]:
-        np.testing.assert_allclose(results[0][name], results[1][name], rtol=1e-3, atol=1e-5)
+def evaluated(workdir) -> list[int]:
+    """The steps of which metrics.jsonl has an evaluation."""
+    return [line["step"] for line in metrics_of(workdir) if "eval_loss" in line]
+
+
+def fail(*_, **__):
+    raise MemoryError("no room for logits")
+
+
+@pytest.mark.parametrize("what", ["evaluate_rows", "language_model.generate_texts"])
+def test_saved_before_what_may_fail(tmp_path, prepared, monkeypatch, what):
+    """The step is not lost with its evaluation or its sample, which the next start makes up for."""
+    with monkeypatch.context() as patched:
+        patched.setattr(f"transformer_lm.training.loop.{what}", fail)
+        with pytest.raises(MemoryError):
+            train(tmp_path, prepared, checkpoint_every_steps=4)
+    assert steps_in(tmp_path) == [4]
+    assert evaluated(tmp_path) == []
+    train(tmp_path, prepared, checkpoint_every_steps=4)
+    assert evaluated(tmp_path) == [4, 6]
+    assert [line["step"] for line in metrics_of(tmp_path) if "train_loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_prompt_too_long_is_refused_before_the_first_step(tmp_path, prepared):
+    with pytest.raises(UserError, match="max_predict_length=16"):
+        train(tmp_path, prepared, prompts="昔々あるところにおじいさんとおばあさんが" * 3)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("what", ["evaluate_rows", "language_model.generate_texts"])
+def test_told_to_stop_while_it_evaluates(tmp_path, prepared, monkeypatch, what):
+    """Saved and gone, though no checkpoint was due and the evaluation would have taken long; made up for later."""
+
+    def take_long(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(600)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"transformer_lm.training.loop.{what}", take_long)
+        train(tmp_path, prepared)
+    assert steps_in(tmp_path) == [4]
+    train(tmp_path, prepared)
+    assert evaluated(tmp_path) == [4, 6]
+
+
+def test_told_to_stop_while_it_compiles(tmp_path, prepared, monkeypatch):
+    """Nothing has been done yet, and nothing is saved."""
+
+    def slow_step(*arguments):
+        def step(state, batch, key):
+            jax.debug.callback(lambda: None)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(600)
+
+        return step
+
+    monkeypatch.setattr(loop, "make_train_step", slow_step)
+    train(tmp_path, prepared)
+    assert steps_in(tmp_path) == []
+
+
+def test_checkpoints_by_the_clock(tmp_path, prepared):
+    train(tmp_path, prepared, checkpoint_every_minutes=1e-9, keep_checkpoints=10)
+    assert steps_in(tmp_path) == [1, 2, 3, 4, 5, 6]
+
+
+def test_second_run_on_a_workdir_is_refused(tmp_path, prepared):
+    with (
+        locks.exclusive(tmp_path / "run.lock", "it"),
+        pytest.raises(UserError, match=rf"--workdir=.* is in use by process {os.getpid()}"),
+    ):
+        train(tmp_path, prepared)
+
+
+def test_another_batch_size_goes_on_at_the_same_row(tmp_path, prepared, monkeypatch):
+    """Whatever the batch sizes, the run reads the rows of the stream one after the other, each once."""
+    read = []
+    whole = input_pipeline.train_batches
+
+    def recorded(*arguments, **options):
+        for batch in whole(*arguments, **options):
+            read.extend(map(bytes, batch["targets"]))
+            yield batch
+
+    monkeypatch.setattr(input_pipeline, "train_batches", recorded)
+    train(tmp_path, prepared, num_train_steps=3)
+    train(tmp_path, prepared, num_train_steps=5, per_device_batch_size=5)
+    expected = whole(prepared.train, batch_size=1, seed=0)
+    assert read == [bytes(next(expected)["targets"][0]) for _ in range(3 * 2 + 2 * 5)]
+
+
+def test_what_has_changed_is_said(tmp_path, prepared, caplog):
+    train(tmp_path, prepared, num_train_steps=1)
+    caplog.clear()
+    with caplog.at_level("INFO", logger="absl"):
+        train(tmp_path, prepared, num_train_steps=2, learning_rate=0.5, seed=3, log_every_steps=2)
+    assert "learning_rate was 0.0016 before and is 0.5 now." in caplog.text
+    assert "With another seed the data have another order" in caplog.text
+    assert "log_every_steps was" not in caplog.text
+    with pytest.raises(UserError, match="vocab_size=800 cannot be meant"):
+        train(tmp_path, prepared, num_train_steps=3, vocab_size=800)
+
+
+def test_beginning_again_beside_checkpoints_is_refused(tmp_path, prepared):
+    train(tmp_path, prepared, num_train_steps=1)
+    with pytest.raises(UserError, match=r"holds checkpoints \[1\], and restore_checkpoints=False"):
+        train(tmp_path, prepared, num_train_steps=2, restore_checkpoints=False)
+
+
+def test_a_checkpoint_that_does_not_count_rows(tmp_path, prepared):
+    """As those of earlier versions: the rows are reckoned with the batch size."""
+    train(tmp_path, prepared, num_train_steps=3)
+    with contextlib.closing(store.Checkpoints(tmp_path)) as saved:
+        params, opt_state, progress = map(ocp.StandardCheckpointer().restore, [
+            tmp_path / "checkpoints" / "3" / item for item in store.ITEMS
+        ])  # fmt: skip
+        assert int(progress.pop("rows")) == 6
+        saved._manager.delete(3)
+        saved.save(3, params, opt_state, progress)
+    train(tmp_path, prepared, num_train_steps=4)
+    assert int(ocp.StandardCheckpointer().restore(tmp_path / "checkpoints" / "4" / "progress")["rows"]) == 8
 
 
 RUN = {

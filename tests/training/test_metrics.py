@@ -4,8 +4,9 @@ import json
 import math
 
 import pytest
-from tensorboardX.proto import event_pb2
+from tensorboardX.proto import event_pb2, plugin_hparams_pb2
 
+from transformer_lm.errors import UserError
 from transformer_lm.training import metrics
 from transformer_lm.training.loss import perplexity
 
@@ -38,10 +39,10 @@ def test_lines_scalars_texts_and_recipe(tmp_path):
     assert metrics.read_last(tmp_path, "train_loss") == 2.5
     assert shown == [(10, "loss 2.5")]
     values = {value.tag: (event.step, value) for event in events(tmp_path) for value in event.summary.value}
-    assert values["train_loss"][0] == 10
-    assert values["train_loss"][1].simple_value == 2.5
+    assert values["train/loss"][0] == 10
+    assert values["train/loss"][1].simple_value == 2.5
     [text] = [values[tag][1].tensor.string_val[0].decode() for tag in values if tag.startswith("samples")]
-    assert text == "昔々\n\nあるところに"
+    assert text == "    昔々\n    \n    あるところに"  # indented, so that Markdown leaves marks alone
     [text] = [values[tag][1].tensor.string_val[0].decode() for tag in values if tag.startswith("recipe")]
     assert "seed = 3" in text
 
@@ -57,6 +58,39 @@ def test_resumed_run_drops_what_it_does_again(tmp_path):
     writer.write(30, {"train_loss": 31.0})
     writer.close()
     assert [line["train_loss"] for line in lines(tmp_path)] == [10.0, 20.0, 31.0]
+
+
+def test_hyperparameters_for_the_hparams_tab(tmp_path):
+    writer = metrics.MetricWriter(tmp_path, 0, print)
+    writer.write_recipe({"seed": 3, "use_bfloat16": True, "dataset_name": [("a", 0.5)], "vocab_path": None})
+    writer.close()
+    contents = [
+        plugin_hparams_pb2.HParamsPluginData.FromString(value.metadata.plugin_data.content)
+        for event in events(tmp_path)
+        for value in event.summary.value
+        if value.metadata.plugin_data.plugin_name == "hparams"
+    ]
+    [start] = [content.session_start_info for content in contents if content.HasField("session_start_info")]
+    assert start.hparams["seed"].number_value == 3
+    assert start.hparams["use_bfloat16"].bool_value is True
+    assert start.hparams["dataset_name"].string_value == "[('a', 0.5)]"
+    [experiment] = [content.experiment for content in contents if content.HasField("experiment")]
+    assert "eval/loss" in [info.name.tag for info in experiment.metric_infos]
+
+
+def test_a_full_disk_is_the_callers_error(tmp_path, monkeypatch):
+    writer = metrics.MetricWriter(tmp_path, 0, print)
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(writer._board._writer._py_recordio_writer, "_writer", full)
+        with pytest.raises(UserError, match=r"metrics could not be written .* No space left"):
+            writer.write(10, {"train_loss": 2.5})
+
+
+def test_json_has_no_infinity(tmp_path):
+    writer = metrics.MetricWriter(tmp_path, 0, print)
+    writer.write(10, {"train_loss": 2000.0, "train_perplexity": math.inf})
+    writer.close()
+    assert lines(tmp_path) == [{"step": 10, "train_loss": 2000.0, "train_perplexity": None}]
 
 
 @pytest.mark.parametrize(("loss", "expected"), [(0.0, 1.0), (1.0, math.e), (1000.0, math.inf)])

@@ -17,7 +17,8 @@ UNSHOWN_FIELDS = {
     "vocab_path", "dataset_name", "train_split", "eval_dataset_name", "eval_split", "prepared_dir", "prepare_processes",
     "streaming", "text_field", "init_from", "eval_per_device_batch_size", "max_eval_target_length", "num_eval_steps",
     "num_predict_steps", "log_every_steps", "eval_every_steps", "save_checkpoints", "restore_checkpoints",
-    "checkpoint_every_steps", "keep_checkpoints", "prompts", "max_predict_length", "sampling_temperature",
+    "checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints", "prompts", "max_predict_length",
+    "sampling_temperature",
     "sampling_top_k", "sampling_top_p",
 }  # fmt: skip
 SCORES = ("eval_loss", "eval_perplexity", "eval_accuracy", "eval_bits_per_char", "eval_bits_per_byte")

@@ -1,17 +1,17 @@
 """From any address to a model: a workdir, an original checkpoint, an exported folder, the hub."""
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Callable
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
 from transformer_lm import files, models
-from transformer_lm.checkpoints import hub, original
-from transformer_lm.checkpoints.store import first_line
+from transformer_lm.checkpoints import hub, original, store
 from transformer_lm.checkpoints.workdir import (
     CHECKPOINTS_DIR,
     CONFIG_FILE,
@@ -20,7 +20,6 @@ from transformer_lm.checkpoints.workdir import (
     read_run_config,
 )
 from transformer_lm.errors import UserError
-from transformer_lm.files import absolute
 from transformer_lm.huggingface import exported_model
 
 
@@ -41,8 +40,35 @@ class LoadedModel:
     tokenizer_path: epath.Path
 
 
+@dataclasses.dataclass(frozen=True)
+class FoundModel:
+    """A model that was found somewhere, and described; its parameters are not read yet.
+
+    Attributes:
+      network: what it computes.
+      tokenizer_path: the SentencePiece model beside it.
+      load: reads its parameters.
+    """
+
+    network: models.TransformerConfig
+    tokenizer_path: epath.Path
+    load: Callable[[], LoadedModel]
+
+
 def load_model(address: os.PathLike | str) -> LoadedModel:
     """Loads a model for generation.
+
+    Args:
+      address: as `find_model` takes it.
+
+    Raises:
+      UserError: there is no model, or it cannot be read.
+    """
+    return find_model(address).load()
+
+
+def find_model(address: os.PathLike | str) -> FoundModel:
+    """Finds a model, without reading its parameters.
 
     Args:
       address: a workdir of this project, a folder with the original's `checkpoint_N` and `sentencepiece_model`, such
@@ -51,32 +77,30 @@ def load_model(address: os.PathLike | str) -> LoadedModel:
     Raises:
       UserError: there is no model, or it cannot be read.
     """
-    path = _fetched(address)
+    path = epath.Path(hub.fetch(address) if hub.is_address(address) else address).expanduser()
+    if not path.exists():
+        raise UserError(f"No model at {path}: no such file or folder.")
     if path.is_file():
-        return _loaded_original(path)
+        return _found_original(path)
+    tokenizer_path = path / TOKENIZER_FILE
     if (path / CONFIG_FILE).exists() and (path / CHECKPOINTS_DIR).exists():
-        return _load_workdir(path)
+        network, _ = read_run_config(path)
+        return FoundModel(network, tokenizer_path, lambda: _load_workdir(path, network))
     numbered = [(int(match[1]), child) for child in path.iterdir() if (match := original.NAME.fullmatch(child.name))]
     if numbered:
-        return _loaded_original(max(numbered)[1])
+        return _found_original(max(numbered)[1])
     if exported_model.is_model(path):
-        return LoadedModel(*exported_model.load(path), path / TOKENIZER_FILE)
+        network = exported_model.describe(path)
+        return FoundModel(network, tokenizer_path, lambda: LoadedModel(*exported_model.load(path), tokenizer_path))
     raise UserError(
         f"No model in {path}: neither a trained workdir ({CONFIG_FILE} and {CHECKPOINTS_DIR}/), nor an original "
         f"checkpoint (checkpoint_N), nor an exported folder ({exported_model.WEIGHTS_FILE})."
     )
 
 
-def _fetched(address: os.PathLike | str) -> epath.Path:
-    path = epath.Path(hub.fetch(address) if hub.is_address(address) else address).expanduser()
-    if not path.exists():
-        raise UserError(f"No model at {path}: no such file or folder.")
-    return path
-
-
-def load_initial(
+def find_initial(
     address: str | None, network: models.TransformerConfig, workdir: os.PathLike | str
-) -> LoadedModel | None:
+) -> FoundModel | None:
     """The model that a run begins with; None without an address, or where the workdir has checkpoints to go on from.
 
     Raises:
@@ -85,46 +109,37 @@ def load_initial(
     kept = (child.name for child in files.children(epath.Path(workdir) / CHECKPOINTS_DIR))
     if not address or any(map(str.isdigit, kept)):  # others are what an interrupted first save left
         return None
-    loaded = load_model(address)
-    wanted = dataclasses.replace(network, vocab_size=loaded.config.vocab_size)  # which the tokenizer decides
-    check_same_network(f"init_from={address}", loaded.config, wanted)
-    return loaded
+    found = find_model(address)
+    wanted = dataclasses.replace(network, vocab_size=found.network.vocab_size)  # which the tokenizer decides
+    check_same_network(f"init_from={address}", found.network, wanted)
+    return found
 
 
-def initial_tokenizer(
-    address: str | None, network: models.TransformerConfig, workdir: os.PathLike | str
-) -> epath.Path | None:
-    """The tokenizer of the model that `load_initial` loads, which has been found to fit."""
-    initial = load_initial(address, network, workdir)
-    return initial and initial.tokenizer_path
+def _found_original(path: epath.Path) -> FoundModel:
+    tokenizer_path = path.parent / TOKENIZER_FILE
+    return FoundModel(
+        original.describe(path), tokenizer_path, lambda: LoadedModel(*original.load(path), tokenizer_path)
+    )
 
 
-def _loaded_original(path: epath.Path) -> LoadedModel:
-    return LoadedModel(*original.load(path), path.parent / TOKENIZER_FILE)
-
-
-def _load_workdir(workdir: epath.Path) -> LoadedModel:
-    config, _ = read_run_config(workdir)
+def _load_workdir(workdir: epath.Path, network: models.TransformerConfig) -> LoadedModel:
+    """The newest checkpoint that can be read; a workdir that is only read stays as it is."""
     cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cpu), models.abstract_params(config)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cpu), models.abstract_params(network)
     )
-    manager = ocp.CheckpointManager(
-        absolute(workdir / CHECKPOINTS_DIR),
-        options=ocp.CheckpointManagerOptions(read_only=True, create=False),
-        item_names=("params", "opt_state", "progress"),
-    )
-    steps = sorted(manager.all_steps(), reverse=True)
-    for step in steps:
-        try:
-            params = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(target)))["params"]
-        except Exception as error:
-            logging.error("Checkpoint %d is damaged (%s); trying the one before.", step, first_line(error))
-            continue
-        return LoadedModel(
-            dataclasses.replace(config, dtype="float32"),
-            jax.tree.map(np.asarray, params),
-            step,
-            workdir / TOKENIZER_FILE,
-        )
-    raise UserError(f"No checkpoint in {workdir / CHECKPOINTS_DIR} can be read (steps: {steps or 'none'}).")
+    failures: dict[int, str] = {}
+    with contextlib.closing(store.Checkpoints(workdir, read_only=True)) as saved:
+        for step in saved.steps[::-1]:
+            try:
+                params = saved.restore_params(step, target)
+            except UserError:
+                raise
+            except Exception as error:  # whatever a damaged file makes Orbax raise
+                failures[step] = store.first_line(error)
+                logging.error("Checkpoint %d cannot be read (%s); trying the one before.", step, failures[step])
+                continue
+            network = dataclasses.replace(network, dtype="float32")
+            return LoadedModel(network, jax.tree.map(np.asarray, params), step, workdir / TOKENIZER_FILE)
+    why = "; ".join(f"step {step}: {error}" for step, error in failures.items()) or "there is none"
+    raise UserError(f"No checkpoint in {workdir / CHECKPOINTS_DIR} can be read ({why}).")

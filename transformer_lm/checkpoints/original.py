@@ -4,11 +4,12 @@
 parameters alone and never unpickles or executes anything.
 """
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-import jax
 import numpy as np
 from etils import epath
 from flax import traverse_util
@@ -43,69 +44,84 @@ _NAMES = {
 }
 
 
+def describe(path: epath.Path) -> models.TransformerConfig:
+    """The network of an original `checkpoint_N`, whose sizes follow from the arrays' shapes; reads no array."""
+    with _opened(path) as (_, arrays):
+        return _network(path, arrays)
+
+
 def load(path: epath.Path) -> tuple[models.TransformerConfig, models.Params, int]:
-    """The network, parameters and steps of an original `checkpoint_N`; sizes follow from the arrays' shapes.
+    """The network, parameters (NumPy arrays, float32, layers stacked) and steps of an original `checkpoint_N`.
 
     The parameters are read into their place one by one: at no time is there a second copy of more than one of them.
     """
     match = NAME.fullmatch(path.name)
+    flat: dict[str, np.ndarray] = {}
+    with _opened(path) as (file, arrays):
+        network = _network(path, arrays)
+        for ours, stored in arrays.items():
+            value = np.empty((len(stored), *stored[0].shape), np.float32)
+            for out, array in zip(value, stored, strict=True):
+                array.read_into(file, out)
+            flat[ours] = value if ours.startswith("blocks.") else value[0]
+    return network, traverse_util.unflatten_dict(flat, sep="."), int(match[1]) if match else 0
+
+
+@contextlib.contextmanager
+def _opened(path: epath.Path) -> Iterator[tuple[BinaryIO, dict[str, list[StoredArray]]]]:
+    """The file, and where the arrays of each of our parameters lie in it, one a layer."""
     local = local_copy(path)
     try:
         with open(local, "rb") as file:
             stored = msgpack_arrays.read_entry(file, os.path.getsize(local), "params")
             if not isinstance(stored, dict) or not isinstance(stored.get("decoder"), dict):
                 raise UserError(f"{path} is not a checkpoint of the original: it holds no params.")
-            params = _read_params(path, file, _flatten(stored["decoder"]))
+            yield file, _by_our_names(path, _flatten(stored["decoder"]))
     except msgpack_arrays.TruncatedError as error:
         raise UserError(f"{path} is truncated ({error}); copy or download it again.") from error
     except msgpack_arrays.MalformedError as error:
         raise UserError(f"{path} is not a checkpoint of the original: {error}.") from error
-    config = _config(path, params)
-    shapes = jax.tree.map(lambda x: x.shape, models.abstract_params(config))
-    if shapes != jax.tree.map(np.shape, params):
-        raise UserError(f"{path}: the shapes of its arrays do not belong together.")
-    return config, params, int(match[1]) if match else 0
 
 
-def _read_params(path: epath.Path, file: BinaryIO, arrays: dict[str, StoredArray]) -> models.Params:
-    """Our tree of parameters, float32, layers stacked, from the original's arrays."""
+def _by_our_names(path: epath.Path, arrays: dict[str, StoredArray]) -> dict[str, list[StoredArray]]:
     layers = len({name.split(".")[0] for name in arrays if name.startswith("encoderdecoderblock_")})
-    wanted: dict[str, list[StoredArray]] = {}
+    found: dict[str, list[StoredArray]] = {}
     for ours, theirs in _NAMES.items():
         names = [theirs.format(i=i) for i in range(layers)] if "{i}" in theirs else [theirs]
         if ours.startswith("logits.") and names[0] not in arrays:
             continue  # logits_via_embedding
         if not layers or not set(names) <= arrays.keys():
             raise UserError(f"{path} is not a checkpoint of the original's network: it has no {theirs}.")
-        wanted[ours] = [arrays.pop(name) for name in names]
-        if any(array.shape != wanted[ours][0].shape for array in wanted[ours]):
+        found[ours] = [arrays.pop(name) for name in names]
+        if any(array.shape != found[ours][0].shape for array in found[ours]):
             raise UserError(f"{path}: layers differ in the shape of {theirs}.")
     if arrays:
         raise UserError(f"{path} is not a checkpoint of the original's network: {sorted(arrays)[0]} is unknown.")
-    flat: dict[str, np.ndarray] = {}
-    for ours, stored in wanted.items():
-        value = np.empty((len(stored), *stored[0].shape), np.float32)
-        for out, array in zip(value, stored, strict=True):
-            array.read_into(file, out)
-        flat[ours] = value if ours.startswith("blocks.") else value[0]
-    return traverse_util.unflatten_dict(flat, sep=".")
+    return found
 
 
-def _config(path: epath.Path, params: models.Params) -> models.TransformerConfig:
-    query = params["blocks"]["attention"]["query"]["kernel"]  # [L, D, H, K]
-    mlp = params["blocks"]["mlp"]["wi"]["kernel"]  # [L, D, F]
-    embedding = params["embed"]["embedding"]  # [V, D]
-    if (query.ndim, mlp.ndim, embedding.ndim) != (4, 3, 2):
-        raise UserError(f"{path}: the shapes of its arrays do not belong together.")
-    return models.TransformerConfig(
-        vocab_size=embedding.shape[0],
-        emb_dim=embedding.shape[1],
-        num_heads=query.shape[2],
-        num_layers=query.shape[0],
-        qkv_dim=query.shape[2] * query.shape[3],
-        mlp_dim=mlp.shape[2],
-        logits_via_embedding="logits" not in params,
-    )
+def _network(path: epath.Path, arrays: dict[str, list[StoredArray]]) -> models.TransformerConfig:
+    """The network that has arrays of these shapes; raises UserError where there is none."""
+    shapes = {
+        name: (len(stored), *stored[0].shape) if name.startswith("blocks.") else stored[0].shape
+        for name, stored in arrays.items()
+    }
+    query, mlp = shapes["blocks.attention.query.kernel"], shapes["blocks.mlp.wi.kernel"]  # [L, D, H, K], [L, D, F]
+    embedding = shapes["embed.embedding"]  # [V, D]
+    if (len(query), len(mlp), len(embedding)) == (4, 3, 2):
+        network = models.TransformerConfig(
+            vocab_size=embedding[0],
+            emb_dim=embedding[1],
+            num_heads=query[2],
+            num_layers=query[0],
+            qkv_dim=query[2] * query[3],
+            mlp_dim=mlp[2],
+            logits_via_embedding="logits.kernel" not in arrays,
+        )
+        expected = traverse_util.flatten_dict(models.abstract_params(network), sep=".")
+        if shapes == {name: value.shape for name, value in expected.items()}:
+            return network
+    raise UserError(f"{path}: the shapes of its arrays do not belong together.")
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, StoredArray]:

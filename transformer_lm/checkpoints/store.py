@@ -1,11 +1,13 @@
-"""Orbax's checkpoints of a run: save, restore.
+"""Orbax's checkpoints of a run: save, read back, restore.
 
-A workdir holds checkpoints/STEP/ with three items: params (all that generation needs), opt_state, and progress (step
-and running totals).
+A workdir holds checkpoints/STEP/ with three items: params (all that generation needs), opt_state, and progress (step,
+rows read, running totals). A checkpoint counts when it can be read back; none is moved or deleted because something
+else is wrong, such as a permission, memory, a network, or another recipe.
 """
 
 import os
-import shutil
+import re
+import tempfile
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -15,26 +17,43 @@ from orbax.checkpoint import checkpoint_managers
 
 from transformer_lm.checkpoints.workdir import CHECKPOINTS_DIR, DAMAGED_DIR
 from transformer_lm.errors import UserError
-from transformer_lm.files import absolute
+from transformer_lm.files import absolute, children, is_remote
+
+ITEMS = ("params", "opt_state", "progress")
+MISLEADING = re.compile(r"[*?\[\]\\\ud800-\udfff]")  # in paths: patterns to Orbax, slashes or nothing to TensorStore
+# What the libraries say when the files are not to blame. They tell by words alone.
+NOT_DAMAGE = re.compile(
+    r"permission|not permitted|denied|memory|bad_alloc|RESOURCE_EXHAUSTED|can't start new thread|too many open files"
+    r"|UNAVAILABLE|DEADLINE|timed? ?out|UNAUTHENTICATED|connection|input/output error|stale file handle",
+    re.IGNORECASE,
+)
 
 
 class Checkpoints:
     """The checkpoints of a workdir: atomic, written in the background, the latest `keep` retained."""
 
-    def __init__(self, workdir: os.PathLike | str, keep: int = 1):
-        self._directory = epath.Path(workdir) / CHECKPOINTS_DIR
+    def __init__(self, workdir: os.PathLike | str, keep: int = 1, *, read_only: bool = False):
+        """With `read_only` nothing is made or cleaned up."""
+        self._workdir = absolute(workdir)
+        self._directory = self._workdir / CHECKPOINTS_DIR  # for messages and for our own work
+        self._alias = _alias(self._workdir)
+        options = {"read_only": True, "create": False} if read_only else {"cleanup_tmp_directories": True}
         self._manager = ocp.CheckpointManager(
-            absolute(self._directory),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.LatestN(keep), cleanup_tmp_directories=True
-            ),
-            item_names=("params", "opt_state", "progress"),
+            epath.Path(self._alias.name) / "workdir" / CHECKPOINTS_DIR if self._alias else self._directory,
+            options=ocp.CheckpointManagerOptions(preservation_policy=checkpoint_managers.LatestN(keep), **options),
+            item_handlers={name: ocp.StandardCheckpointHandler() for name in ITEMS},
         )
+        self._unread: int | None = None  # the step that was saved last, until it has been read back
 
     @property
     def steps(self) -> list[int]:
         """The steps that are there, oldest first."""
         return sorted(self._manager.all_steps())
+
+    @property
+    def set_aside(self) -> list[str]:
+        """Names of the damaged checkpoints that were set aside."""
+        return sorted(child.name for child in children(self._workdir / DAMAGED_DIR))
 
     def save(self, step: int, params: Any, opt_state: Any, progress: Any):
         """Copies the arrays, then writes them in the background. Waits for an unfinished save before.
@@ -42,81 +61,162 @@ class Checkpoints:
         Raises:
           UserError: this save, or the one before, failed (a full disk, say). Earlier checkpoints are as they were.
         """
-        with _explained(self._directory):
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(params),
-                    opt_state=ocp.args.StandardSave(opt_state),
-                    progress=ocp.args.StandardSave(progress),
-                ),
-                force=True,
-            )
+        self.wait()
+        trees = dict(zip(ITEMS, (params, opt_state, progress), strict=True))
+        try:
+            args = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+            self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+        except Exception as error:
+            raise self._not_written(error) from error
+        self._unread = step
 
     def wait(self):
-        """Returns when nothing is being written any more; raises UserError as `save` does."""
-        with _explained(self._directory):
+        """Returns when nothing is being written any more and what was written can be read; raises as `save` does."""
+        step, self._unread = self._unread, None
+        try:
             self._manager.wait_until_finished()
+            if step is not None:
+                self._stored_shapes(step)
+        except Exception as error:
+            raise self._not_written(error) from error
+
+    def _not_written(self, error: Exception) -> UserError:
+        return UserError(
+            f"A checkpoint could not be written to {self._directory}: {first_line(error)}. Earlier checkpoints are "
+            "unharmed: mend the cause and run the same command again."
+        )
 
     def restore(self, params: Any, opt_state: Any, progress: Any) -> tuple[Any, Any, Any] | None:
         """The newest checkpoint that can be read, or None where there is none at all.
 
-        A damaged one is reported, set aside in workdir/damaged_checkpoints, and the one before it is used.
+        One that cannot be read, though its files can, while an earlier one can be, is damaged: it is reported and set
+        aside in workdir/damaged_checkpoints.
 
         Args:
-          params, opt_state, progress: trees of `jax.ShapeDtypeStruct` with shardings, which the result takes.
+          params, opt_state, progress: trees of `jax.ShapeDtypeStruct` with shardings, which the result takes. What
+            `progress` asks for and the checkpoint lacks is left out of the result.
 
         Raises:
-          UserError: there are checkpoints, and none of them can be read.
+          UserError: there are checkpoints, and none of them can be read, or they are of another network or optimizer;
+            or there are none but such as were set aside.
         """
-        args = ocp.args.Composite(
-            params=ocp.args.StandardRestore(params),
-            opt_state=ocp.args.StandardRestore(opt_state),
-            progress=ocp.args.StandardRestore(progress),
-        )
-        steps = self.steps[::-1]
-        for step in steps:
+        failures: dict[int, Exception] = {}
+        for step in self.steps[::-1]:
             try:
-                restored = self._manager.restore(step, args=args)
+                restored = self._restore(step, dict(zip(ITEMS, (params, opt_state, progress), strict=True)))
+            except UserError:
+                raise
             except Exception as error:  # whatever a damaged file makes Orbax raise
-                aside = self._directory.parent / DAMAGED_DIR / str(step)
-                logging.error("Checkpoint %d is damaged (%s); moved to %s.", step, first_line(error), aside)
-                aside.parent.mkdir(parents=True, exist_ok=True)
-                if aside.exists():
-                    aside.rmtree()
-                (self._directory / str(step)).rename(aside)
-                self._manager.reload()
+                if NOT_DAMAGE.search(f"{type(error).__name__} {error}") or not self._is_readable(step):
+                    raise UserError(
+                        f"Checkpoint {step} in {self._directory} cannot be read now: {first_line(error)}. It is left "
+                        "as it is; see to memory, permissions and the network, and run the same command again."
+                    ) from error
+                logging.error("Checkpoint %d cannot be read (%s).", step, first_line(error))
+                failures[step] = error
                 continue
-            return restored["params"], restored["opt_state"], restored["progress"]
-        if steps:
+            for damaged in failures:
+                self._set_aside(damaged)
+            return restored
+        if failures:
             raise UserError(
-                f"None of the checkpoints {steps} in {self._directory} can be read; they were moved to {DAMAGED_DIR}/. "
-                "Start again without them to train from the beginning."
+                f"None of the checkpoints {sorted(failures)} in {self._directory} can be read "
+                f"({first_line(failures[max(failures)])}); they are left as they are. Bring back a copy, or use "
+                "another --workdir to train from the beginning."
+            )
+        if self.set_aside:
+            raise UserError(
+                f"{self._workdir} has no checkpoint to go on from, only damaged ones that were set aside in "
+                f"{DAMAGED_DIR}/ ({', '.join(self.set_aside)}); use another --workdir to train from the beginning."
             )
         return None
 
+    def restore_params(self, step: int, params: Any) -> Any:
+        """The parameters of a checkpoint alone, for generation; raises whatever Orbax does."""
+        self._check_shapes(step, {"params": params})
+        return self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(params)))["params"]
+
+    def _restore(self, step: int, targets: dict[str, Any]) -> tuple[Any, Any, Any]:
+        stored = self._check_shapes(step, {name: targets[name] for name in ("params", "opt_state")})
+        known = {path.split("/")[0] for path in stored["progress"]}
+        targets["progress"] = {name: value for name, value in targets["progress"].items() if name in known}
+        args = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
+        restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        return tuple(restored[name] for name in ITEMS)
+
+    def _stored_shapes(self, step: int) -> dict[str, dict[str, tuple[int, ...]]]:
+        """For each item {path of an array: its shape}; opens every array, and raises where one is not there."""
+        metadata = self._manager.item_metadata(step)
+        return {name: _shapes(metadata[name].tree) for name in ITEMS}
+
+    def _check_shapes(self, step: int, targets: dict[str, Any]) -> dict[str, dict[str, tuple[int, ...]]]:
+        """The stored shapes, if they are those of the targets; raises UserError where they are another network's."""
+        stored = self._stored_shapes(step)
+        for item, target in targets.items():
+            wanted, there = _shapes(target), stored[item]
+            for path in sorted(wanted.keys() | there.keys()):
+                if wanted.get(path) != there.get(path):
+                    raise UserError(
+                        f"Checkpoint {step} in {self._directory} is of another {_OWNERS[item]}: {item}/{path} is "
+                        f"{there.get(path, 'not there')}, in this run {wanted.get(path, 'not there')}. Give the recipe "
+                        "that it was trained with, or use another --workdir."
+                    )
+        return stored
+
+    def _is_readable(self, step: int) -> bool:
+        """Whether every file of a checkpoint can be read to its end by this process."""
+        if is_remote(self._directory):
+            return True  # an object store has said what is wrong
+        try:
+            for folder, _, names in os.walk(self._directory / str(step), onerror=_raise):
+                for name in names:
+                    with open(os.path.join(folder, name), "rb") as file:
+                        while file.read(1 << 24):
+                            pass
+        except OSError:
+            return False
+        return True
+
+    def _set_aside(self, step: int):
+        """Moves a checkpoint to where its name is free."""
+        folder = self._workdir / DAMAGED_DIR
+        folder.mkdir(parents=True, exist_ok=True)
+        names = (f"{step}" if n == 0 else f"{step}.{n}" for n in range(10**6))
+        place = next(folder / name for name in names if not (folder / name).exists())
+        logging.error("Checkpoint %d is damaged: moved to %s.", step, place)
+        (self._directory / str(step)).rename(place)
+        self._manager.reload()
+
     def close(self):
         """Waits for the last save and lets go of the folder."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+            if self._alias:
+                self._alias.cleanup()
 
 
-class _explained:  # noqa: N801  (a context manager, named like a function)
-    """Turns a failed write into a UserError."""
+_OWNERS = {"params": "network", "opt_state": "optimizer"}
 
-    def __init__(self, directory):
-        self._directory = directory
 
-    def __enter__(self):
-        return self
+def _alias(workdir: epath.Path) -> tempfile.TemporaryDirectory | None:
+    """A temporary folder with a link to a workdir whose name misleads the libraries; None where the name is plain."""
+    if is_remote(workdir) or not MISLEADING.search(os.fspath(workdir)):
+        return None
+    workdir.mkdir(parents=True, exist_ok=True)
+    folder = tempfile.TemporaryDirectory(prefix="transformer_lm_", ignore_cleanup_errors=True)
+    os.symlink(workdir, os.path.join(folder.name, "workdir"))
+    return folder
 
-    def __exit__(self, kind, error, traceback):
-        if error is not None and isinstance(error, Exception):
-            free = shutil.disk_usage(self._directory).free / 2**20 if os.path.isdir(self._directory) else float("nan")
-            raise UserError(
-                f"A checkpoint could not be written to {self._directory} ({first_line(error)}; {free:.0f} MiB free). "
-                "Earlier checkpoints are unharmed: make room and run the same command again."
-            ) from error
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of the arrays of a tree, of targets or of Orbax's metadata."""
+    return {path: tuple(leaf.shape) for path, leaf in ocp.tree.to_flat_dict(tree, sep="/").items()}
+
+
+def _raise(error: OSError):
+    raise error
 
 
 def first_line(error: BaseException) -> str:

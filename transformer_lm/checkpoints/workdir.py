@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+from typing import Any
 
+from absl import logging
 from etils import epath
 
 from transformer_lm import models
@@ -15,15 +17,23 @@ DAMAGED_DIR = "damaged_checkpoints"
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "sentencepiece_model"
 METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = "run.lock"
 # The network's fields that may change between two starts of a run, since its parameters are the same. All others may
 # not, those included that are added to the network later.
 FREE_FIELDS = {"max_len", "dropout_rate", "attention_dropout_rate", "dtype"}
+# Fields of a recipe of which a change is not worth a word: what is reported, when and where, and samples.
+SILENT_FIELDS = {
+    "log_every_steps", "eval_every_steps", "num_predict_steps", "checkpoint_every_steps", "checkpoint_every_minutes",
+    "keep_checkpoints", "prompts", "max_predict_length", "sampling_temperature", "sampling_top_k", "sampling_top_p",
+    "prepare_processes", "prepared_dir", "save_checkpoints", "restore_checkpoints", "init_from",
+}  # fmt: skip
+TOKENIZER_FIELDS = {"vocab_size", "spm_train_options", "max_corpus_chars"}  # read when it is trained, once
 
 
 def claim_workdir(
     workdir: epath.Path, recipe: dict, network: models.TransformerConfig, tokenizer: Tokenizer, rows: list[str]
 ):
-    """Writes config.json and sentencepiece_model, before a run.
+    """Writes config.json and sentencepiece_model, before a run; says what has changed since the run before.
 
     Args:
       workdir: the folder of the run.
@@ -33,13 +43,16 @@ def claim_workdir(
       rows: names of the folders of prepared rows that it reads.
 
     Raises:
-      UserError: the workdir holds checkpoints of another network or tokenizer, which a run would spoil.
+      UserError: the workdir holds checkpoints of another network or tokenizer, which a run would spoil, or a change
+        can have no effect.
     """
     if (workdir / CHECKPOINTS_DIR).exists() and (workdir / CONFIG_FILE).exists():
         before, fingerprint = read_run_config(workdir)
         check_same_network(str(workdir), before, network)
         if fingerprint != tokenizer.fingerprint:
             raise UserError(f"{workdir} holds a model of another tokenizer; restore that, or use another --workdir.")
+        content = read_json(workdir / CONFIG_FILE)
+        _report_changes(workdir, content.get("recipe"), recipe, content.get("rows"), rows)
     content = {
         "recipe": recipe,
         "model": dataclasses.asdict(network),
@@ -48,6 +61,24 @@ def claim_workdir(
     }
     write_atomically(workdir / TOKENIZER_FILE, tokenizer.model)
     write_atomically(workdir / CONFIG_FILE, json.dumps(content, ensure_ascii=False, indent=1).encode())
+
+
+def _report_changes(workdir: epath.Path, before: Any, recipe: dict, rows_before: Any, rows: list[str]):
+    """Logs each field of the recipe that is not what it was, and what follows; refuses what would have no effect."""
+    before = before if isinstance(before, dict) else {}
+    changed = {name for name in before.keys() & recipe.keys() if before[name] != recipe[name]} - SILENT_FIELDS
+    for name in sorted(changed & TOKENIZER_FIELDS):
+        if recipe.get("vocab_path") is None:
+            raise UserError(
+                f"{name}={recipe[name]!r} cannot be meant: {workdir} holds a model whose tokenizer was made with "
+                f"{before[name]!r}; keep that, or use another --workdir."
+            )
+    for name in sorted(changed):
+        logging.info("%s was %r before and is %r now.", name, before[name], recipe[name])
+    if "seed" in changed:
+        logging.warning("With another seed the data have another order: rows may be read twice, or not in this epoch.")
+    if rows_before and rows_before != rows:
+        logging.warning("The rows are others than before: reading goes on in them at the same place.")
 
 
 def check_same_network(place: str, before: models.TransformerConfig, network: models.TransformerConfig):

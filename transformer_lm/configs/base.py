@@ -83,6 +83,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.save_checkpoints = True
     config.restore_checkpoints = True
     config.checkpoint_every_steps = 10_000
+    # A checkpoint also when the last one is so many minutes old, whatever the step; 0 for by steps alone.
+    config.checkpoint_every_minutes = 30.0
     # How many of the latest checkpoints are kept.
     config.keep_checkpoints = 2
     config.seed = 0

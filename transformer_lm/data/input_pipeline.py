@@ -32,9 +32,9 @@ def _mix(datasets: list[grain.MapDataset], weights: tuple[float, ...]) -> grain.
 
 
 def train_batches(
-    corpus: PreparedCorpus | PreparedMixture, *, batch_size: int, seed: int, start_step: int = 0
+    corpus: PreparedCorpus | PreparedMixture, *, batch_size: int, seed: int, first_row: int = 0
 ) -> Iterator[Batch]:
-    """The endless training batches from `start_step` on.
+    """The endless training batches from row number `first_row` of the shuffled stream on.
 
     Every epoch of a corpus sees all its rows once, in an order of its own; so does each part of a mixture.
 
@@ -42,11 +42,10 @@ def train_batches(
       what `packing.unpack` makes of [batch_size, T] rows.
     """
     parts = [_rows(part).shuffle(seed=seed).repeat() for part in corpus.parts]
-    dataset = _mix(parts, corpus.weights).batch(batch_size, drop_remainder=True).map(unpack)
+    rows = _mix(parts, corpus.weights).slice(slice(first_row, None))
+    dataset = rows.batch(batch_size, drop_remainder=True).map(unpack)
     options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCH_BATCHES * READ_THREADS)
-    iterator = iter(dataset.to_iter_dataset(options))
-    iterator.set_state({"next_index": start_step})
-    return iterator
+    return iter(dataset.to_iter_dataset(options))
 
 
 def eval_batches(corpus: PreparedCorpus | PreparedMixture, *, batch_size: int, max_batches: int) -> Iterator[Batch]:

@@ -129,6 +129,11 @@ def load(folder: epath.Path) -> tuple[TransformerConfig, models.Params, int]:
     return dataclasses.replace(network, dtype="float32"), traverse_util.unflatten_dict(flat, sep="."), step
 
 
+def describe(folder: epath.Path) -> TransformerConfig:
+    """The network of a folder; reads config.json alone, and raises UserError as `load` does."""
+    return _described(folder)[1]
+
+
 def _described(folder: epath.Path) -> tuple[TensorTable, TransformerConfig, int]:
     """What config.json says: the architecture, our network, its steps."""
     path = folder / CONFIG_FILE

@@ -1,6 +1,7 @@
 """What a run is: its settings, and the whole recipe."""
 
 import dataclasses
+import math
 
 from transformer_lm.data.preparation import DataConfig
 from transformer_lm.errors import UserError
@@ -22,6 +23,7 @@ class TrainConfig:
       log_every_steps: steps between two lines of training metrics.
       eval_every_steps: steps between two evaluations.
       checkpoint_every_steps: steps between two checkpoints.
+      checkpoint_every_minutes: minutes after which there is another one at the latest; 0 for no such limit.
       keep_checkpoints: how many of the latest are kept.
       save_checkpoints: whether to save at all.
       restore_checkpoints: whether to go on from the workdir's newest checkpoint.
@@ -35,6 +37,7 @@ class TrainConfig:
     log_every_steps: int
     eval_every_steps: int
     checkpoint_every_steps: int
+    checkpoint_every_minutes: float
     keep_checkpoints: int
     save_checkpoints: bool
     restore_checkpoints: bool
@@ -49,6 +52,8 @@ class TrainConfig:
             raise UserError(f"eval_per_device_batch_size={self.eval_per_device_batch_size} must not be negative.")
         if self.num_eval_steps < 1 and self.num_eval_steps != -1:
             raise UserError(f"num_eval_steps={self.num_eval_steps} must be at least 1, or -1 for all.")
+        if not 0 <= self.checkpoint_every_minutes < math.inf:
+            raise UserError(f"checkpoint_every_minutes={self.checkpoint_every_minutes} must be 0 (never) or more.")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"label_smoothing={self.label_smoothing} must lie in [0, 1).")
 

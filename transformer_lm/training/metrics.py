@@ -1,15 +1,18 @@
 """One writer for what a run reports: the console, TensorBoard, metrics.jsonl."""
 
+import contextlib
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from absl import logging
 from etils import epath
-from tensorboardX import SummaryWriter
 
 from transformer_lm.checkpoints.workdir import METRICS_FILE
+from transformer_lm.errors import UserError
 from transformer_lm.files import is_remote, write_atomically
+from transformer_lm.training.board import Board
 
 
 class MetricWriter:
@@ -19,46 +22,69 @@ class MetricWriter:
         """Drops what an interrupted run wrote after `start_step`; `report` shows a step and a text on the console."""
         self._report = report
         self._path = epath.Path(workdir) / METRICS_FILE
-        self._lines = _lines_until(self._path, start_step)
-        write_atomically(self._path, "".join(self._lines).encode())
-        self._file = None if is_remote(workdir) else self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(os.fspath(workdir), purge_step=start_step + 1 if start_step else None)
+        with self._explained():
+            self._lines = _lines_until(self._path, start_step)
+            write_atomically(self._path, "".join(self._lines).encode())
+            self._file = None if is_remote(workdir) else self._path.open("a", encoding="utf-8")
+            self._board = Board(workdir, start_step)
 
     def write(self, step: int, values: Mapping[str, float]):
         """Adds one line to metrics.jsonl and the values to TensorBoard, and logs them."""
-        line = json.dumps({"step": step, **values}) + "\n"
-        if self._file:
-            self._file.write(line)
-            self._file.flush()
-        else:  # an object store cannot append
+        line = json.dumps({"step": step, **_finite(values)}) + "\n"
+        with self._explained():
             self._lines.append(line)
-            write_atomically(self._path, "".join(self._lines).encode())
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        self._board.flush()
+            if self._file:
+                self._file.write(line)
+                self._file.flush()
+            else:  # an object store cannot append
+                write_atomically(self._path, "".join(self._lines).encode())
+            self._board.add_scalars(step, {_tag(name): value for name, value in values.items()})
         text = " ".join(f"{name.removeprefix('train_')} {_brief(value)}" for name, value in values.items())
         logging.info("step %d: %s", step, text)
 
     def write_samples(self, step: int, texts: list[str]):
         """Adds generated texts to TensorBoard and logs them."""
-        self._board.add_text("samples", "\n\n".join(texts), step)
+        with self._explained():
+            self._board.add_text(step, "samples", "\n\n".join(texts))
         for text in texts:
             logging.info("Sample: %s", text)
 
     def write_recipe(self, fields: Mapping):
         """Adds the hyperparameters to TensorBoard."""
-        text = "\n".join(f"    {name} = {value!r}" for name, value in fields.items())
-        self._board.add_text("recipe", text, 0)
+        with self._explained():
+            self._board.add_text(0, "recipe", "\n".join(f"{name} = {value!r}" for name, value in fields.items()))
+            self._board.add_hyperparameters(fields)
+
+    def has(self, step: int, name: str) -> bool:
+        """Whether a metric of a step stands there."""
+        return any(values["step"] == step and name in values for values in map(json.loads, self._lines[-10:]))
 
     def show(self, step: int, text: str):
         """Moves the progress bar."""
         self._report(step, text)
 
-    def close(self):
-        """Flushes everything."""
+    def sync(self):
+        """Returns when what was written survives a power cut; before a checkpoint that counts on it."""
         if self._file:
-            self._file.close()
-        self._board.close()
+            with self._explained():
+                os.fsync(self._file.fileno())
+
+    def close(self):
+        """Closes the files."""
+        with self._explained():
+            if self._file:
+                self._file.close()
+            self._board.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"The run's metrics could not be written to {self._path.parent}: {error}. Checkpoints are unharmed: "
+                "mend the cause and run the same command again."
+            ) from error
 
 
 def read_last(workdir: os.PathLike | str, name: str) -> float:
@@ -70,13 +96,27 @@ def read_last(workdir: os.PathLike | str, name: str) -> float:
 def _lines_until(path: epath.Path, step: int) -> list[str]:
     """The whole lines up to a step."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
+    content = path.read_bytes().decode("utf-8", errors="replace") if path.exists() else ""
+    for line in content.splitlines(keepends=True):
         try:
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue  # a line that was being written when the run was killed
     return kept
+
+
+def _tag(name: str) -> str:
+    """A metric's name in TensorBoard, which groups by what stands before the slash: train_loss -> train/loss."""
+    for group in ("train_", "eval_"):
+        if name.startswith(group):
+            return name.replace("_", "/", 1)
+    return f"train/{name}"
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON has no infinity: a perplexity that overflows is null."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _brief(value: float) -> str:

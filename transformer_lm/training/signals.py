@@ -1,32 +1,73 @@
 """SIGTERM and Ctrl-C, while a run goes on."""
 
+import concurrent.futures
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+LISTEN_SECONDS = 0.1
+
+Result = TypeVar("Result")
+
+
+class Stopped(Exception):  # noqa: N818  (no error)
+    """A signal came while something was being waited for."""
+
+
+class Signals:
+    """Remembers the first SIGTERM or Ctrl-C; the second ends the process at once, whatever it is doing.
+
+    Attributes:
+      caught: the first signal's name, None before it.
+    """
+
+    def __init__(self):
+        self.caught: str | None = None
+
+    def catch(self, number: int, frame: object):
+        """The handler of the first signal."""
+        del frame
+        self.caught = signal.Signals(number).name
+        for handled in HANDLED:
+            signal.signal(handled, signal.SIG_DFL)
+
+    def listening(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns. Raises Stopped as soon as there is a signal; the work goes on in its thread.
+
+        For what takes long and may be given up, such as compiling and evaluating: a handler in Python runs only when
+        the main thread is not inside a library.
+        """
+        future: concurrent.futures.Future[Result] = concurrent.futures.Future()
+
+        def run():
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        while not future.done():
+            if self.caught:
+                raise Stopped
+            concurrent.futures.wait([future], timeout=LISTEN_SECONDS)
+        return future.result()
+
+
+HANDLED = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextlib.contextmanager
-def signals_caught() -> Iterator[list[str]]:
-    """Gives a list to which the name of a first SIGTERM or Ctrl-C is added; a second one acts as ever."""
-    caught: list[str] = []
+def signals_caught() -> Iterator[Signals]:
+    """Catches the first signal within; outside the main thread, where none can be caught, remembers nothing."""
+    signals = Signals()
     if threading.current_thread() is not threading.main_thread():
-        yield caught
+        yield signals
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def restore():
+    before = {number: signal.signal(number, signals.catch) for number in HANDLED}
+    try:
+        yield signals
+    finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-    def catch(number, frame):
-        del frame
-        caught.append(signal.Signals(number).name)
-        restore()
-
-    for number in before:
-        signal.signal(number, catch)
-    try:
-        yield caught
-    finally:
-        restore()

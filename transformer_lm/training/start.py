@@ -1,57 +1,76 @@
 """Where a run begins: at the workdir's newest checkpoint, at another model's parameters, or at random ones."""
 
-import dataclasses
-from collections.abc import Callable
-
 import jax
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
 
 from transformer_lm import models
 from transformer_lm.checkpoints import loading, store
 from transformer_lm.errors import UserError
 from transformer_lm.tokenizer import Tokenizer
-from transformer_lm.training.config import TrainConfig
-from transformer_lm.training.state import TrainState
+from transformer_lm.training.config import Recipe, TrainConfig
+from transformer_lm.training.state import TrainState, init_state, state_of
 
 
 def restore_or_init(
     saved: store.Checkpoints,
-    config: TrainConfig,
-    make_state: Callable[[jax.Array], TrainState],
-    key,
-    placement,
-    params: models.Params | None = None,
-) -> TrainState:
-    """The newest checkpoint of the workdir; where there is none or it is not wanted a fresh state, of `params` if any.
+    recipe: Recipe,
+    network: models.TransformerConfig,
+    optimizer: optax.GradientTransformation,
+    placement: NamedSharding,
+    *,
+    initial: loading.FoundModel | None,
+    key: jax.Array,
+    batch_size: int,
+) -> tuple[TrainState, int]:
+    """The newest checkpoint of the workdir; where there is none, or it is not wanted, a fresh state.
 
-    The optimizer's state does not depend on the parameters' values, so that those of a fresh state may be replaced.
+    Args:
+      saved: the workdir's checkpoints.
+      recipe: what is trained.
+      network: the network as it is.
+      optimizer: its optimizer.
+      placement: where the state's arrays lie.
+      initial: the model whose parameters a fresh state takes; None for random ones.
+      key: of random parameters.
+      batch_size: rows a step, to reckon with where a checkpoint does not say how many rows were read.
+
+    Returns:
+      the state, and how many training rows were read until then.
     """
-    if config.restore_checkpoints:
-        target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), jax.eval_shape(make_state, key)
-        )
-        restored = saved.restore(target.params, target.opt_state, {"step": target.step, "totals": target.totals})
+    _check_wanted(saved, recipe.train)
+    if recipe.train.restore_checkpoints:
+        state = jax.eval_shape(lambda: init_state(network, optimizer, key))
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), state)
+        progress = {"step": target.step, "totals": target.totals, "rows": np.zeros((), np.int64)}
+        restored = saved.restore(target.params, target.opt_state, progress)
         if restored is not None:
             params, opt_state, progress = restored
-            return TrainState(progress["step"], params, opt_state, progress["totals"])
-    elif config.save_checkpoints and saved.steps:
+            rows = progress.get("rows", int(progress["step"]) * batch_size)  # which older checkpoints do not have
+            return TrainState(progress["step"], params, opt_state, progress["totals"]), int(rows)
+    if initial is None:
+        return jax.jit(lambda key: init_state(network, optimizer, key), out_shardings=placement)(key), 0
+    params = jax.device_put(initial.load().params, placement)
+    fresh = jax.jit(lambda params: state_of(params, optimizer), out_shardings=placement, donate_argnums=0)
+    return fresh(params), 0
+
+
+def _check_wanted(saved: store.Checkpoints, config: TrainConfig):
+    """Raises UserError where a run would begin again beside checkpoints."""
+    if config.save_checkpoints and not config.restore_checkpoints and saved.steps:
         raise UserError(
             f"The workdir holds checkpoints {saved.steps}, and restore_checkpoints=False would begin again beside "
             "them; use another --workdir."
         )
-    state = jax.jit(make_state, out_shardings=placement)(key)
-    return state if params is None else dataclasses.replace(state, params=jax.device_put(params, placement))
 
 
-def initial_params(
-    address: str | None, network: models.TransformerConfig, tokenizer: Tokenizer, workdir: str
-) -> models.Params | None:
-    """The parameters that a run begins with, if not with random ones; raises UserError if they do not fit."""
-    initial = loading.load_initial(address, network, workdir)
-    if initial is None:
-        return None
-    if Tokenizer.load(initial.tokenizer_path).fingerprint != tokenizer.fingerprint:
+def find_initial(recipe: Recipe, network: models.TransformerConfig, tokenizer: Tokenizer, workdir: str):
+    """The model that a run begins with, None for a random one; raises UserError if it does not fit."""
+    initial = loading.find_initial(recipe.init_from, network, workdir)
+    if initial and Tokenizer.load(initial.tokenizer_path).fingerprint != tokenizer.fingerprint:
         raise UserError(
-            f"The tokenizer at {tokenizer.source} is not that of init_from={address}; use another --workdir and leave "
-            "vocab_path alone."
+            f"The tokenizer at {tokenizer.source} is not that of init_from={recipe.init_from}; use another --workdir "
+            "and leave vocab_path alone."
         )
-    return initial.params
+    return initial

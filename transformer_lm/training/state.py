@@ -34,9 +34,13 @@ def zero_totals() -> dict[str, jax.Array]:
     return {name: jnp.zeros((), jnp.float32) for name in ("loss", "correct", "tokens")}
 
 
+def state_of(params: models.Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state that begins with these parameters; pure."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), zero_totals())
+
+
 def init_state(
     network: models.TransformerConfig, optimizer: optax.GradientTransformation, key: jax.Array
 ) -> TrainState:
     """A fresh state; pure, so that it may be jitted straight into its shardings, or only looked at abstractly."""
-    params = models.init(network, key)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), zero_totals())
+    return state_of(models.init(network, key), optimizer)

@@ -1,0 +1,52 @@
+"""Signals: what is waited for is given up at once, and its result or error comes back as if nothing were between."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from transformer_lm.training.signals import Stopped, signals_caught
+
+
+def test_result_and_error_come_back():
+    with signals_caught() as signals:
+        assert signals.listening(lambda: 7) == 7
+        with pytest.raises(TimeoutError, match="mine"):
+            signals.listening(lambda: (_ for _ in ()).throw(TimeoutError("mine")))
+    assert signals.caught is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_given_up_at_once(number):
+    """Also in a library that does not come back to Python for a long time, as a compiler."""
+    before = signal.getsignal(number)
+    with signals_caught() as signals:
+        threading.Timer(0.2, os.kill, [os.getpid(), number]).start()
+        start = time.monotonic()
+        with pytest.raises(Stopped):
+            signals.listening(lambda: time.sleep(30))
+        assert time.monotonic() - start < 5
+        assert signals.caught == number.name
+    assert signal.getsignal(number) is before
+
+
+def test_second_signal_ends_the_process_at_once():
+    """Even where no Python runs in the main thread: the handler is the system's own again."""
+    code = (
+        "import re, sys\n"
+        "from transformer_lm.training.signals import signals_caught\n"
+        "with signals_caught() as signals:\n"
+        "    print('ready', flush=True)\n"
+        "    while not signals.caught: pass\n"
+        "    print('caught', flush=True)\n"
+        "    re.fullmatch('(a*)*b', 'a' * 40)\n"  # takes for ever, without a look at signals
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    for line in ("ready\n", "caught\n"):
+        assert process.stdout.readline() == line
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == -signal.SIGTERM

@@ -1,0 +1,106 @@
+"""A training step: whose gradient it is, and that it does not depend on the devices."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import batch_of, init
+
+from transformer_lm.training import optimizers
+from transformer_lm.training.state import TrainState, init_state, zero_totals
+from transformer_lm.training.step import make_eval_step, make_train_step
+
+ADAM = optimizers.OptimizerConfig(learning_rate=0.01, warmup_steps=10, weight_decay=0.1)
+
+
+def first_step(model, params, batch, smoothing=0.0):
+    """State and metrics after one step of plain gradient descent with rate 1: the change is the gradient."""
+    optimizer = optax.sgd(1.0)
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), zero_totals())
+    return jax.jit(make_train_step(model, optimizer, smoothing))(state, batch, jax.random.key(0))
+
+
+class TestTrainStep:
+    @pytest.fixture
+    def quiet(self, tiny):
+        return dataclasses.replace(tiny, dropout_rate=0.0, attention_dropout_rate=0.0)
+
+    def test_gradient_is_weighted_by_token(self, quiet):
+        """A batch of a long and a short row has the gradient of all its tokens' mean, not of the rows' means."""
+        params = init(quiet)
+        rows = [batch_of([[5, 6, 7, 8, 9, 10, 11]], 8), batch_of([[12]], 8)]
+        both = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        states = [first_step(quiet, params, batch)[0] for batch in (*rows, both)]
+        long, short, mean = (jax.tree.map(lambda a, b: np.asarray(b - a), params, state.params) for state in states)
+        expected = jax.tree.map(lambda a, b: (8 * a + 2 * b) / 10, long, short)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), mean, expected)
+
+    def test_padding_changes_nothing(self, quiet):
+        params = init(quiet)
+        bare, padded = (first_step(quiet, params, batch_of([[5, 6, 7]], length)) for length in (4, 9))
+        assert float(bare[1]["loss"]) == pytest.approx(float(padded[1]["loss"]), rel=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), bare[0].params, padded[0].params)
+
+    def test_label_smoothing_is_applied(self, quiet):
+        params, batch = init(quiet), batch_of([[5, 6, 7]], 4)
+        plain, smoothed = (first_step(quiet, params, batch, smoothing) for smoothing in (0.0, 0.2))
+        assert float(plain[1]["loss"]) == pytest.approx(float(smoothed[1]["loss"]))  # what is reported stays comparable
+        kernels = [np.asarray(state.params["logits"]["kernel"]) for state, _ in (plain, smoothed)]
+        assert np.max(np.abs(kernels[0] - kernels[1])) > 1e-3
+
+    def test_learns_by_heart(self, tiny):
+        batch = batch_of([[5, 6, 7, 8], [9, 8, 7]], 10)
+        optimizer = optimizers.make_optimizer(ADAM)
+        step = jax.jit(make_train_step(tiny, optimizer, 0.0))
+        state = init_state(tiny, optimizer, jax.random.key(0))
+        for _ in range(200):
+            state, _ = step(state, batch, jax.random.key(1))
+        assert int(state.step) == 200
+        assert float(state.totals["tokens"]) == 200 * 9
+        totals = make_eval_step(tiny)(state.params, batch)
+        assert float(totals["loss"]) / 9 < 0.2
+
+
+SHARDED = """
+import sys
+import jax, numpy as np
+from transformer_lm import models
+from transformer_lm.training import optimizers, sharding
+from transformer_lm.training.state import init_state
+from transformer_lm.training.step import make_train_step
+
+model = models.TransformerConfig(vocab_size=50, emb_dim=16, num_heads=2, num_layers=2, qkv_dim=16, mlp_dim=32)
+optimizer = optimizers.make_optimizer(optimizers.OptimizerConfig(0.01, 2, 0.1))
+mesh = sharding.make_mesh()
+assert mesh.size == int(sys.argv[1]), mesh
+state = init_state(model, optimizer, jax.random.key(0))
+state = jax.device_put(state, sharding.replicated(mesh))
+tokens = np.random.default_rng(0).integers(3, 50, (16, 12), np.int32)
+segments = np.ones_like(tokens)
+segments[:5, 4:] = 0  # rows of unequal numbers of tokens, unevenly spread over the devices
+batch = {"inputs": tokens, "targets": tokens, "segments": segments,
+         "positions": np.broadcast_to(np.arange(12, dtype=np.int32), tokens.shape)}
+batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+step = jax.jit(make_train_step(model, optimizer, 0.1), donate_argnums=0)
+for _ in range(5):
+    state, metrics = step(state, batch, jax.random.key(1))
+np.savez(sys.argv[2], *jax.tree.leaves((state.params, state.totals, metrics)))
+"""
+
+
+def test_sharded_equals_single(tmp_path):
+    """Eight devices and one end with the same parameters, dropout and token weights included."""
+    results = []
+    for devices in (1, 8):
+        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        path = tmp_path / f"{devices}.npz"
+        subprocess.run([sys.executable, "-c", SHARDED, str(devices), path], env=environment, check=True)
+        results.append(np.load(path))
+    for name in results[0]:
+        np.testing.assert_allclose(results[0][name], results[1][name], rtol=1e-3, atol=1e-5)

@@ -1,0 +1,55 @@
+"""TensorBoard's event file, written at once by the caller: a full disk is the caller's error, and no thread's.
+
+tensorboardX makes the records; its SummaryWriter would write them in a thread, which dies of a full disk unnoticed.
+"""
+
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+HPARAM_METRICS = {"eval/loss": 0.0, "eval/bits_per_char": 0.0}  # what the HParams tab compares runs by
+
+
+class Board:
+    """An event file of a run."""
+
+    def __init__(self, folder: os.PathLike | str, start_step: int):
+        """Begins a file; of earlier files TensorBoard shows the steps up to `start_step` alone."""
+        suffix = f".{uuid.uuid4().hex[:8]}"
+        self._writer = EventsWriter(os.path.join(os.fspath(folder), "events"), suffix)
+        if start_step:
+            self._write(Event(session_log=SessionLog(status=SessionLog.START)), start_step + 1)
+
+    def add_scalars(self, step: int, values: Mapping[str, float]):
+        """Adds values by their tags, like "train/loss"."""
+        for tag, value in values.items():
+            self._add(step, summary.scalar(tag, value))
+
+    def add_text(self, step: int, tag: str, text: str):
+        """Adds a text as it is: indented, so that Markdown leaves its marks alone."""
+        self._add(step, summary.text(tag, "\n".join(f"    {line}" for line in text.split("\n"))))
+
+    def add_hyperparameters(self, fields: Mapping[str, Any]):
+        """Adds the run to the HParams tab."""
+        shown = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in fields.items()}
+        for content in summary.hparams(shown, HPARAM_METRICS):
+            self._add(0, content)
+
+    def _add(self, step: int, content: Summary):
+        self._write(Event(summary=content), step)
+
+    def _write(self, event: Event, step: int):
+        event.wall_time, event.step = time.time(), step
+        self._writer.write_event(event)
+        self._writer.flush()
+
+    def close(self):
+        """Closes the file."""
+        self._writer.close()
