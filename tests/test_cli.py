@@ -1,6 +1,7 @@
 """The commands' edges: one line and exit status 1 for what a user can cause, before any long work."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,12 +14,13 @@ PACKAGE = ROOT / "transformer_lm"
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"num_layer": 2}, ["num_layer", "Did you mean", "num_layers"]),
+        ({"num_layer": 2}, ["--config.num_layer=2: no recipe has the field 'num_layer'; did you mean 'num_layers'?"]),
         ({"num_layers": "many"}, ["num_layers", "many"]),
         ({"num_heads": 3}, ["qkv_dim=16 does not divide by num_heads=3"]),
         ({"eval_split": "test"}, ["has no split 'test'", "train, validation"]),
         ({"per_device_batch_size": 0}, ["per_device_batch_size=0 must be at least 1"]),
-        ({"seed": -1}, ["seed=-1"]),
+        ({"seed": -1}, ["seed=-1 must be at least 0"]),
+        ({"learning_rate": "nan"}, ["learning_rate=nan must be finite"]),
     ],
 )
 def test_wrong_fields(tmp_path, fields, words):
@@ -32,7 +34,8 @@ def test_wrong_fields(tmp_path, fields, words):
     [
         (["--config=configs/lm1b_default.py"], ["--workdir is missing"]),
         (["--workdir=x"], ["--config is missing"]),
-        (["--workdir=x", "--config=configs/no_such.py"], ["no_such.py"]),
+        (["--workdir=x", "--config=configs/no_such.py"], ["--config=configs/no_such.py: no such file"]),
+        (["--workdir", "x", "--config", "configs/no_such.py"], ["--config=configs/no_such.py: no such file"]),
         (["--workdir=x", "--config=configs/lm1b_default.py", "more"], ["Unexpected argument 'more'"]),
         (["--work=x"], ["work"]),
     ],
@@ -48,6 +51,121 @@ def assert_one_line(done: subprocess.CompletedProcess, words: list[str]):
     assert [line.startswith("error: ") for line in lines] == [True], done.stderr
     for word in words:
         assert word in lines[0]
+
+
+TROUBLE = """
+import asyncio, gc, logging, sys, threading, time
+from transformer_lm import cli, console, errors
+
+class Broken:
+    def __del__(self):
+        raise ValueError("unraisable")
+
+def fail(message):
+    raise ValueError(message)
+
+def command():
+    thread = threading.Thread(target=fail, args=("of a thread",))
+    thread.start()
+    thread.join()
+    Broken()
+    loop = asyncio.new_event_loop()
+    async def task():
+        asyncio.create_task(asyncio.to_thread(fail, "of a task"))
+        await asyncio.sleep(0.1)
+    loop.run_until_complete(task())
+    gc.collect()
+    try:
+        fail("that is logged")
+    except ValueError:
+        logging.getLogger("a library").exception("a library says so")
+    threading.Thread(target=time.sleep, args=(1000,)).start()  # as Orbax's, for which Python would wait
+    print("語")
+    with errors.stage("making the test", lower="its size"), errors.stage("failing"):
+        {FAILURE}
+
+cli.run_to_exit(command)
+"""
+
+
+def trouble(failure: str, *arguments, **environment) -> subprocess.CompletedProcess:
+    code = TROUBLE.replace("{FAILURE}", failure)
+    return run([sys.executable, "-c", code, *arguments], env=os.environ | environment, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "line"),
+    [
+        (
+            "raise RuntimeError('a\\nb')",
+            1,
+            "error: RuntimeError while failing: a b; run again with --debug for the stack",
+        ),
+        ("raise MemoryError", 1, "error: memory is exhausted while failing; lower its size (MemoryError)."),
+        ("command()", 1, "error: "),
+        ("open('/no/such')", 1, "error: [Errno 2] No such file or directory: '/no/such' while failing"),
+        ("raise errors.UserError('mend \\ud83d it')", 1, "error: mend \\ud83d it"),
+        ("raise KeyboardInterrupt", 130, "Interrupted; run the same command to go on."),
+        ("sys.exit('a library gives up')", 1, "error: a library gives up"),
+        ("sys.exit(3)", 3, ""),
+        ("pass", 0, ""),
+    ],
+)
+def test_last_resort(failure, status, line):
+    """One line of anything, among what threads, tasks and libraries say, and the process ends."""
+    if failure == "command()":
+        failure = "f = lambda: f(); f()"
+        line = "error: RecursionError while failing: maximum recursion depth exceeded"
+    done = trouble(failure)
+    assert done.returncode == status
+    assert done.stdout == "語\n"
+    assert done.stderr.count("\n") == bool(line), done.stderr
+    assert done.stderr.startswith(line)
+
+
+def test_debug_shows_all_stacks():
+    done = trouble("raise RuntimeError", "--debug")
+    assert done.returncode == 1
+    for words in ("of a thread", "of a task", "a library says so", "unraisable", "RuntimeError"):
+        assert words in done.stderr
+    assert done.stderr.count("Traceback") >= 5
+
+
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "latin-1"}, {"LC_ALL": "C"}, {"PYTHONUTF8": "0"}])
+def test_output_is_utf8(environment):
+    done = trouble("raise errors.UserError('日本語')", **environment)
+    assert (done.stdout, done.stderr) == ("語\n", "error: 日本語\n")
+
+
+def test_a_locale_that_is_not_utf8(tmp_path):
+    """Arguments, names of files and files without an encoding are UTF-8 there, too."""
+    make = ["localedef", "-i", "ja_JP", "-f", "EUC-JP", tmp_path / "ja_JP.eucJP"]
+    if not shutil.which("localedef") or subprocess.run(make, capture_output=True, check=False).returncode > 1:
+        pytest.skip("this machine cannot make the locale")
+    code = """
+import sys
+from transformer_lm import cli
+def command():
+    open(sys.argv[1], "w").write(sys.argv[2])
+    print(open(sys.argv[1]).read())
+cli.run_to_exit(command)
+"""
+    environment = {"LOCPATH": str(tmp_path), "LC_ALL": "ja_JP.eucJP"}
+    done = run([sys.executable, "-c", code, tmp_path / "昔話", "髙い"], env=os.environ | environment, encoding="utf-8")
+    assert (done.stdout, done.stderr, done.returncode) == ("髙い\n", "", 0)
+    assert (tmp_path / "昔話").read_text(encoding="utf-8") == "髙い"
+
+
+def test_standard_output_that_is_closed_or_full():
+    code = "from transformer_lm import cli\ncli.run_to_exit(lambda: print('x\\n' * 100_000))"
+    script = f'"{sys.executable}" -c "$CODE" | head -1'
+    done = run(["bash", "-c", script], env=os.environ | {"CODE": code})
+    assert (done.stdout, done.stderr) == ("x\n", "")
+    done = run(["bash", "-c", script.replace("| head -1", "> /dev/full")], env=os.environ | {"CODE": code})
+    assert done.stderr == "error: [Errno 28] No space left on device\n"
+    assert done.returncode == 1
+    done = run(["bash", "-c", script.replace("| head -1", ">&- 2>&-")], env=os.environ | {"CODE": code})
+    assert done.returncode == 0
 
 
 def test_debug_shows_the_stack(tmp_path):

@@ -190,7 +190,7 @@ class TestDropout:
     [
         ({"num_heads": 3}, "qkv_dim=16 does not divide by num_heads=3"),
         ({"emb_dim": 15}, "emb_dim=15 must be even"),
-        ({"dropout_rate": 1.0}, "dropout_rate=1.0 must lie in"),
+        ({"dropout_rate": 1.0}, "dropout_rate=1.0 must be below 1"),
         ({"num_layers": 0}, "num_layers=0 must be at least 1"),
         ({"dtype": "float16"}, "dtype='float16'"),
     ],

@@ -1,13 +1,24 @@
 """The recipes: the original's values, field by field, and what is refused."""
 
+import dataclasses
 import importlib.util
+import re
 
 import pytest
 from etils import epath
+from ml_collections import ConfigDict
 
 from transformer_lm import recipe
 from transformer_lm.configs import base
+from transformer_lm.data.preparation import DataConfig
 from transformer_lm.errors import UserError
+from transformer_lm.generation.sampler import SamplingConfig
+from transformer_lm.models import TransformerConfig
+from transformer_lm.training.config import Recipe, TrainConfig
+from transformer_lm.training.optimizers import OptimizerConfig
+
+EXCEPTIONS = {"num_predict_steps", "use_bfloat16"}  # read by nobody; the network's dtype
+DERIVED = {"max_len", "dtype"}  # the network's, from other fields of the recipe
 
 NAMES = ["lm1b_default", "japanese_default_v1", "japanese_0.1b_v1", "japanese_1.0b_v1"]
 BYTES = "--character_coverage=0.9995 --byte_fallback=true"
@@ -89,8 +100,8 @@ def test_every_field_reaches_its_room():
     config.use_bfloat16 = False
     read = recipe.read(config)
     assert read.prompts == ("一", "二")
-    assert read.model.dtype == "float32"
-    assert read.model.max_len == 512
+    assert read.network.dtype == "float32"
+    assert read.network.max_len == 512
     assert (read.sampling.temperature, read.sampling.top_k, read.sampling.max_length) == (0.6, 20, 512)
     assert read.optimizer.learning_rate == 0.0016
     assert read.train.eval_every_steps == 5_000
@@ -107,3 +118,107 @@ def test_broken_config_json(tmp_path, content):
 def test_config_json_of_an_exported_model(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     assert recipe.read_saved(epath.Path(tmp_path / "config.json")) == {}
+
+
+HEAD = "from transformer_lm.configs import base\ndef get_config():\n    config = base.get_config()\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            f"{HEAD}    config.num_layer = 1",
+            r"a\.py, line 4: no recipe has the field 'num_layer'; did you mean 'num_layers'",
+        ),
+        (f"{HEAD}    config.xyzzy = 1", r"a\.py, line 4: no recipe has the field 'xyzzy'\."),
+        (f"{HEAD}    config.num_layers = 'x'", r"a\.py, line 4: TypeError"),
+        (
+            f"{HEAD}    with config.unlocked(): config.emb_dims = 1\n    return config",
+            r"a\.py.* did you mean 'emb_dim'",
+        ),
+        (f"{HEAD}    with config.unlocked(): del config.seed\n    return config", r"a\.py.* has no field seed"),
+        (f"{HEAD}    return dict(config)", r"a\.py.* returns dict"),
+        (HEAD, r"a\.py.* returns NoneType"),
+        ("x = 1", r"a\.py.*: it has no function get_config"),
+        ("\ndef get_config(: pass", r"a\.py, line 2: SyntaxError"),
+        ("import no_such_module", r"a\.py, line 1: ModuleNotFoundError"),
+        ("def get_config():\n    return 1 / 0", r"a\.py, line 2: ZeroDivisionError"),
+        ("import sys\nsys.exit(0)", r"a\.py, line 2: SystemExit"),
+        ("get_config = 3", r"a\.py.*TypeError"),
+        (
+            "from ml_collections import ConfigDict\nfrom transformer_lm.configs import base\ndef get_config():\n"
+            "    return ConfigDict(base.get_config().to_dict() | {'num_layers': 'x'})",
+            r"a\.py.*num_layers='x' must be of the type int",
+        ),
+        ("\0", r"a\.py"),
+    ],
+)
+def test_broken_recipe_files(tmp_path, text, words):
+    (tmp_path / "a.py").write_text(text)
+    with pytest.raises(UserError, match=words) as error:
+        recipe.load(str(tmp_path / "a.py"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["no_such.py", ".", "no_such.py:argument"])
+def test_no_recipe_file(tmp_path, name):
+    with pytest.raises(UserError, match="no such file"):
+        recipe.load(f"{tmp_path}/{name}")
+
+
+def test_argument_of_a_recipe(tmp_path):
+    path = tmp_path / "夏:目.py"
+    path.write_text(f"{HEAD.replace('()', '(name=str())', 1)}    config.prompts = name\n    return config")
+    assert recipe.load(f"{path}").prompts == ""
+    path.rename(tmp_path / "b.py")
+    assert recipe.load(f"{tmp_path}/b.py:a:b").prompts == "a:b"
+    config = recipe.load(f"{tmp_path}/b.py")  # and a changed file is read anew, within the second
+    (tmp_path / "b.py").write_text((tmp_path / "b.py").read_text().replace("= name", "= 'x'  "))
+    assert (config.prompts, recipe.load(f"{tmp_path}/b.py").prompts) == ("", "x")
+
+
+NUMBERS = [name for name, value in base.get_config().items() if type(value) in (int, float)]
+
+
+@pytest.mark.parametrize("name", [name for name in NUMBERS if name not in EXCEPTIONS])
+def test_impossible_numbers(name):
+    """Every number there is has bounds, whatever is added."""
+    kind = type(base.get_config()[name])
+    for value in [-2, 10**30, True] if kind is int else [-2.0, 1e300, float("nan"), float("inf"), -float("inf"), "x"]:
+        config = ConfigDict(base.get_config().to_dict() | {name: value})
+        with pytest.raises(UserError, match=f"^{re.escape(f'{name}={value}')} must be|^{name}={str(value)!r} must be"):
+            recipe.read(config)
+
+
+def test_every_field_has_one_owner():
+    """Each field of base.py is that of one dataclass, and each dataclass's field one of base.py."""
+    owners: dict[str, list] = {name: [] for name in base.get_config()}
+    for owner in (DataConfig, TransformerConfig, OptimizerConfig, TrainConfig, SamplingConfig):
+        names = recipe.SAMPLING_NAMES if owner is SamplingConfig else {}
+        for field in dataclasses.fields(owner):
+            name = names.get(field.name, field.name)
+            if name not in DERIVED:
+                owners[name].append(owner.__name__)
+    for field in dataclasses.fields(Recipe):
+        if field.name in owners:
+            owners[field.name].append("Recipe")
+    shared = {name: found for name, found in owners.items() if len(found) != 1 and name not in EXCEPTIONS}
+    assert shared == {"vocab_size": ["DataConfig", "TransformerConfig"]}  # wished for, and had
+
+
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [
+        ({"num_layers": "x"}, "config.json: num_layers='x' must be of the type int"),
+        ({"prompts": ["a"]}, "config.json: prompts=.* must be of the type str"),
+    ],
+)
+def test_edited_saved_recipes(saved, words):
+    with pytest.raises(UserError, match=words):
+        recipe.update(base.get_config(), saved, "config.json")
+
+
+def test_saved_recipes_of_other_versions():
+    config = base.get_config()
+    recipe.update(config, {"num_layers": 3, "of_another_version": 1, "learning_rate": 1}, "config.json")
+    assert (config.num_layers, config.learning_rate) == (3, 1.0)

@@ -1,4 +1,4 @@
-"""What the commands share: flags, recipes, errors as one line."""
+"""What the commands share: flags, recipes, errors as one line, the end of the process."""
 
 import os
 import sys
@@ -8,16 +8,33 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # would stand in for libraries of the same names.
 sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != HERE]
 
+import atexit  # noqa: E402
+import codecs  # noqa: E402
 import contextlib  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
+import locale  # noqa: E402
+import select  # noqa: E402
+import threading  # noqa: E402
+import traceback  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from typing import NoReturn  # noqa: E402
 
 from absl import app, flags  # noqa: E402
 from etils import epath  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
-from transformer_lm import console, recipe  # noqa: E402
+from transformer_lm import console, errors, recipe  # noqa: E402
 from transformer_lm.checkpoints import hub  # noqa: E402
 from transformer_lm.errors import UserError  # noqa: E402
+
+SECONDS_TO_LEAVE = 5  # for what libraries do when a process ends
+
+
+class _RecipeParser(flags.ArgumentParser):
+    """Reads the file of --config; whatever is wrong with it is one line."""
+
+    def parse(self, path: str) -> ConfigDict:
+        return recipe.load(path).lock()
+
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that holds all that a run is.")
 _CONFIG = config_flags.DEFINE_config_file(
@@ -25,31 +42,29 @@ _CONFIG = config_flags.DEFINE_config_file(
     os.path.join(HERE, "configs", "base.py"),
     "Recipe: a path, absolute, from here, or from the package's folder (configs/japanese_0.1b_v1.py).",
 )
+flags.FLAGS["config"].parser = _RecipeParser()
 _DEBUG = flags.DEFINE_bool("debug", False, "Show stack traces.")
 
 
-def run(main: Callable[[ConfigDict, str], None], *, needs_config: bool = True):
-    """Parses the command line and calls main(config, workdir); `recipe` makes dataclasses of the config.
-
-    An error that the user can mend is one line on standard error and exit status 1; so is Ctrl-C, with status 130.
+def run(main: Callable[[ConfigDict, str], None], *, needs_config: bool = True) -> NoReturn:
+    """Parses the command line, calls main(config, workdir) and ends the process, as `run_to_exit` does.
 
     Args:
-      main: the command.
+      main: the command; `recipe` makes dataclasses of its config.
       needs_config: whether --config must be given. Where it need not, the workdir's own recipe takes its place.
     """
 
     def start(_):
-        with one_line_errors():
-            if not _WORKDIR.value:
-                raise UserError("--workdir is missing: name a folder for the run, like --workdir=logs/my_model.")
-            if needs_config and not flags.FLAGS["config"].present:
-                raise UserError("--config is missing: name a recipe, like --config=configs/japanese_0.1b_v1.py.")
-            workdir = os.path.expanduser(_WORKDIR.value)
-            if needs_config and hub.is_address(workdir):
-                raise UserError(f"--workdir={workdir}: a run cannot be written to the hub; name a folder.")
-            main(_config(workdir), workdir)
+        if not _WORKDIR.value:
+            raise UserError("--workdir is missing: name a folder for the run, like --workdir=logs/my_model.")
+        if needs_config and not flags.FLAGS["config"].present:
+            raise UserError("--config is missing: name a recipe, like --config=configs/japanese_0.1b_v1.py.")
+        workdir = os.path.expanduser(_WORKDIR.value)
+        if needs_config and hub.is_address(workdir):
+            raise UserError(f"--workdir={workdir}: a run cannot be written to the hub; name a folder.")
+        main(_config(workdir), workdir)
 
-    app.run(start, flags_parser=_parse_flags)
+    run_to_exit(lambda: app.run(start, flags_parser=_parse_flags))
 
 
 def _config(workdir: str) -> ConfigDict:
@@ -61,53 +76,111 @@ def _config(workdir: str) -> ConfigDict:
     if flags.FLAGS["config"].present or not saved.exists():
         return config
     overrides = flags.FLAGS["config"].override_values
-    saved_fields = recipe.read_saved(saved)
-    with config.unlocked():
-        config.update({name: value for name, value in saved_fields.items() if name in config})
-        config.update(overrides)
+    recipe.update(config, recipe.read_saved(saved), str(saved))
+    config.update(overrides)
     return config
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    console.set_up_logging()
-    with one_line_errors("--debug" in argv):
-        argv = [_find_recipe(argument) for argument in argv]
-        sys.argv = argv  # config_flags reads the overrides from here
-        try:
-            rest = flags.FLAGS(argv)
-        except flags.Error as error:
-            raise UserError(str(error)) from error
-        except (AttributeError, KeyError) as error:  # an override of a field that the recipe does not have
-            message = " ".join(str(error).strip("'\"").replace("\\n", " ").replace("\\'", "'").split())
-            raise UserError(f"--config has no field {message}") from error
-        except (TypeError, ValueError) as error:
-            raise UserError(str(error)) from error
-        if len(rest) > 1:
-            raise UserError(f"Unexpected argument {rest[1]!r}; options begin with --.")
-        return rest
-
-
-def _find_recipe(argument: str) -> str:
-    """--config=configs/X.py also works from outside the package's folder."""
-    name, equals, path = argument.partition("=")
-    if name.lstrip("-") != "config" or not equals or os.path.exists(path.split(":")[0]):
-        return argument
-    inside = os.path.join(HERE, path)
-    if not os.path.exists(inside.split(":")[0]):
-        raise UserError(f"--config={path}: no such file; recipes lie in {HERE}/configs.")
-    return f"{name}={inside}"
-
-
-@contextlib.contextmanager
-def one_line_errors(debug: bool | None = None) -> Iterator[None]:
-    """Makes a UserError or OSError one line and exit status 1; with `debug` (None: as --debug says), raises it."""
+    console.set_up(_debug())  # again, since absl has put its own handler in place
+    argv = [argv[0], *_find_recipe(argv[1:])]
+    sys.argv = argv  # config_flags reads the overrides from here
+    for argument in argv:
+        if argument.lstrip("-").startswith(("config.", "noconfig.")) and argument.startswith("-"):
+            recipe.check_name(argument.partition("=")[0].partition(".")[2], argument)
     try:
-        yield
-    except (UserError, OSError) as error:  # an OSError is a full disk, a missing permission, a lost network
-        if _DEBUG.value if debug is None else debug:
-            raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(1)
+        rest = flags.FLAGS(argv)
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    if len(rest) > 1:
+        raise UserError(f"Unexpected argument {rest[1]!r}; options begin with --.")
+    return rest
+
+
+def _find_recipe(arguments: list[str]) -> list[str]:
+    """--config=PATH and --config PATH as the former; configs/X.py is found from outside the package's folder, too."""
+    found = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, path = argument.partition("=")
+        if name in ("-config", "--config"):
+            path = path if equals else next(rest, "")
+            inside = os.path.join(HERE, path)
+            argument = f"{name}={inside if recipe.is_missing(path) and not recipe.is_missing(inside) else path}"
+        found.append(argument)
+    return found
+
+
+def run_to_exit(command: Callable[[], object]) -> NoReturn:
+    """Runs a command and ends the process, in UTF-8 whatever the locale.
+
+    The exit status is 0, or 1 after any error, which is one line on standard error, or 130 after Ctrl-C. The process
+    ends even while threads of libraries are at work, for which Python would wait.
+    """
+    _require_utf8()
+    console.set_up(_debug())
+    status = 1
+    try:
+        status = _run(command)
+        leaving = threading.Thread(target=atexit._run_exitfuncs, daemon=True)
+        leaving.start()
+        leaving.join(SECONDS_TO_LEAVE)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(status)
+
+
+def _run(command: Callable[[], object]) -> int:
+    """Runs a command; returns the exit status."""
+    try:
+        try:
+            command()
+        except SystemExit as end:  # absl's end of a command, --help, or a library that gives up
+            if isinstance(end.code, str):
+                raise UserError(end.code) from end
+            return end.code or 0
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()
     except KeyboardInterrupt:
-        print("Interrupted; run the same command to go on.", file=sys.stderr)
-        sys.exit(130)
+        _say("Interrupted; run the same command to go on.")
+        return 130
+    except BaseException as error:
+        if isinstance(error, BrokenPipeError) and _is_closed(sys.stdout):  # by `head`, say
+            return 1
+        _say("".join(traceback.format_exception(error)) if _debug() else f"error: {errors.one_line(error)}")
+        return 1
+    return 0
+
+
+def _say(text: str):
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # standard error is closed
+        sys.stderr.write(f"{text}\n")
+
+
+def _is_closed(stream) -> bool:
+    """Whether nobody reads a pipe any more."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return bool(poll.poll(0))
+
+
+def _debug() -> bool:
+    return "--debug" in sys.argv or (flags.FLAGS.is_parsed() and _DEBUG.value)
+
+
+def _require_utf8():
+    """Begins again in Python's UTF-8 mode where Linux's locale is another.
+
+    There, arguments, names of files, and files that libraries open without an encoding are UTF-8 as well, also in
+    child processes. The arguments are taken as bytes: decoded by such a locale, some do not come back.
+    """
+    is_utf8 = sys.flags.utf8_mode or codecs.lookup(locale.getpreferredencoding(False)).name == "utf-8"
+    command_line = "/proc/self/cmdline"
+    if not is_utf8 and os.path.exists(command_line):
+        os.environ["PYTHONUTF8"] = "1"
+        with open(command_line, "rb") as file:
+            program, *arguments = file.read().split(b"\0")[:-1]
+        os.execv("/proc/self/exe", [program, b"-X", b"utf8", *arguments])

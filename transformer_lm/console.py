@@ -1,8 +1,11 @@
 """What a person sees while a command runs: log lines and progress bars, on standard error."""
 
 import contextlib
+import io
 import logging as python_logging
 import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -20,25 +23,44 @@ class _LineHandler(python_logging.Handler):
         try:
             moment = time.strftime("%H:%M:%S", time.localtime(record.created))
             level = "" if record.levelno <= python_logging.INFO else f"{record.levelname}: "
-            CONSOLE.print(f"{moment} {level}{record.getMessage()}", soft_wrap=True, markup=False, highlight=False)
+            text = record.getMessage() if _is_ours(record) else " ".join(record.getMessage().split())
+            stack = f"\n{python_logging.Formatter().formatException(record.exc_info)}" if record.exc_info else ""
+            CONSOLE.print(f"{moment} {level}{text}{stack}", soft_wrap=True, markup=False, highlight=False)
         except Exception:
             self.handleError(record)
 
 
-def set_up_logging():
-    """Shows this package's log lines, and errors of the libraries."""
+def set_up(debug: bool):
+    """Prepares what is printed: in UTF-8 whatever the locale, this package's log lines and errors of the libraries.
+
+    Stack traces, of threads and of errors that libraries log before they raise them, are shown with `debug` alone.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     handler = _LineHandler()
-    handler.addFilter(_worth_showing)
-    logger = logging.get_absl_logger()
-    logger.handlers = [handler]
-    logger.propagate = False
+    handler.addFilter(_is_ours_or_error if debug else _is_worth_showing)
+    for logger in (logging.get_absl_logger(), python_logging.getLogger()):
+        logger.handlers = [handler]
+    logging.get_absl_logger().propagate = False
     logging.set_verbosity(logging.INFO)
     python_logging.getLogger("jax").setLevel(python_logging.WARNING)
+    python_logging.raiseExceptions = debug
+    if not debug:
+        threading.excepthook = lambda failed: logging.debug("A thread failed: %r", failed.exc_value)
+        sys.unraisablehook = lambda failed: logging.debug("An error was ignored: %r", failed.exc_value)
 
 
-def _worth_showing(record: python_logging.LogRecord) -> bool:
-    here = os.path.dirname(os.path.abspath(__file__))
-    return record.levelno >= python_logging.ERROR or os.path.abspath(record.pathname).startswith(here)
+def _is_ours(record: python_logging.LogRecord) -> bool:
+    return os.path.abspath(record.pathname).startswith(os.path.dirname(os.path.abspath(__file__)) + os.sep)
+
+
+def _is_ours_or_error(record: python_logging.LogRecord) -> bool:
+    return _is_ours(record) or record.levelno >= python_logging.ERROR
+
+
+def _is_worth_showing(record: python_logging.LogRecord) -> bool:
+    return _is_ours_or_error(record) and not record.exc_info and record.name != "asyncio"
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
-from transformer_lm import cli, console, models, recipe
+from transformer_lm import cli, models, recipe
 from transformer_lm.configs import mukashi as config
 from transformer_lm.data import preparation
 from transformer_lm.data.corpora import mukashi
@@ -53,6 +53,4 @@ def main(demo: Recipe, workdir: Path):
 
 
 if __name__ == "__main__":
-    console.set_up_logging()
-    with cli.one_line_errors(debug=False):
-        main(recipe.read(config.get_config()), WORKDIR)
+    cli.run_to_exit(lambda: main(recipe.read(config.get_config()), WORKDIR))

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from transformer_lm import cli, recipe
 from transformer_lm.checkpoints import loading
 from transformer_lm.data import preparation
+from transformer_lm.errors import stage
 from transformer_lm.training import loop
 
 
@@ -15,8 +16,10 @@ def main(config: ConfigDict, workdir: str):
     """Runs the recipe in the workdir."""
     chosen = recipe.read(config)
     initial = loading.find_initial(chosen.init_from, chosen.network, workdir)
-    data = preparation.prepare(chosen.data, workdir, tokenizer_source=initial and initial.tokenizer_path)
-    loop.train_and_evaluate(chosen, data, workdir)
+    with stage("preparing data", lower="prepare_processes or max_corpus_chars"):
+        data = preparation.prepare(chosen.data, workdir, tokenizer_source=initial and initial.tokenizer_path)
+    with stage("training", lower="per_device_batch_size, max_target_length or the size of the network"):
+        loop.train_and_evaluate(chosen, data, workdir)
 
 
 if __name__ == "__main__":

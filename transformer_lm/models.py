@@ -11,7 +11,7 @@ under `jax.lax.scan`, so that a network of 24 layers compiles as fast as one of 
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from transformer_lm.errors import UserError
+from transformer_lm.fields import LARGEST, Count, Range, Rate, check
 
 LAYER_NORM_EPSILON = 1e-6
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -26,68 +27,48 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """All that determines the network.
+    """All that determines the network."""
 
-    Attributes:
-      vocab_size: number of token ids, V.
-      emb_dim: width of the residual stream, D.
-      num_heads: attention heads, H; divides qkv_dim.
-      num_layers: blocks, L.
-      qkv_dim: width of queries, keys and values over all heads, H * K.
-      mlp_dim: hidden width of the MLP, F.
-      max_len: number of positions that the sinusoidal table holds.
-      dropout_rate: on embeddings, and on what attention and MLP write; in training only.
-      attention_dropout_rate: on attention weights; in training only.
-      logits_via_embedding: logits by the transposed embedding, divided by sqrt(D), in place of a dense layer.
-      dtype: "float32" or "bfloat16": what the blocks compute in. Parameters, logits and softmax are always float32.
-    """
-
-    vocab_size: int
-    emb_dim: int = 512
-    num_heads: int = 8
-    num_layers: int = 6
-    qkv_dim: int = 512
-    mlp_dim: int = 2048
-    max_len: int = 2048
-    dropout_rate: float = 0.1
-    attention_dropout_rate: float = 0.1
-    logits_via_embedding: bool = False
-    dtype: str = "float32"
+    vocab_size: Count  # V
+    emb_dim: Annotated[int, Range(least=4, most=LARGEST)] = 512  # width of the residual stream, D
+    num_heads: Count = 8  # H; divides qkv_dim
+    num_layers: Count = 6  # L
+    qkv_dim: Count = 512  # width of queries, keys and values over all heads, H * K
+    mlp_dim: Count = 2048  # F
+    max_len: Count = 2048  # positions that the sinusoidal table holds
+    dropout_rate: Rate = 0.1  # on embeddings, and on what attention and MLP write; in training only
+    attention_dropout_rate: Rate = 0.1  # on attention weights; in training only
+    logits_via_embedding: bool = False  # logits by the transposed embedding, divided by sqrt(D)
+    dtype: str = "float32"  # what the blocks compute in; parameters, logits and softmax are always float32
 
     def __post_init__(self):
-        for name in ("vocab_size", "emb_dim", "num_heads", "num_layers", "qkv_dim", "mlp_dim", "max_len"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        check(self)
         if self.qkv_dim % self.num_heads:
             raise UserError(
                 f"qkv_dim={self.qkv_dim} does not divide by num_heads={self.num_heads}; change one of the two."
             )
-        if self.emb_dim % 2 or self.emb_dim < 4:
-            raise UserError(f"emb_dim={self.emb_dim} must be even and at least 4: sinusoidal positions need pairs.")
-        for name in ("dropout_rate", "attention_dropout_rate"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise UserError(f"{name}={getattr(self, name)} must lie in [0, 1).")
+        if self.emb_dim % 2:
+            raise UserError(f"emb_dim={self.emb_dim} must be even: sinusoidal positions need pairs.")
         if self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}.")
 
     @classmethod
-    def from_json(cls, fields: Any, source: str) -> "TransformerConfig":
+    def from_json(cls, values: Any, source: str) -> "TransformerConfig":
         """The network that somebody else's JSON describes; `source` is named in errors.
 
         Raises:
           UserError: a field is unknown or of another type, or its value impossible.
         """
-        if not isinstance(fields, dict):
+        if not isinstance(values, dict):
             raise UserError(f"{source} does not describe a network.")
-        types = {field.name: field.type for field in dataclasses.fields(cls)}
-        for name, value in fields.items():
-            if name not in types:
-                raise UserError(f"{source}: {str(name)[:80]!r} is no field of the network in this version.")
-            if type(value) is not types[name] and not (types[name] is float and type(value) is int):
-                raise UserError(f"{source}: {name}={str(value)[:80]} must be of the type {types[name].__name__}.")
-        if "vocab_size" not in fields:
+        if unknown := values.keys() - {field.name for field in dataclasses.fields(cls)}:
+            raise UserError(f"{source}: {min(unknown)[:80]!r} is no field of the network in this version.")
+        if "vocab_size" not in values:
             raise UserError(f"{source}: the network has no vocab_size.")
-        return cls(**fields)
+        try:
+            return cls(**values)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
 
 
 @jax.tree_util.register_dataclass

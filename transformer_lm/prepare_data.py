@@ -13,11 +13,19 @@ from ml_collections import ConfigDict
 from transformer_lm import cli, recipe
 from transformer_lm.data import preparation
 from transformer_lm.data.launcher import EXECUTORS, Launcher
+from transformer_lm.errors import stage
+from transformer_lm.fields import LARGEST
 
 _EXECUTOR = flags.DEFINE_enum("executor", None, EXECUTORS, "Where datatrove's tasks run; unset for plain processes.")
-_TASKS = flags.DEFINE_integer("tasks", 100, "Tasks that the shards (files) of a corpus are shared out to.")
-_WORKERS = flags.DEFINE_integer("workers", -1, "Tasks that run at once; -1 for all.")
-_MEMORY = flags.DEFINE_integer("mem_per_task_gb", 4, "GB of memory that Slurm or Ray reserves for a task.")
+_TASKS = flags.DEFINE_integer(
+    "tasks", 100, "Tasks that the shards (files) of a corpus are shared out to.", lower_bound=1, upper_bound=LARGEST
+)
+_WORKERS = flags.DEFINE_integer(
+    "workers", -1, "Tasks that run at once; -1 for all.", lower_bound=-1, upper_bound=LARGEST
+)
+_MEMORY = flags.DEFINE_integer(
+    "mem_per_task_gb", 4, "GB of memory that Slurm or Ray reserves for a task.", lower_bound=1, upper_bound=LARGEST
+)
 _PARTITION = flags.DEFINE_string("slurm_partition", None, "Slurm's partition.")
 _TIME = flags.DEFINE_string("slurm_time", "20:00:00", "Slurm's limit of time for a task.")
 
@@ -32,7 +40,8 @@ def main(config: ConfigDict, workdir: str):
         from transformer_lm.checkpoints import loading  # here, since it imports JAX
 
         initial = loading.find_initial(config.init_from, recipe.read(config).network, workdir)
-    preparation.prepare(recipe.read_data(config), workdir, launcher, initial and initial.tokenizer_path)
+    with stage("preparing data", lower="prepare_processes or max_corpus_chars"):
+        preparation.prepare(recipe.read_data(config), workdir, launcher, initial and initial.tokenizer_path)
 
 
 if __name__ == "__main__":

@@ -4,17 +4,110 @@ What computes is imported where it is read: preparing data, and each of its work
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
+import difflib
+import os
+import re
+import runpy
+import traceback
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
+from transformer_lm import fields
+from transformer_lm.configs import base
 from transformer_lm.data.preparation import DataConfig
 from transformer_lm.errors import UserError
 from transformer_lm.files import read_json
 
 if TYPE_CHECKING:
     from transformer_lm.training.config import Recipe
+
+NAMES = tuple(base.get_config())
+# The sampler's fields, which Python's generate() calls so, in a recipe.
+SAMPLING_NAMES = {
+    "temperature": "sampling_temperature",
+    "top_k": "sampling_top_k",
+    "top_p": "sampling_top_p",
+    "max_length": "max_predict_length",
+}
+
+
+def load(path: str) -> ConfigDict:
+    """Runs the file of a recipe.
+
+    Args:
+      path: the file; what follows a colon is the argument of its get_config().
+
+    Raises:
+      UserError: there is no such file, it fails, or its fields are not those of the base recipe.
+    """
+    if is_missing(path):
+        raise UserError(f"--config={path}: no such file; recipes lie in {os.path.dirname(base.__file__)}.")
+    file, *argument = [path] if os.path.isfile(path) else path.split(":", 1)
+    try:
+        get_config = runpy.run_path(file, run_name="recipe").get("get_config")
+        if get_config is None:
+            raise UserError("it has no function get_config().")
+        config = get_config(*argument)
+        if not isinstance(config, ConfigDict):
+            raise UserError(f"its get_config() returns {type(config).__name__}, not the ConfigDict of the base recipe.")
+        check_names(config)
+        update(base.get_config(), config, "the recipe")  # for the types
+    except (Exception, SystemExit) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        if isinstance(error, SyntaxError) and error.filename == file:
+            lines = [error.lineno]
+        place = f"{file}, line {lines[-1]}" if lines else file
+        raise UserError(f"{place}: {_reason(error)}") from error
+    return config
+
+
+def is_missing(path: str) -> bool:
+    """Whether there is no file for --config=PATH or --config=PATH:ARGUMENT."""
+    return all(not os.path.exists(file) or os.path.isdir(file) for file in (path, path.split(":", 1)[0]))
+
+
+def _reason(error: BaseException) -> str:
+    """What is wrong with a recipe, shorter than ml_collections says it."""
+    if unknown := re.match(r'.{0,3}Key "(\w+)" does not exist and cannot be added', str(error)):
+        return _unknown(unknown[1])
+    return f"{'' if isinstance(error, UserError) else f'{type(error).__name__}: '}{' '.join(str(error).split())}"
+
+
+def check_name(name: str, shown: str = ""):
+    """Raises UserError for a name that is no field of a recipe."""
+    if name not in NAMES:
+        raise UserError(f"{shown}: {_unknown(name)}" if shown else _unknown(name))
+
+
+def check_names(config: ConfigDict):
+    """Raises UserError where a recipe has a field that the base recipe does not have, or lacks one."""
+    for name in config:
+        check_name(name)
+    if missing := [name for name in NAMES if name not in config]:
+        raise UserError(f"the recipe has no field {', '.join(missing)}; begin with base.get_config().")
+
+
+def _unknown(name: str) -> str:
+    nearest = difflib.get_close_matches(name, NAMES, 1)
+    return f"no recipe has the field {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ".")
+
+
+def update(config: ConfigDict, values: Mapping[str, Any], source: str):
+    """Gives a recipe the values of another; fields that this version does not have are passed over.
+
+    Raises:
+      UserError: a value is of another type; `source` is named.
+    """
+    for name in config:
+        if name in values:
+            try:
+                config[name] = values[name]
+            except (TypeError, ValueError) as error:
+                kind = config.get_type(name).__name__
+                raise UserError(f"{source}: {name}={str(values[name])[:80]!r} must be of the type {kind}.") from error
 
 
 def read(config: ConfigDict) -> "Recipe":
@@ -24,10 +117,13 @@ def read(config: ConfigDict) -> "Recipe":
     from transformer_lm.training.config import Recipe, TrainConfig
     from transformer_lm.training.optimizers import OptimizerConfig
 
-    if not 0 <= config.seed < 2**31:
-        raise UserError(f"seed={config.seed} must lie in [0, 2**31).")
+    check_names(config)
+    for name, kind in (("prompts", str), ("use_bfloat16", bool)):
+        fields.check_value(name, config[name], kind)
+    data = read_data(config)
+    sampling = _pick(SamplingConfig, config, SAMPLING_NAMES)
     return Recipe(
-        data=read_data(config),
+        data=data,
         network=_pick(
             TransformerConfig,
             config,
@@ -36,12 +132,7 @@ def read(config: ConfigDict) -> "Recipe":
         ),
         optimizer=_pick(OptimizerConfig, config),
         train=_pick(TrainConfig, config),
-        sampling=SamplingConfig(
-            temperature=config.sampling_temperature,
-            top_k=config.sampling_top_k,
-            top_p=config.sampling_top_p,
-            max_length=config.max_predict_length,
-        ),
+        sampling=sampling,
         prompts=tuple(config.prompts.split("\n")),
         init_from=config.init_from,
         seed=config.seed,
@@ -56,13 +147,19 @@ def read_data(config: ConfigDict) -> DataConfig:
 
 def read_saved(path: epath.Path) -> dict:
     """The fields of the recipe in a workdir's config.json; none where it is another one, like an exported model's."""
-    fields = read_json(path).get("recipe", {})
-    if not isinstance(fields, dict):
+    saved = read_json(path).get("recipe", {})
+    if not isinstance(saved, dict):
         raise UserError(f"{path} is not the config.json of a workdir: its recipe is no object.")
-    return fields
+    return saved
 
 
-def _pick(dataclass, config: ConfigDict, **given):
-    """A dataclass with the fields that the recipe has under the same names."""
-    names = [field.name for field in dataclasses.fields(dataclass) if field.name not in given]
-    return dataclass(**{name: config[name] for name in names}, **given)
+def _pick(dataclass, config: ConfigDict, names: dict[str, str] | None = None, **given):
+    """A dataclass with the fields that the recipe has under the same names, or those in `names`."""
+    names = names or {}
+    values = {
+        field.name: config[names.get(field.name, field.name)]
+        for field in dataclasses.fields(dataclass)
+        if field.name not in given
+    }
+    fields.check_values(dataclass, values, names)
+    return dataclass(**values, **given)

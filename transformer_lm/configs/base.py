@@ -1,6 +1,8 @@
 """What all recipes share: every field, its type, and its value in the original's `lm1b_default`.
 
-A recipe calls `get_config()` here and changes what is different; it cannot add a field.
+A recipe calls `get_config()` here and changes what is different; a field that is not here is refused. What each value
+may be is said by the dataclass that has the field: `DataConfig`, `TransformerConfig`, `OptimizerConfig`, `TrainConfig`,
+`SamplingConfig`.
 """
 
 import ml_collections
@@ -98,4 +100,4 @@ def get_config() -> ml_collections.ConfigDict:
     # Choose among the likeliest tokens that reach this probability together; 1 for all.
     config.sampling_top_p = 1.0
 
-    return config
+    return config.lock()

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import os
+from typing import Annotated
 
 from absl import logging
 from etils import epath
@@ -21,61 +22,35 @@ from transformer_lm.data.rows import MANIFEST, Corpus, PreparedCorpus, PreparedM
 from transformer_lm.data.workers import make_blocks
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
+from transformer_lm.fields import LARGEST, Count, CountOrZero, Range, check
 from transformer_lm.files import absolute, write_atomically
 from transformer_lm.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which corpus, which tokenizer, which rows.
+    """Which corpus, which tokenizer, which rows; `configs/base.py` says what the fields mean."""
 
-    Attributes:
-      dataset_name: the training corpus, as `corpora.open_documents` takes it; or a mixture, [(name, weight), ...].
-      train_split: its split.
-      eval_dataset_name: the evaluation corpus, likewise; None for the training corpus.
-      eval_split: its split.
-      text_field: which field of a record holds the document.
-      streaming: whether Hugging Face datasets are read from the hub without a copy on disk.
-      preprocessor: a key of `dataset_preprocessor.PREPROCESSORS`; None for the dataset's own.
-      unicode_normalization: "NFKC" and the like, "" for none.
-      cleaning_rules: names of `cleaning.RULES` in order, separated by commas; "" for no cleaning.
-      vocab_path: where the tokenizer lies or is to be written; None for workdir/sentencepiece_model.
-      vocab_size: pieces of a tokenizer that is trained here.
-      max_corpus_chars: characters that it is trained on.
-      spm_train_options: further options for SentencePiece's trainer.
-      max_target_length: length of training rows.
-      max_eval_target_length: length of evaluation rows.
-      prepared_dir: where prepared corpora lie; None for workdir/prepared.
-      prepare_processes: processes that tokenize; 0 for one a core.
-    """
-
-    dataset_name: str | list
+    dataset_name: str | list | tuple  # as `corpora.open_documents` takes it; or a mixture, [(name, weight), ...]
     train_split: str
-    eval_dataset_name: str | list | None
+    eval_dataset_name: str | list | tuple | None
     eval_split: str
     text_field: str
     streaming: bool
-    preprocessor: str | None
+    preprocessor: str | None  # a key of `dataset_preprocessor.PREPROCESSORS`
     unicode_normalization: str
-    cleaning_rules: str
+    cleaning_rules: str  # names of `cleaning.RULES` in order
     vocab_path: str | None
-    vocab_size: int
-    max_corpus_chars: int
+    vocab_size: Count
+    max_corpus_chars: Annotated[int, Range(least=1, most=2**63 - 1)]
     spm_train_options: str
-    max_target_length: int
-    max_eval_target_length: int
+    max_target_length: Annotated[int, Range(least=2, most=LARGEST)]
+    max_eval_target_length: Annotated[int, Range(least=2, most=LARGEST)]
     prepared_dir: str | None
-    prepare_processes: int
+    prepare_processes: CountOrZero
 
     def __post_init__(self):
-        for name in ("vocab_size", "max_corpus_chars"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("max_target_length", "max_eval_target_length"):
-            if getattr(self, name) < 2:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 2.")
-        if self.prepare_processes < 0:
-            raise UserError(f"prepare_processes={self.prepare_processes} must be 0 (one a core) or more.")
+        check(self)
         cleaning.parse_rules(self.cleaning_rules)
 
     @property

@@ -9,6 +9,7 @@ import numpy as np
 
 from transformer_lm import models
 from transformer_lm.errors import UserError
+from transformer_lm.fields import Count, CountOrZero, NotNegative, Share, check
 from transformer_lm.tokenizer import EOS_ID
 
 PROMPT_BUCKET = 16  # prompts are padded to multiples of this, long ones of more, so that few shapes are compiled
@@ -16,30 +17,17 @@ PROMPT_BUCKET = 16  # prompts are padded to multiples of this, long ones of more
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is chosen.
+    """How the next token is chosen, and for how long."""
 
-    Attributes:
-      temperature: logits are divided by it; 0 takes the likeliest token (greedy).
-      top_k: choose among the k likeliest tokens; 0 for all.
-      top_p: choose among the fewest likeliest tokens whose probabilities reach top_p together (nucleus sampling,
-        Holtzman et al. 2020); 1 for all. Applied after temperature and top_k.
-      max_length: tokens of prompt and continuation together.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    max_length: int = 128
+    temperature: NotNegative = 1.0  # logits are divided by it; 0 takes the likeliest token (greedy)
+    top_k: CountOrZero = 0  # choose among the k likeliest tokens; 0 for all
+    # Choose among the fewest likeliest tokens whose probabilities, after temperature and top_k, reach top_p together
+    # (nucleus sampling, Holtzman et al. 2020); 1 for all.
+    top_p: Share = 1.0
+    max_length: Count = 128  # tokens of prompt and continuation together
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise UserError(f"sampling_temperature={self.temperature} must not be negative; 0 is greedy.")
-        if self.top_k < 0:
-            raise UserError(f"sampling_top_k={self.top_k} must not be negative; 0 switches it off.")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"sampling_top_p={self.top_p} must lie in (0, 1]; 1 switches it off.")
-        if self.max_length < 1:
-            raise UserError(f"max_predict_length={self.max_length} must be at least 1.")
+        check(self)
 
 
 @dataclasses.dataclass(frozen=True)

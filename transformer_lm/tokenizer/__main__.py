@@ -27,13 +27,18 @@ def inspect(path: epath.Path, text: str):
         print(f"Decoded again, it is another text: {decoded}")
 
 
-if __name__ == "__main__":
+def main():
+    """The command."""
     parser = argparse.ArgumentParser(description="Shows how a tokenizer cuts a text.")
     parser.add_argument(
         "--workdir", default="logs/demo", help="a workdir, or a SentencePiece model (default: the demo's)"
     )
     parser.add_argument("--inspect", required=True, metavar="TEXT", help="the text whose pieces and ids are shown")
+    parser.add_argument("--debug", action="store_true", help="show stack traces")
     arguments = parser.parse_args()
     folder = epath.Path(arguments.workdir).expanduser()
-    with cli.one_line_errors(debug=False):
-        inspect(folder if folder.is_file() else folder / "sentencepiece_model", arguments.inspect)
+    inspect(folder if folder.is_file() else folder / "sentencepiece_model", arguments.inspect)
+
+
+if __name__ == "__main__":
+    cli.run_to_exit(main)

@@ -5,30 +5,19 @@ import dataclasses
 import jax.numpy as jnp
 import optax
 
-from transformer_lm.errors import UserError
+from transformer_lm.fields import Count, NotNegative, Positive, check
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and inverse square root decay.
+    """AdamW with linear warm-up and inverse square root decay."""
 
-    Attributes:
-      learning_rate: the peak, reached after `warmup_steps`.
-      warmup_steps: steps of the linear rise from 0.
-      weight_decay: decoupled decay (Loshchilov and Hutter 2019), on all parameters as in the original.
-    """
-
-    learning_rate: float
-    warmup_steps: int
-    weight_decay: float
+    learning_rate: Positive  # the peak, reached after warmup_steps
+    warmup_steps: Count
+    weight_decay: NotNegative  # decoupled (Loshchilov and Hutter 2019), on all parameters as in the original
 
     def __post_init__(self):
-        if self.learning_rate <= 0:
-            raise UserError(f"learning_rate={self.learning_rate} must be above 0.")
-        if self.warmup_steps < 1:
-            raise UserError(f"warmup_steps={self.warmup_steps} must be at least 1.")
-        if self.weight_decay < 0:
-            raise UserError(f"weight_decay={self.weight_decay} must not be negative.")
+        check(self)
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
