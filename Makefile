@@ -1,6 +1,7 @@
 # make demo   train a small model in front of your eyes, and read what it writes (some minutes on 2 cores)
 # make test   all tests that need no PyTorch
 # make test-interop  the exported models in PyTorch: installs it (the extra interop), and tests against it
+# make faults real faults on real processes (kills, a full disk, damaged files): half an hour at the most
 # make lint   formatting and linting
 # make bench  the benchmarks, with what they are measured against
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-interop lint bench clean
+.PHONY: demo test test-interop faults lint bench clean
 demo: $(VENV)/core
 	$(VENV)/bin/python -m transformer_lm.demo
 
@@ -17,6 +18,9 @@ test: $(VENV)/dev
 
 test-interop: $(VENV)/interop
 	$(VENV)/bin/python -m pytest tests/interop
+
+faults: $(VENV)/dev
+	$(VENV)/bin/python tests/faults/faults.py
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff format --check .
