@@ -8,6 +8,19 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # would stand in for libraries of the same names.
 sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != HERE]
 
+import signal  # noqa: E402
+
+INTERRUPTED = "Interrupted; run the same command to go on.\n"
+
+
+def _leave_at_once(number, frame):
+    os.write(2, INTERRUPTED.encode())
+    os._exit(130)
+
+
+if os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "").startswith(HERE):
+    signal.signal(signal.SIGINT, _leave_at_once)  # while a command still imports: nothing is lost yet
+
 import atexit  # noqa: E402
 import codecs  # noqa: E402
 import contextlib  # noqa: E402
@@ -119,6 +132,7 @@ def run_to_exit(command: Callable[[], object]) -> NoReturn:
     """
     _require_utf8()
     console.set_up(_debug())
+    signal.signal(signal.SIGINT, _interrupt)
     status = 1
     try:
         status = _run(command)
@@ -145,7 +159,7 @@ def _run(command: Callable[[], object]) -> int:
             if sys.stdout:
                 sys.stdout.flush()
     except KeyboardInterrupt:
-        _say("Interrupted; run the same command to go on.")
+        _say(INTERRUPTED.strip())
         return 130
     except BaseException as error:
         if isinstance(error, BrokenPipeError) and _is_closed(sys.stdout):  # by `head`, say
@@ -153,6 +167,14 @@ def _run(command: Callable[[], object]) -> int:
         _say("".join(traceback.format_exception(error)) if _debug() else f"error: {errors.one_line(error)}")
         return 1
     return 0
+
+
+def _interrupt(number, frame):
+    """Ctrl-C: an exception, which cleans up on its way; libraries swallow it at times, and the process ends anyway."""
+    timer = threading.Timer(SECONDS_TO_LEAVE, _leave_at_once, (number, frame))
+    timer.daemon = True
+    timer.start()
+    raise KeyboardInterrupt
 
 
 def _say(text: str):
