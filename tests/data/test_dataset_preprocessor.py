@@ -1,6 +1,8 @@
 """Preprocessors, document by document, from the original's rules."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from transformer_lm.data import dataset_preprocessor
 from transformer_lm.data.dataset_preprocessor import PREPROCESSORS, Preprocessing, for_dataset
@@ -84,3 +86,18 @@ def test_fingerprint_follows_the_function(monkeypatch):
 def test_unknown_names(arguments):
     with pytest.raises(UserError, match="must be"):
         Preprocessing(*arguments)
+
+
+@pytest.mark.parametrize("name", list(dataset_preprocessor.PREPROCESSORS))
+@given(st.text(st.characters()))
+def test_texts_can_be_written_as_utf_8(name, document):
+    """Whatever Python can hold; half a surrogate pair becomes U+FFFD, NUL goes, all else stays."""
+    texts = dataset_preprocessor.Preprocessing(name)(document)
+    assert "\0" not in "".join(texts)
+    "".join(texts).encode()
+
+
+def test_impossible_characters_are_counted():
+    clean = dataset_preprocessor.without_impossible_characters
+    assert clean("a\0\0b\ud83d\udd00\ud83dc") == ("ab\ufffd\ufffd\ufffdc", {"nul_characters": 2, "lone_surrogates": 3})
+    assert clean("𠮷🎉\ufffd") == ("𠮷🎉\ufffd", {"nul_characters": 0, "lone_surrogates": 0})

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from transformer_lm.errors import UserError
 
 MIN_PARAGRAPH_CHARS = 10
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def plain(document: str) -> list[str]:
@@ -37,6 +38,16 @@ def cc100(document: str) -> list[str]:
     """The document without line ends, unless nothing is left. Source: the original's preprocessor of cc100."""
     text = document.replace("\n", "")
     return [text] if text else []
+
+
+def without_impossible_characters(document: str) -> tuple[str, dict[str, int]]:
+    """The document without what no text may hold, and how much of it there was.
+
+    NUL goes, since SentencePiece leaves out the lines that it trains on where one is; half a surrogate pair, which JSON
+    can write but UTF-8 cannot, becomes U+FFFD.
+    """
+    text, surrogates = _SURROGATE.subn("\ufffd", document)
+    return text.replace("\0", ""), {"nul_characters": text.count("\0"), "lone_surrogates": surrogates}
 
 
 Preprocessor = Callable[[str], list[str]]
@@ -68,7 +79,8 @@ class Preprocessing:
             raise UserError(f"unicode_normalization={self.unicode_normalization!r} must be NFC, NFKC, NFD, NFKD or ''.")
 
     def __call__(self, document: str) -> list[str]:
-        """The texts of a document that hold anything; may be none."""
+        """The texts of a document that hold anything, without impossible characters; may be none."""
+        document, _ = without_impossible_characters(document)
         if self.unicode_normalization:
             document = unicodedata.normalize(self.unicode_normalization, document)
         return [text for text in PREPROCESSORS[self.preprocessor](document) if text.strip()]

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -195,8 +196,8 @@ def finish_rows(plan: RowsPlan, names: list[str]) -> PreparedCorpus:
     The manifest says what made the rows (dataset_name, split, source_fingerprint, preprocessor, unicode_normalization,
     tokenizer_sha256, vocab_size, row_length, format_version, dtype, transformer_lm_version; of a cleaned corpus by
     which rules, and how many texts each removed) and counts documents, empty_documents (without a text), texts,
-    nul_characters (removed), characters and bytes (UTF-8) of the texts, tokens (EOS included), rows, and padding
-    (slots without a token).
+    nul_characters (removed), lone_surrogates (replaced by U+FFFD), characters and bytes (UTF-8) of the texts, tokens
+    (EOS included), rows, and padding (slots without a token).
     """
     directory = plan.directory
     blocks = [json.loads((directory / f"{name}.json").read_text()) for name in names]
@@ -217,16 +218,22 @@ def finish_rows(plan: RowsPlan, names: list[str]) -> PreparedCorpus:
         "characters_per_token": round(counts["characters"] / counts["tokens"], 4),
         "files": files,
     }
-    write_atomically(directory / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1).encode())
+    write_atomically(
+        directory / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1).encode(errors="backslashreplace")
+    )
     logging.info(
         "%s: %d documents, %d texts, %d characters, %d tokens (%.2f characters each), %d rows of %d, %.2f %% padding.",
         plan.corpus.title, counts["documents"], counts["texts"], counts["characters"], counts["tokens"],
         manifest["characters_per_token"], counts["rows"], plan.row_length,
         100 * counts["padding"] / (counts["rows"] * plan.row_length),
     )  # fmt: skip
-    for name, what in (("empty_documents", "documents without text"), ("nul_characters", "NUL characters")):
-        if counts[name]:
-            logging.info("%s: left out %d %s.", plan.corpus.title, counts[name], what)
+    for name, what in (
+        ("empty_documents", "left out %d documents without text"),
+        ("nul_characters", "left out %d NUL characters"),
+        ("lone_surrogates", "replaced %d halves of surrogate pairs by U+FFFD"),
+    ):
+        if counts.get(name):  # a block made before this was counted has no such count
+            logging.info(f"%s: {what}.", plan.corpus.title, counts[name])
     return PreparedCorpus(directory, manifest)
 
 
@@ -248,10 +255,10 @@ def write_block(
 ) -> dict:
     """Packs a block's texts, in shuffled order, into one file; returns its counts and leaves them beside it."""
     spm = _load_tokenizer(tokenizer_path)
-    texts, empty, nuls = [], 0, 0
+    texts, empty, impossible = [], 0, Counter()
     for document in block:
-        nuls += document.count("\0")
-        found = preprocessing(document.replace("\0", ""))
+        impossible.update(dataset_preprocessor.without_impossible_characters(document)[1])
+        found = preprocessing(document)
         empty += not found
         texts += found
     seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
@@ -266,7 +273,7 @@ def write_block(
         "documents": len(block),
         "empty_documents": empty,
         "texts": len(texts),
-        "nul_characters": nuls,
+        **impossible,
         "characters": sum(map(len, texts)),
         "bytes": sum(len(text.encode()) for text in texts),
         "tokens": tokens,

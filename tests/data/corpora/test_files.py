@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from transformer_lm.data import corpora
-from transformer_lm.data.corpora import files
+from transformer_lm.data.corpora import content
 from transformer_lm.errors import UserError
 
 POEMS = ["菜の花や\n月は東に\n日は西に", "春の海\nひねもすのたり\nのたりかな", "朝顔に\nつるべ取られて\nもらい水"]
@@ -78,7 +78,7 @@ def test_fingerprint_follows_the_content(tmp_path):
     [
         (b'{"text": "a"}\n{"title": "b"}\n', "line 2: not a JSON object with a field 'text'"),
         (b"no json\n", "line 1: not a JSON object"),
-        (b'{"text": 3}\n', "line 1: field 'text' is a int"),
+        (b'{"text": 3}\n', "line 1: 'text' is a int, not a string"),
         ('{"text": "日本"}'.encode("shift_jis"), "line 1: not UTF-8"),
     ],
 )
@@ -109,7 +109,7 @@ def test_what_does_not_exist(name, split, words):
         corpora.open_documents(name, split)
 
 
-COMPRESSORS = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": files.zstd.compress}
+COMPRESSORS = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": content.zstd.compress}
 
 
 @pytest.mark.parametrize("ending", list(COMPRESSORS))

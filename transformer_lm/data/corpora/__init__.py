@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 
 from transformer_lm.data.corpora import files, huggingface, mukashi, splits, tfds
-from transformer_lm.data.corpora.base import Options, Source
+from transformer_lm.data.corpora.base import Options, Source, library_errors
 from transformer_lm.errors import UserError
 
 _TFDS_NAME = re.compile(r"\w+(/[\w.\-]+)?(:[\d.*]+)?")
@@ -17,14 +17,15 @@ _TFDS_NAME = re.compile(r"\w+(/[\w.\-]+)?(:[\d.*]+)?")
 def open_source(name: str, options: Options = Options()) -> Source:
     """The source that a dataset name means; raises UserError if there is none."""
     kind, _, rest = name.partition(":")
-    if kind in files.READERS and rest:
-        return files.Files(kind, rest, options)
-    if kind == "huggingface" and rest:
-        return huggingface.HuggingFace(rest, options)
-    if name == "mukashi":
-        return mukashi.Mukashi()
-    if _TFDS_NAME.fullmatch(name):
-        return tfds.Tfds(name, options)
+    with library_errors(lambda: f"dataset_name={name!r} cannot be opened"):
+        if kind in files.READERS and rest:
+            return files.Files(kind, rest, options)
+        if kind == "huggingface" and rest:
+            return huggingface.HuggingFace(rest, options)
+        if name == "mukashi":
+            return mukashi.Mukashi()
+        if _TFDS_NAME.fullmatch(name):
+            return tfds.Tfds(name, options)
     raise UserError(
         f"dataset_name={name!r} must be a name of TensorFlow Datasets (wiki40b/ja), huggingface:OWNER/NAME[/CONFIG], "
         f"{', '.join(f'{kind}:GLOB' for kind in files.READERS)}, or mukashi."
@@ -45,15 +46,26 @@ class Documents:
 
     def read(self, task: int = 0, num_tasks: int = 1) -> Iterator[str]:
         """The documents of one of many tasks that share the work; see Source.read."""
-        for part in self.slices:
-            start, stop = splits.resolve(part, self.source.size)
-            yield from self.source.read(part.name, start, stop, task, num_tasks)
+        with library_errors(lambda: f"Dataset {self.name!r}, split {self.split!r}, cannot be read"):
+            for part in self.slices:
+                start, stop = splits.resolve(part, self.source.size)
+                count = 0
+                for document in self.source.read(part.name, start, stop, task, num_tasks):
+                    count += 1
+                    yield document
+                bounded = start > 0 or stop is not None
+                if bounded and not count and (num_tasks == 1 or (stop is not None and stop <= start)):
+                    raise UserError(
+                        f"Split {self.split!r} of dataset {self.name!r}: no document is in {part.name!r} from number "
+                        f"{start} on{'' if stop is None else f' and before number {stop}'}."
+                    )
 
     def count(self):
         """Counts what its tasks need to find their documents in `read`: nothing where whole splits are read."""
-        for part in self.slices:
-            if part.start is not None or part.stop is not None:
-                self.source.size(part.name)
+        with library_errors(lambda: f"Dataset {self.name!r}, split {self.split!r}, cannot be counted"):
+            for part in self.slices:
+                if part.start is not None or part.stop is not None:
+                    self.source.size(part.name)
 
 
 def open_documents(name: str, split: str, options: Options = Options()) -> Documents:

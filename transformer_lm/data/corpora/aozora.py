@@ -8,9 +8,11 @@ import io
 import re
 import zipfile
 
+from transformer_lm.data.corpora.base import library_errors
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
 
+MAX_BYTES = 64 << 20  # the longest works have some 6 MB
 UNKNOWN_CHARACTER = "〓"  # the printers' mark for a character that is not at hand
 _RULE = re.compile(r"^-{20,}[ \u3000]*$", re.MULTILINE)  # lines of hyphens around the explanation of the notation
 _COLOPHON = re.compile(r"^底本[：:]", re.MULTILINE)
@@ -59,12 +61,18 @@ def _body(text: str) -> str:
 
 
 def unzip(data: bytes, path: str) -> bytes:
-    """The .txt in a .zip as Aozora Bunko publishes it; data of another kind as they are."""
-    if not data.startswith(b"PK\x03\x04"):
-        return data
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            [name] = [name for name in archive.namelist() if name.lower().endswith(".txt")]
-            return archive.read(name)
-    except (zipfile.BadZipFile, ValueError) as error:
-        raise UserError(f"{path} is not a .zip with one .txt in it: {error}") from error
+    """The .txt in a .zip as Aozora Bunko publishes it; data of another kind as they are. At most MAX_BYTES."""
+    size = len(data)
+    if data.startswith((b"PK\x03\x04", b"PK\x05\x06")) and size <= MAX_BYTES:
+        with (
+            library_errors(lambda: f"{path} cannot be unpacked; unpack it and name its .txt"),
+            zipfile.ZipFile(io.BytesIO(data)) as archive,
+        ):
+            infos = [info for info in archive.infolist() if info.filename.lower().endswith(".txt")]
+            if len(infos) != 1:
+                raise UserError(f"{path} holds {len(infos)} .txt files and not one; unpack it and name them.")
+            size = infos[0].file_size
+            data = archive.read(infos[0]) if size <= MAX_BYTES else b""
+    if size > MAX_BYTES:
+        raise UserError(f"{path} holds more than {MAX_BYTES >> 20} MB, as no work of Aozora Bunko does.")
+    return data

@@ -1,8 +1,14 @@
 """What every kind of source offers."""
 
 import abc
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator
+
+from transformer_lm.errors import UserError
+
+CAUSE_CHARS = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +22,25 @@ class Options:
 
     text_field: str = "text"
     streaming: bool = False
+
+
+@contextlib.contextmanager
+def library_errors(what: Callable[[], str]) -> Iterator[None]:
+    """Makes whatever a library raises a UserError of one line: what is wrong, and the cause in the library's words.
+
+    The libraries that read documents raise nearly anything on odd input, so that none is named here. What says
+    something of this machine rather than of the input passes: no memory, Ctrl-C.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        cause = error
+        while cause.__cause__ is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__
+        words = textwrap.shorten(f"{type(cause).__name__}: {cause}", CAUSE_CHARS, placeholder=" ...")
+        raise UserError(f"{what()}: {words}") from error
 
 
 class Source(abc.ABC):
@@ -32,12 +57,28 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def read_shard(self, split: str, shard: int, start: int = 0) -> Iterator[str]:
-        """The documents of a shard, in order, from number `start` on."""
+        """The documents of a shard, in order, from number `start` on. May raise anything; see `documents`."""
 
     @property
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """A text that changes when the content does."""
+
+    def shard_name(self, split: str, shard: int) -> str:
+        """What a person knows a shard by."""
+        return f"Split {split!r}, shard {shard}"
+
+    def documents(self, split: str, shard: int, start: int = 0) -> Iterator[str]:
+        """As `read_shard`; raises a UserError that names shard and document where one cannot be read."""
+        number = start
+
+        def what():
+            return f"{self.shard_name(split, shard)} cannot be read to its end; document {number + 1} of it"
+
+        with library_errors(what):
+            for document in self.read_shard(split, shard, start):
+                yield document
+                number += 1
 
     def known_size(self, split: str, shard: int) -> int | None:
         """Number of documents in a shard, None where that is not known without reading it."""
@@ -47,7 +88,7 @@ class Source(abc.ABC):
         """Number of documents in a shard; where it is not known they are counted, once."""
         size = self.known_size(split, shard)
         if size is None:
-            size = self._sizes[split, shard] = sum(1 for _ in self.read_shard(split, shard))
+            size = self._sizes[split, shard] = sum(1 for _ in self.documents(split, shard))
         return size
 
     def size(self, split: str) -> int:
@@ -73,7 +114,7 @@ class Source(abc.ABC):
                 continue
             skip = max(0, start - first) if size is not None else 0  # what is not counted yet is read from its start
             number = first + skip
-            for document in self.read_shard(split, shard, skip):
+            for document in self.documents(split, shard, skip):
                 if stop is not None and number >= stop:
                     return
                 if mine and number >= start:

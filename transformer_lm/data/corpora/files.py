@@ -3,103 +3,126 @@
 Each may be compressed (.gz, .xz, .bz2, .zst), and may lie wherever fsspec reaches: a path, gs://, s3://, https://.
 """
 
-import bz2
-import gzip
+import functools
 import hashlib
 import io
 import itertools
 import json
-import lzma
-import os
-import sys
-import zlib
+import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import BinaryIO
 
 import fsspec
 
 from transformer_lm.data.corpora import aozora
-from transformer_lm.data.corpora.base import Options, Source
+from transformer_lm.data.corpora.base import Options, Source, library_errors
+from transformer_lm.data.corpora.content import BUFFER_BYTES, check_text, decompressed
+from transformer_lm.data.corpora.listing import list_files
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
 
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
-
-BUFFER_BYTES = 1 << 20
 PARQUET_ROWS = 256
-DECOMPRESSORS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": zstd.open}
-EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
+MAX_DOCUMENT_BYTES = 1 << 30  # beyond is a file without line ends, or a compressed nothing that would fill the memory
 
 
-def read_text(file: BinaryIO, path: str, options: Options) -> Iterator[str]:
+def read_text(file: io.BufferedReader, path: str, options: Options) -> Iterator[str]:
     """Documents are separated by blank lines; a file without one is a single document."""
     del options
+    check_text(file.peek(), path)
     lines: list[str] = []
-    for number, line in enumerate(file, 1):
+    size = 0
+    for number, line in _lines(file, path):
         if line.strip():
             lines.append(_decode(line, path, number))
+            size = _check_size(size + len(line), path)
         elif lines:
             yield "".join(lines).rstrip("\r\n")
-            lines = []
+            lines, size = [], 0
     if lines:
         yield "".join(lines).rstrip("\r\n")
 
 
-def read_jsonl(file: BinaryIO, path: str, options: Options) -> Iterator[str]:
-    """One JSON object a line, the document in its field `options.text_field`."""
-    for number, line in enumerate(file, 1):
+def read_jsonl(file: io.BufferedReader, path: str, options: Options) -> Iterator[str]:
+    """One JSON object a line, or all in one JSON array; the document is in the field `options.text_field`.
+
+    Of a key that stands twice in an object the last one counts, and null is an empty document.
+    """
+    check_text(file.peek(), path)
+    if re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{", file.peek()):
+        with library_errors(lambda: f"{path} is not a JSON array"):
+            content = file.read(MAX_DOCUMENT_BYTES + 1)
+            _check_size(len(content), path)
+            records = enumerate(json.loads(content.decode("utf-8-sig")), 1)
+        yield from (_field(record, options.text_field, f"{path}, record {number}") for number, record in records)
+        return
+    for number, line in _lines(file, path):
         if not line.strip():
             continue
-        line = _decode(line, path, number)
-        try:
-            text = json.loads(line)[options.text_field]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}, line {number}: not a JSON object with a field {options.text_field!r} ({error!r}); "
-                "mend the line, or set text_field."
-            ) from error
-        if not isinstance(text, str):
-            raise UserError(
-                f"{path}, line {number}: field {options.text_field!r} is a {type(text).__name__}, no string."
-            )
-        yield text
+        where, line = f"{path}, line {number}", _decode(line, path, number)
+        with library_errors(lambda where=where: f"{where}: not a JSON object; mend the line"):
+            record = json.loads(line)
+        yield _field(record, options.text_field, where)
 
 
-def read_parquet(file: BinaryIO, path: str, options: Options) -> Iterator[str]:
+def _field(record, name: str, where: str) -> str:
+    """The text in a record's field."""
+    if not isinstance(record, dict) or name not in record:
+        raise UserError(f"{where}: not a JSON object with a field {name!r}; mend it, or set text_field.")
+    return check_text_value(record[name], where, name)
+
+
+def _lines(file: io.BufferedReader, path: str) -> Iterator[tuple[int, bytes]]:
+    """The lines with their numbers, from 1."""
+    for number, line in enumerate(iter(functools.partial(file.readline, MAX_DOCUMENT_BYTES + 1), b""), 1):
+        _check_size(len(line), path)
+        yield number, line
+
+
+def _check_size(size: int, path: str) -> int:
+    if size > MAX_DOCUMENT_BYTES:
+        raise UserError(
+            f"{path} holds a document of more than {MAX_DOCUMENT_BYTES >> 20} MB; cut it, in text: by blank lines."
+        )
+    return size
+
+
+def read_parquet(file: io.BufferedReader, path: str, options: Options) -> Iterator[str]:
     """One document a row, in the column `options.text_field`."""
     return check_texts(parquet_column(file, path, options.text_field), path, options.text_field)
 
 
-def parquet_column(file: BinaryIO, path: str, name: str) -> Iterator:
+def parquet_column(file: io.BufferedReader, path: str, name: str) -> Iterator:
     """The values of a column of a Parquet file, a few hundred rows in memory at a time."""
     parquet = optional_import("pyarrow.parquet", "hf", "Reading Parquet")
-    try:
+    with library_errors(lambda: f"{path} cannot be read as Parquet"):
         table = parquet.ParquetFile(file)
         if name not in table.schema_arrow.names:
             names = ", ".join(table.schema_arrow.names)
             raise UserError(f"{path} has no column {name!r}; it has {names}: set text_field.")
         for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[name]):
             yield from batch.column(0).to_pylist()
-    except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
-        raise UserError(f"{path} cannot be read as Parquet: {error}") from error
 
 
-def read_aozora(file: BinaryIO, path: str, options: Options) -> Iterator[str]:
+def read_aozora(file: io.BufferedReader, path: str, options: Options) -> Iterator[str]:
     """A work of Aozora Bunko as it is published there (Shift_JIS, its notation, .txt or .zip) is one document."""
     del options
-    yield aozora.plain_text(aozora.unzip(file.read(), path), path)
+    data = aozora.unzip(file.read(aozora.MAX_BYTES + 1), path)
+    check_text(data, path)
+    yield aozora.plain_text(data, path)
 
 
-Reader = Callable[[BinaryIO, str, Options], Iterator[str]]
+Reader = Callable[[io.BufferedReader, str, Options], Iterator[str]]
 READERS: dict[str, Reader] = {
     "text": read_text,
     "jsonl": read_jsonl,
     "parquet": read_parquet,
     "aozora": read_aozora,
 }
+
+
+def read_file(kind: str, files: fsspec.AbstractFileSystem, path: str, options: Options) -> Iterator[str]:
+    """The documents of a file; `kind` is a key of READERS."""
+    with files.open(path, "rb", block_size=BUFFER_BYTES) as raw:
+        yield from READERS[kind](decompressed(raw, path), path, options)
 
 
 class Files(Source):
@@ -110,21 +133,9 @@ class Files(Source):
     def __init__(self, kind: str, pattern: str, options: Options = Options()):
         """`kind` is a key of READERS; `pattern` a path, URL or glob, ** included."""
         super().__init__()
-        self._reader, self._options = READERS[kind], options
-        pattern = os.path.expanduser(pattern)
-        try:
-            self._files, _ = fsspec.core.url_to_fs(pattern)
-            found = self._files.glob(pattern, detail=True)
-        except (ImportError, ValueError) as error:
-            protocol = pattern.partition("://")[0]
-            if protocol not in EXTRAS:
-                raise UserError(f"dataset {kind}:{pattern}: {error}") from error
-            raise UserError(
-                f"Reading {pattern} needs another package: pip install 'transformer-lm-japanese[{EXTRAS[protocol]}]'."
-            ) from error
-        except Exception as error:  # whatever a remote file system raises
-            raise UserError(f"{pattern} cannot be listed: {error!r}") from error
-        self._infos = [found[path] for path in sorted(found) if found[path]["type"] == "file"]
+        self._kind, self._options = kind, options
+        with library_errors(lambda: f"{pattern} cannot be listed"):
+            self._files, self._infos = list_files(pattern)
         if not self._infos:
             raise UserError(f"No file matches {pattern!r} (dataset {kind}:{pattern}).")
 
@@ -133,17 +144,15 @@ class Files(Source):
         del split
         return len(self._infos)
 
-    def read_shard(self, split: str, shard: int, start: int = 0) -> Iterator[str]:
+    def shard_name(self, split: str, shard: int) -> str:
         """See Source."""
         del split
-        path = self._infos[shard]["name"]
-        try:
-            with self._files.open(path, "rb", block_size=BUFFER_BYTES) as raw:
-                opener = DECOMPRESSORS.get(os.path.splitext(path)[1].lower())
-                file = io.BufferedReader(opener(raw), BUFFER_BYTES) if opener else raw
-                yield from itertools.islice(self._reader(file, path, self._options), start, None)
-        except (EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError, OSError) as error:
-            raise UserError(f"{path} cannot be read to its end: {error}") from error
+        return self._infos[shard]["name"]
+
+    def read_shard(self, split: str, shard: int, start: int = 0) -> Iterator[str]:
+        """See Source."""
+        path = self.shard_name(split, shard)
+        return itertools.islice(read_file(self._kind, self._files, path, self._options), start, None)
 
     @property
     def fingerprint(self) -> str:
@@ -156,17 +165,22 @@ class Files(Source):
         return hashlib.sha256(json.dumps([facts, self._options.text_field]).encode()).hexdigest()
 
 
+def check_text_value(text, where: str, field: str) -> str:
+    """The text as it is; raises UserError where it is none. A missing text (null) counts as empty."""
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{where}: {field!r} is a {type(text).__name__}, not a string; set text_field.")
+    return text or ""
+
+
 def check_texts(texts: Iterable, where: str, field: str) -> Iterator[str]:
-    """The texts as they are; raises UserError where one is none. A missing text (null) counts as empty."""
+    """Each as `check_text_value` gives it."""
     for text in texts:
-        if text is not None and not isinstance(text, str):
-            raise UserError(f"{where}: {field!r} is a {type(text).__name__}, not a string; set text_field.")
-        yield text or ""
+        yield check_text_value(text, where, field)
 
 
 def _decode(line: bytes, path: str, number: int) -> str:
     try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+        return line.decode("utf-8-sig")  # a byte order mark may stand where files were joined, too
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start}); convert the file, for example "

@@ -6,15 +6,22 @@ lie in HF_HOME; with HF_HUB_OFFLINE=1 nothing else is asked for.
 
 import itertools
 import os
+import re
 from collections.abc import Iterator
 
+import fsspec
+
 from transformer_lm.data.corpora.base import Options, Source
-from transformer_lm.data.corpora.files import check_texts
+from transformer_lm.data.corpora.files import check_texts, read_file
+from transformer_lm.data.corpora.listing import list_files
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
+from transformer_lm.files import is_remote
 
 SHARD_DOCUMENTS = 100_000
 READ_DOCUMENTS = 256
+_PATTERN = re.compile("[*?[\r\n\ud800-\udfff]|::")  # in a folder's name
+_JSON_LINES = re.compile(r".*\.(jsonl|ndjson|json)(\.(gz|bz2|xz|zst))?", re.IGNORECASE | re.DOTALL)
 
 # Names that were loading scripts, which `datasets` no longer runs, and where the same texts lie today as Parquet.
 MIRRORS = {
@@ -33,6 +40,7 @@ class HuggingFace(Source):
         path, config, self._only = parse_address(address)
         self._builder = self._open(datasets, path, config)
         self._cache: dict[str, object] = {}
+        self._files: dict[str, list[str]] = {}
         self.splits = (self._only, "train") if self._only else self._split_names(datasets)
 
     def _open(self, datasets, path: str, config: str | None):
@@ -46,10 +54,6 @@ class HuggingFace(Source):
         except ConnectionError as error:
             raise UserError(
                 f"dataset_name={self.name!r}: {error}. Look at the network, or at HF_HUB_OFFLINE."
-            ) from error
-        except (OSError, ValueError, RuntimeError) as error:  # no such dataset, no such config, a loading script
-            raise UserError(
-                f"dataset_name={self.name!r} cannot be opened: {error} (names are huggingface:OWNER/NAME[/CONFIG])."
             ) from error
 
     def _split_names(self, datasets) -> tuple[str, ...]:
@@ -71,18 +75,30 @@ class HuggingFace(Source):
 
     def num_shards(self, split: str) -> int:
         """See Source."""
+        if files := self._json_files(split):
+            return len(files)
         if self._options.streaming:
             return self._dataset(split).num_shards
         return -(-len(self._dataset(split)) // SHARD_DOCUMENTS)
 
+    def shard_name(self, split: str, shard: int) -> str:
+        """See Source."""
+        return f"Dataset {self.name!r}, split {split!r}, shard {shard} (text_field={self._options.text_field})"
+
     def known_size(self, split: str, shard: int) -> int | None:
         """See Source."""
-        if self._options.streaming:
+        if self._options.streaming or self._json_files(split):
             return super().known_size(split, shard)
         return min(SHARD_DOCUMENTS, len(self._dataset(split)) - shard * SHARD_DOCUMENTS)
 
     def read_shard(self, split: str, shard: int, start: int = 0) -> Iterator[str]:
         """See Source."""
+        if files := self._json_files(split):
+            path = files[shard]
+            place = fsspec.core.url_to_fs(path) if is_remote(path) else (fsspec.filesystem("file"), path)
+            texts = read_file("jsonl", *place, self._options)
+            yield from itertools.islice(texts, start, None)
+            return
         dataset, field = self._dataset(split), self._options.text_field
         if self._options.streaming:
             batches = dataset.shard(dataset.num_shards, shard).iter(READ_DOCUMENTS)
@@ -92,6 +108,24 @@ class HuggingFace(Source):
         first, last = shard * SHARD_DOCUMENTS, min((shard + 1) * SHARD_DOCUMENTS, len(dataset))
         for at in range(first + start, last, READ_DOCUMENTS):
             yield from check_texts(dataset[at : min(at + READ_DOCUMENTS, last)][field], self.name, field)
+
+    def _json_files(self, split: str) -> list[str]:
+        """The files of a split, downloaded unless it is streamed, where all are JSON lines; else none.
+
+        These are read as `jsonl:` reads them. `datasets` wants the same fields in every line of every file, has no
+        word on which line it cannot read, and dies of some (values nested very deep).
+        """
+        from datasets import DownloadManager
+        from datasets.packaged_modules.json.json import Json
+
+        split = self._only or split
+        if split not in self._files:
+            plain = isinstance(self._builder, Json) and self._builder.config.field is None
+            files = list(self._builder.config.data_files[split]) if plain else []
+            if not all(map(_JSON_LINES.fullmatch, files)):
+                files = []
+            self._files[split] = files if self._options.streaming else DownloadManager().download(files)
+        return self._files[split]
 
     def _dataset(self, split: str):
         """The dataset of a split, downloaded when it is first asked for (unless it is streamed)."""
@@ -121,13 +155,29 @@ def _downloaded(repository: str) -> str | None:
         return None
 
 
+def _check_folder(folder: str):
+    """Raises UserError where `datasets` would leave files out without a word, or find those of other folders."""
+    advice = f"name the files: jsonl:, text: or parquet:{folder}/**"
+    if _PATTERN.search(folder):
+        raise UserError(f"huggingface:{folder}: `datasets` takes this name for a pattern; rename it, or {advice}.")
+    for info in list_files(os.path.join(folder, "**"))[1]:
+        parent, name = os.path.split(info["name"])
+        if os.path.realpath(parent) != parent or re.search("[\r\n]|::", name):
+            raise UserError(
+                f"{info['name']}: `datasets` finds no file so named or in a linked folder; rename it, or {advice}."
+            )
+
+
 def parse_address(address: str) -> tuple[str, str | None, str | None]:
     """ "OWNER/NAME/CONFIG:SPLIT" -> what `datasets` calls path and configuration, and the split."""
-    address, _, split = address.partition(":")
+    split = ""
+    if not os.path.isdir(os.path.expanduser(address)):
+        address, _, split = re.fullmatch(r"(.*?)(:([^:/]*))?", address, re.DOTALL).groups()
     if address in MIRRORS:
         return (*MIRRORS[address], split or None)
-    if os.path.isdir(os.path.expanduser(address)):
-        return os.path.expanduser(address), None, split or None
+    if os.path.isdir(folder := os.path.expanduser(address)):
+        _check_folder(os.path.realpath(folder))
+        return folder, None, split or None
     parts = address.split("/", 2)
     if len(parts) < 2 or not all(parts):
         raise UserError(

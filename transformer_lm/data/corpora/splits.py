@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from transformer_lm.errors import UserError
 
-_TERM = re.compile(r"(?P<name>\w[\w.\-]*)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
+_TERM = re.compile(r"(?P<name>\w[\w.\-]*)(\[(?P<start>-?\d{1,18}%?)?:(?P<stop>-?\d{1,18}%?)?\])?")
 
 
 @dataclasses.dataclass(frozen=True)

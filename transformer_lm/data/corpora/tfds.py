@@ -4,6 +4,7 @@ The data must lie prepared in TFDS_DATA_DIR (a folder or gs://bucket/folder; ~/t
 as ArrayRecord, TFRecord or Parquet. What prepares them is TFDS itself, see docs/corpora.md.
 """
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -14,11 +15,11 @@ from typing import BinaryIO
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 
-from transformer_lm.data.corpora.base import Options, Source
-from transformer_lm.data.corpora.files import parquet_column
+from transformer_lm.data.corpora.base import Options, Source, library_errors
+from transformer_lm.data.corpora.files import check_text_value, parquet_column
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
-from transformer_lm.files import local_copy
+from transformer_lm.files import cache_folder, is_remote, local_copy
 
 READ_RECORDS = 256  # read at once from an ArrayRecord file
 
@@ -35,11 +36,10 @@ class Tfds(Source):
         self._options = options
         data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
         self._arguments = (name, options, data_dir)
+        folder = data_dir if is_remote(data_dir) else _utf8_name(os.path.expanduser(data_dir))
         try:
             parsed, arguments = tfds.core.naming.parse_builder_name_kwargs(name)
-            builder = tfds.core.read_only_builder.builder_from_files(
-                str(parsed), data_dir=os.path.expanduser(data_dir), **arguments
-            )
+            builder = tfds.core.read_only_builder.builder_from_files(str(parsed), data_dir=folder, **arguments)
         except (tfds.core.registered.DatasetNotFoundError, ValueError, FileNotFoundError) as error:
             raise UserError(
                 f"dataset_name={name!r}: no prepared data in TFDS_DATA_DIR={data_dir}. Prepare it once: "
@@ -73,6 +73,10 @@ class Tfds(Source):
         """See Source."""
         return self._info.splits[split].shard_lengths[shard]
 
+    def shard_name(self, split: str, shard: int) -> str:
+        """See Source."""
+        return str(self._paths[split][shard])
+
     def read_shard(self, split: str, shard: int, start: int = 0) -> Iterator[str]:
         """See Source."""
         path, kind, count = self._paths[split][shard], self._info.file_format.value, start
@@ -90,26 +94,35 @@ class Tfds(Source):
                 f"{path}: files of the format {kind} cannot be read; convert them: tfds convert_format "
                 f"--dataset_version_dir={path.parent} --out_file_format=array_record --out_dir=FOLDER"
             )
-        records = RECORD_READERS[kind](path, start)
+        field, records = self._options.text_field, RECORD_READERS[kind](path, start)
         for record in records:
-            yield self._info.features.deserialize_example_np(record)[self._options.text_field].decode()
+            value = self._info.features.deserialize_example_np(record)[field]
+            yield value.decode() if isinstance(value, bytes) else check_text_value(value, str(path), field)
+
+
+def _utf8_name(folder: str) -> str:
+    """A folder by a name in UTF-8, as the readers of ArrayRecord files need it: its own, or that of a link to it."""
+    if folder == folder.encode(errors="replace").decode():
+        return folder
+    folder = os.path.abspath(folder)
+    link = cache_folder() / f"folder-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}"
+    with contextlib.suppress(FileExistsError):
+        link.symlink_to(folder)
+    return str(link)
 
 
 def _array_records(path: epath.Path, start: int) -> Iterator[bytes]:
-    try:
-        with ArrayRecordDataSource([str(local_copy(path))]) as records:
-            for first in range(start, len(records), READ_RECORDS):
-                yield from records.__getitems__(range(first, min(first + READ_RECORDS, len(records))))
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+    with (
+        library_errors(lambda: f"{path} cannot be read, or is damaged"),
+        ArrayRecordDataSource([str(local_copy(path))]) as records,
+    ):
+        for first in range(start, len(records), READ_RECORDS):
+            yield from records.__getitems__(range(first, min(first + READ_RECORDS, len(records))))
 
 
 def _tf_records(path: epath.Path, start: int) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        try:
-            yield from itertools.islice(read_tf_records(file), start, None)
-        except ValueError as error:
-            raise UserError(f"{path} is damaged: {error}") from error
+    with library_errors(lambda: f"{path} cannot be read, or is damaged"), path.open("rb") as file:
+        yield from itertools.islice(read_tf_records(file), start, None)
 
 
 def _parquet_records(path: epath.Path, start: int) -> Iterator[bytes]:
