@@ -35,9 +35,20 @@ def write_file_atomically(path: os.PathLike | str, write: Callable[[str], object
         if is_remote(path):
             epath.Path(temporary).copy(path, overwrite=True)
         else:
+            sync(temporary)
             temporary.replace(path)
+            sync(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: os.PathLike | str):
+    """Returns when a local file, or the names in a folder, survive a power cut."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def read_json(path: epath.Path) -> dict:

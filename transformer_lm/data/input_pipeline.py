@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from transformer_lm.data.packing import padding_id, unpack
+from transformer_lm.data.packing import Row, padding_id, read_records
 from transformer_lm.data.rows import PreparedCorpus, PreparedMixture
 from transformer_lm.files import local_copy
+from transformer_lm.tokenizer import START_ID
 
 READ_THREADS = 4
 PREFETCH_BATCHES = 8
@@ -21,9 +22,9 @@ Batch = dict[str, np.ndarray]
 
 
 def _rows(corpus: PreparedCorpus) -> grain.MapDataset:
-    """The corpus's rows, each [T]. Remote files are copied to the cache of this machine first."""
+    """The corpus's stored rows, uint8. Remote files are copied to the cache of this machine first."""
     source = grain.sources.ArrayRecordDataSource([str(local_copy(path)) for path in corpus.paths])
-    return grain.MapDataset.source(source).map(lambda record: np.frombuffer(record, corpus.dtype))
+    return grain.MapDataset.source(source).map(lambda record: np.frombuffer(record, np.uint8))
 
 
 def _mix(datasets: list[grain.MapDataset], weights: tuple[float, ...]) -> grain.MapDataset:
@@ -39,11 +40,11 @@ def train_batches(
     Every epoch of a corpus sees all its rows once, in an order of its own; so does each part of a mixture.
 
     Yields:
-      what `packing.unpack` makes of [batch_size, T] rows.
+      what `packing.read_records` makes of batch_size rows.
     """
     parts = [_rows(part).shuffle(seed=seed).repeat() for part in corpus.parts]
     rows = _mix(parts, corpus.weights).slice(slice(first_row, None))
-    dataset = rows.batch(batch_size, drop_remainder=True).map(unpack)
+    dataset = rows.batch(batch_size, drop_remainder=True).map(lambda records: read_records(records, corpus.dtype))
     options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCH_BATCHES * READ_THREADS)
     return iter(dataset.to_iter_dataset(options))
 
@@ -52,8 +53,8 @@ def eval_batches(corpus: PreparedCorpus | PreparedMixture, *, batch_size: int, m
     """The corpus's rows in order, once, at most `max_batches` (-1: all). The last batch is filled up with padding."""
     rows = _mix([_rows(part) for part in corpus.parts], corpus.weights)
     stop = None if max_batches < 0 else max_batches
+    empty = Row(np.full(corpus.row_length, padding_id(corpus.dtype), corpus.dtype), START_ID, 0, 0).record()
     for start in itertools.islice(range(0, len(rows), batch_size), stop):
-        batch = np.full((batch_size, corpus.row_length), padding_id(corpus.dtype), corpus.dtype)
-        for i in range(start, min(start + batch_size, len(rows))):
-            batch[i - start] = rows[i]
-        yield unpack(batch)
+        records = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
+        records += [np.frombuffer(empty, np.uint8)] * (batch_size - len(records))
+        yield read_records(np.stack(records), corpus.dtype)

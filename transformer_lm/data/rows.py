@@ -3,13 +3,16 @@
 A prepared corpus is a folder of ArrayRecord files and a manifest. The folder's name is a hash of all that determines
 its content, so that a changed corpus, tokenizer or row length never meets stale rows. The corpus is worked on in
 blocks of consecutive documents, one file each; a block's counts appear only when its file is whole, and the manifest
-only when all blocks are there.
+only when all blocks are there. Both know how long each file is and its checksum, so that one which was damaged later is
+found, and made again.
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
+import os
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
@@ -22,12 +25,18 @@ from transformer_lm.data import corpora, dataset_preprocessor, packing
 from transformer_lm.data.dataset_preprocessor import Preprocessing
 from transformer_lm.errors import UserError
 from transformer_lm.files import children, write_atomically, write_file_atomically
-from transformer_lm.tokenizer import Tokenizer
+from transformer_lm.tokenizer import UNK_ID, Tokenizer
 from transformer_lm.version import __version__
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 BLOCK_CHARS = 4_000_000  # a block is closed by the document with which it reaches this many characters
 MANIFEST = "manifest.json"
+LOCK = "lock"
+RECORDS = ".arrayrecord"
+MAX_CHECKED_BYTES = (
+    4 << 30
+)  # of rows whose checksums are compared at each start; of larger corpora only the lengths are
+MAX_DECODED_TEXTS = 100  # of a block, to see what does not come back
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +94,16 @@ class PreparedCorpus:
     @classmethod
     def load(cls, directory: epath.Path) -> "PreparedCorpus":
         """Reads the manifest of a folder."""
-        return cls(directory, json.loads((directory / MANIFEST).read_text()))
+        return cls(directory, json.loads((directory / MANIFEST).read_text(encoding="utf-8")))
+
+    def damaged_blocks(self) -> list[str]:
+        """Names of the blocks whose files are missing, of another length, or (see MAX_CHECKED_BYTES) content."""
+        checking = sum(size for size, _ in self.manifest["checksums"].values()) <= MAX_CHECKED_BYTES
+        return [
+            name.removesuffix(RECORDS)
+            for name, (size, checksum) in self.manifest["checksums"].items()
+            if not _is_whole(self.directory / name, size, checksum if checking else None)
+        ]
 
     @property
     def paths(self) -> list[str]:
@@ -134,15 +152,6 @@ class PreparedMixture:
     def row_length(self) -> int:
         """T."""
         return self.parts[0].row_length
-
-    @property
-    def manifest(self) -> dict:
-        """Characters and bytes to one token of the mixture."""
-        shares = list(zip(self.parts, self.weights, strict=True))
-        return {
-            name: sum(weight * part.manifest[name] / part.manifest["tokens"] for part, weight in shares)
-            for name in ("tokens", "characters", "bytes")
-        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,41 +209,83 @@ def finish_rows(plan: RowsPlan, names: list[str]) -> PreparedCorpus:
     (EOS included), rows, and padding (slots without a token).
     """
     directory = plan.directory
-    blocks = [json.loads((directory / f"{name}.json").read_text()) for name in names]
-    counts = {name: sum(block[name] for block in blocks) for name in (blocks[0] if blocks else [])}
+    blocks = [read_block(directory, name) for name in names]
+    counts = sum((Counter(block["counts"]) for block in blocks), Counter())
     if not counts.get("texts"):
         directory.rmtree()
         raise UserError(
             f"Dataset {plan.corpus.documents.name!r}, split {plan.corpus.documents.split!r}, holds no text."
         )
-    files = [f"{name}.arrayrecord" for name, block in zip(names, blocks, strict=True) if block["rows"]]
+    files = [name + RECORDS for name, block in zip(names, blocks, strict=True) if block["counts"]["rows"]]
     for path in children(directory):  # of preparations that were killed, or done with other numbers of tasks
-        if path.name not in files and path.stem not in names:
+        if path.name not in files and path.stem not in names and path.name != LOCK:
             path.rmtree() if path.is_dir() else path.unlink()
     manifest = plan.identity | {
         "dtype": packing.row_dtype(plan.tokenizer.vocab_size).name,
         "transformer_lm_version": __version__,
-        **counts,
+        **{name: counts[name] for name in blocks[0]["counts"]},
         "characters_per_token": round(counts["characters"] / counts["tokens"], 4),
         "files": files,
+        "checksums": {
+            name + RECORDS: block["file"] for name, block in zip(names, blocks, strict=True) if block["counts"]["rows"]
+        },
     }
-    write_atomically(
-        directory / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1).encode(errors="backslashreplace")
-    )
+    content = json.dumps(manifest, ensure_ascii=False, indent=1)
+    write_atomically(directory / MANIFEST, content.encode(errors="backslashreplace"))
+    _report(plan, manifest)
+    return PreparedCorpus(directory, manifest)
+
+
+def _report(plan: RowsPlan, manifest: dict):
+    """Logs what there is, and what is not as it was in the source."""
+    title = plan.corpus.title
     logging.info(
         "%s: %d documents, %d texts, %d characters, %d tokens (%.2f characters each), %d rows of %d, %.2f %% padding.",
-        plan.corpus.title, counts["documents"], counts["texts"], counts["characters"], counts["tokens"],
-        manifest["characters_per_token"], counts["rows"], plan.row_length,
-        100 * counts["padding"] / (counts["rows"] * plan.row_length),
+        title, manifest["documents"], manifest["texts"], manifest["characters"], manifest["tokens"],
+        manifest["characters_per_token"], manifest["rows"], plan.row_length,
+        100 * manifest["padding"] / (manifest["rows"] * plan.row_length),
     )  # fmt: skip
     for name, what in (
         ("empty_documents", "left out %d documents without text"),
         ("nul_characters", "left out %d NUL characters"),
         ("lone_surrogates", "replaced %d halves of surrogate pairs by U+FFFD"),
+        ("unknown_tokens", "%d tokens are unknown pieces, which lose what they stand for"),
     ):
-        if counts.get(name):  # a block made before this was counted has no such count
-            logging.info(f"%s: {what}.", plan.corpus.title, counts[name])
-    return PreparedCorpus(directory, manifest)
+        if manifest[name]:
+            logging.info(f"%s: {what}.", title, manifest[name])
+    if manifest["changed_texts"]:
+        share = 100 * manifest["changed_texts"] / manifest["decoded_texts"]
+        logging.info("%s: %.1f %% of the texts do not come back letter by letter from their tokens.", title, share)
+
+
+def read_block(directory: epath.Path, name: str) -> dict | None:
+    """What a block's JSON says of it: `counts` and `file` (length and checksum); None where it is not whole."""
+    try:
+        block = json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))
+        size, checksum = block["file"]
+        whole = not block["counts"]["rows"] or _is_whole(directory / (name + RECORDS), size, checksum)
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError):
+        whole = False
+    if whole:
+        return block
+    logging.warning("The block %s of prepared rows is damaged: it is made again.", directory / name)
+    return None
+
+
+def _is_whole(path: epath.Path, size: int, checksum: int | None) -> bool:
+    """Whether a file has a length and, unless None, a checksum."""
+    return path.exists() and path.stat().length == size and checksum in (None, _checksum(path))
+
+
+def _checksum(path: epath.Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 22):
+            value = zlib.crc32(part, value)
+    return value
 
 
 def blocks_of(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -262,13 +313,13 @@ def write_block(
         empty += not found
         texts += found
     seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
-    order = np.random.default_rng(seed).permutation(len(texts))
-    ids = spm.encode_texts([texts[i] for i in order])
+    texts = [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))]
+    ids = spm.encode_texts(texts)
+    sized = [_with_sizes(tokens, text, spm.piece_sizes) for tokens, text in zip(ids, texts, strict=True)]
     dtype = packing.row_dtype(spm.vocab_size)
-    rows = [row.tobytes() for row in packing.pack(ids, row_length, dtype)]
-    if rows:
-        write_file_atomically(epath.Path(directory) / f"{name}.arrayrecord", functools.partial(_write_records, rows))
+    records = [row.record() for row in packing.pack(sized, row_length, dtype)]
     tokens = sum(map(len, ids))
+    decoded = list(zip(texts, ids, strict=True))[:MAX_DECODED_TEXTS]
     counts = {
         "documents": len(block),
         "empty_documents": empty,
@@ -277,18 +328,46 @@ def write_block(
         "characters": sum(map(len, texts)),
         "bytes": sum(len(text.encode()) for text in texts),
         "tokens": tokens,
-        "rows": len(rows),
-        "padding": len(rows) * row_length - tokens,
+        "unknown_tokens": sum(int(np.sum(tokens == UNK_ID)) for tokens in ids),
+        "decoded_texts": len(decoded),
+        "changed_texts": sum(spm.decode(tokens) != text for text, tokens in decoded),
+        "rows": len(records),
+        "padding": len(records) * row_length - tokens,
     }
-    write_atomically(epath.Path(directory) / f"{name}.json", json.dumps(counts).encode())
+    file = _write_records(epath.Path(directory) / (name + RECORDS), records) if records else (0, 0)
+    content = {"counts": counts, "file": file}
+    write_atomically(epath.Path(directory) / f"{name}.json", json.dumps(content).encode())
     return counts
 
 
-def _write_records(records: list[bytes], path: str):
-    writer = ArrayRecordWriter(path, "group_size:1,uncompressed")
-    for record in records:
-        writer.write(record)
-    writer.close()
+def _with_sizes(ids: np.ndarray, text: str, piece_sizes: np.ndarray) -> np.ndarray:
+    """[n] ids -> [n, 3]: ids, and the characters and bytes of the text that each stands for, which sum to the text's.
+
+    A piece stands for as much as it is long, but where normalization, unknown pieces or the space in front of a text
+    make a difference it is spread over the text.
+    """
+    ends = np.cumsum(piece_sizes[ids], axis=0, dtype=np.int64)  # [n, 2]
+    total = np.maximum(ends[-1], 1)
+    ends = (ends * (len(text), len(text.encode())) + total // 2) // total
+    return np.concatenate([ids[:, None], np.diff(ends, axis=0, prepend=0)], axis=1)
+
+
+def _write_records(path: epath.Path, records: list[bytes]) -> tuple[int, int]:
+    """Writes an ArrayRecord file; returns its length and checksum."""
+    found = []
+
+    def write(temporary: str):
+        try:
+            writer = ArrayRecordWriter(temporary, "group_size:1,uncompressed")
+            for record in records:
+                writer.write(record)
+            writer.close()
+        except RuntimeError as error:  # a full disk, say
+            raise OSError(f"{path} cannot be written: {error}") from error
+        found.extend((os.path.getsize(temporary), _checksum(epath.Path(temporary))))
+
+    write_file_atomically(path, write)
+    return found[0], found[1]
 
 
 @functools.cache

@@ -2,13 +2,20 @@
 
 import concurrent.futures
 import concurrent.futures.process
-import json
+import contextlib
 import multiprocessing
+import os
 import signal
+import sys
+import threading
+import time
+import types
+from collections.abc import Iterator
 
 from transformer_lm import console
-from transformer_lm.data.rows import RowsPlan, blocks_of
-from transformer_lm.files import children
+from transformer_lm.data.rows import RowsPlan, blocks_of, read_block
+
+WATCH_SECONDS = 0.5
 
 
 def make_blocks(plan: RowsPlan, processes: int) -> list[str]:
@@ -16,7 +23,6 @@ def make_blocks(plan: RowsPlan, processes: int) -> list[str]:
     names: list[str] = []
     characters = 0
     waiting: set[concurrent.futures.Future] = set()
-    done = {path.name: path for path in children(plan.directory) if path.suffix == ".json"}
     with console.progress(f"Preparing {plan.corpus.title}") as report, _pool(processes) as pool:
 
         def collect(when):
@@ -27,21 +33,58 @@ def make_blocks(plan: RowsPlan, processes: int) -> list[str]:
 
         for number, block in enumerate(blocks_of(plan.corpus.documents)):
             names.append(f"rows-{number:06d}")
-            if (path := done.get(f"{names[-1]}.json")) is not None:
-                characters += json.loads(path.read_text())["characters"]
+            if (done := read_block(plan.directory, names[-1])) is not None:
+                characters += done["counts"]["characters"]
                 continue
-            waiting.add(pool.submit(plan.write_block, names[-1], block))
+            with _without_main_module():
+                waiting.add(pool.submit(plan.write_block, names[-1], block))
             if len(waiting) > processes:
                 collect(concurrent.futures.FIRST_COMPLETED)
         collect(concurrent.futures.ALL_COMPLETED)
     return names
 
 
-def _pool(processes: int) -> concurrent.futures.ProcessPoolExecutor:
-    """Worker processes; spawned, since JAX's threads do not survive a fork. Ctrl-C is the parent's to handle."""
-    return concurrent.futures.ProcessPoolExecutor(
-        processes,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),
+@contextlib.contextmanager
+def _pool(processes: int) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
+    """Worker processes; spawned, since JAX's threads do not survive a fork. After an error none is waited for."""
+    pool = concurrent.futures.ProcessPoolExecutor(
+        processes, mp_context=multiprocessing.get_context("spawn"), initializer=_begin
     )
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def _begin():
+    """In a worker: Ctrl-C is the parent's to handle, and without it there is nothing to work for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+
+
+def end_with_parent():
+    """Ends this process soon after the one that started it has ended, however that was killed."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(WATCH_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _without_main_module() -> Iterator[None]:
+    """Processes that are spawned within do not import the program's main module.
+
+    It may import JAX, seconds and hundreds of megabytes for each worker, or be a script that would start all over.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

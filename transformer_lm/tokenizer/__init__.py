@@ -3,6 +3,7 @@
 python -m transformer_lm.tokenizer --workdir=logs/my_model --inspect "吾輩は猫である。"
 """
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
@@ -57,6 +58,25 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of pieces, V."""
         return self._processor.vocab_size()
+
+    @functools.cached_property
+    def piece_sizes(self) -> np.ndarray:
+        """[V, 2] int32: how many characters and bytes of text each piece stands for.
+
+        A byte piece is one byte, and a character where it begins one; control pieces stand for nothing, unknown ones
+        for a character, whose bytes are not known: it is taken for one of three, as most of Japanese.
+        """
+        spm, sizes = self._processor, np.zeros((self.vocab_size, 2), np.int32)
+        for number in range(self.vocab_size):
+            piece = spm.id_to_piece(number)
+            if spm.is_byte(number):
+                sizes[number] = int(piece[3:5], 16) >> 6 != 0b10, 1
+            elif spm.is_unknown(number):
+                sizes[number] = 1, 3
+            elif not spm.is_control(number):
+                text = piece.replace("\u2581", " ")
+                sizes[number] = len(text), len(text.encode())
+        return sizes
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS and EOS."""

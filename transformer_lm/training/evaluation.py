@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import jax
@@ -13,7 +14,6 @@ from transformer_lm.data.rows import PreparedCorpus, PreparedMixture
 from transformer_lm.training import sharding
 from transformer_lm.training.config import TrainConfig
 from transformer_lm.training.loss import perplexity
-from transformer_lm.training.state import zero_totals
 
 LN2 = math.log(2)
 
@@ -26,30 +26,28 @@ def evaluate_rows(
     mesh: Mesh,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """`mean_metrics` on prepared rows, spread over the mesh; of no use when `stopped` has ended it early."""
+    """`mean_metrics` of prepared rows, spread over the mesh; of no use when `stopped` has ended it early."""
     batch_size = (config.eval_per_device_batch_size or config.per_device_batch_size) * mesh.size
     batches = input_pipeline.eval_batches(rows, batch_size=batch_size, max_batches=config.num_eval_steps)
     batches = itertools.takewhile(lambda _: not stopped(), batches)
     placed = (jax.device_put(batch, sharding.batch_sharding(mesh)) for batch in batches)
-    return mean_metrics((eval_step(params, batch) for batch in placed), rows.manifest)
+    return mean_metrics(eval_step(params, batch) for batch in placed)
 
 
-def mean_metrics(sums: Iterable[dict[str, jax.Array]], manifest: dict) -> dict[str, float]:
-    """Evaluation metrics from each batch's sums: nats a token, and bits a character and byte by the corpus's counts.
+def mean_metrics(sums: Iterable[dict[str, jax.Array]]) -> dict[str, float]:
+    """Evaluation metrics from what `make_eval_step` gives for each batch: nats a token, bits a character and byte.
 
     A batch's sums are read when the next batch is on its way, so that the device does not wait for Python.
     """
-    totals = dict.fromkeys(zero_totals(), 0.0)  # of Python's floats: many batches would outgrow float32
+    totals: Counter[str] = Counter()  # of Python's floats: many batches would outgrow float32
     for of_batch, _ in itertools.pairwise(itertools.chain(sums, [None])):
-        for name, value in of_batch.items():
-            totals[name] += float(value)
-    tokens = max(totals["tokens"], 1.0)
-    loss = totals["loss"] / tokens
-    bits = loss / LN2 * manifest["tokens"]
+        totals.update({name: float(value) for name, value in of_batch.items()})
+    loss = totals["loss"] / max(totals["tokens"], 1.0)
+    bits = totals["loss"] / LN2
     return {
         "eval_loss": loss,
         "eval_perplexity": perplexity(loss),
-        "eval_accuracy": totals["correct"] / tokens,
-        "eval_bits_per_char": bits / manifest["characters"],
-        "eval_bits_per_byte": bits / manifest["bytes"],
+        "eval_accuracy": totals["correct"] / max(totals["tokens"], 1.0),
+        "eval_bits_per_char": bits / max(totals["characters"], 1.0),
+        "eval_bits_per_byte": bits / max(totals["bytes"], 1.0),
     }

@@ -51,10 +51,11 @@ def make_train_step(
 
 
 def make_eval_step(network: models.TransformerConfig) -> Callable:
-    """(params, batch) -> the sums of `loss_and_totals`."""
+    """(params, batch) -> the sums of `loss_and_totals`, and of the characters and bytes of the batch's rows."""
 
     def eval_step(params, batch):
         logits, weights = apply_network(network, params, batch)
-        return loss_and_totals(logits, batch["targets"], weights)[1]
+        counts = {name: jnp.sum(batch[name]) for name in ("characters", "bytes")}
+        return loss_and_totals(logits, batch["targets"], weights)[1] | counts
 
     return eval_step
