@@ -6,7 +6,7 @@ import dataclasses
 import textwrap
 from collections.abc import Callable, Iterator
 
-from transformer_lm.errors import UserError
+from transformer_lm.errors import UserError, is_out_of_memory
 
 CAUSE_CHARS = 300
 
@@ -33,9 +33,9 @@ def library_errors(what: Callable[[], str]) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, MemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
         cause = error
         while cause.__cause__ is not None and not isinstance(cause, OSError):
             cause = cause.__cause__
