@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from etils import epath
 
 from transformer_lm.errors import UserError
 
+MAX_CACHE_BYTES = int(os.environ.get("TRANSFORMER_LM_CACHE_GB", 100)) << 30  # of copies of remote files
+CACHE_SECONDS = 24 * 3600
 MAX_JSON_BYTES = 64 << 20  # the longest that is written here, an index of a hundred thousand tensors, has 10 MB
 
 
@@ -75,10 +78,29 @@ def local_copy(path: os.PathLike | str) -> Path:
     stat = path.stat()
     version = hashlib.sha256(f"{path} {stat.length} {stat.mtime}".encode()).hexdigest()[:16]
     copy = cache_folder() / version / path.name
-    if not copy.exists():
+    if copy.exists():
+        copy.touch()  # used now
+    else:
+        _make_room(stat.length)
         copy.parent.mkdir(parents=True, exist_ok=True)
         write_file_atomically(copy, lambda temporary: _download(path, temporary))
     return copy
+
+
+def _make_room(size: int):
+    """Removes copies that were not used for a day or more, the oldest first, until a new one fits the cache.
+
+    What a run reads may be more than the limit: then it is what its disk has to hold, and nothing of it is removed.
+    """
+    copies = [
+        (path.stat().st_mtime, path.stat().st_size, path) for path in cache_folder().glob("*/*") if path.is_file()
+    ]
+    total = size + sum(length for _, length, _ in copies)
+    for used, length, path in sorted(copies):
+        if total <= MAX_CACHE_BYTES or time.time() - used < CACHE_SECONDS:
+            return
+        path.unlink(missing_ok=True)  # whoever has it open goes on reading it
+        total -= length
 
 
 def _download(path: epath.Path, target: str):

@@ -89,7 +89,8 @@ class Preprocessing:
     def fingerprint(self) -> str:
         """A text that changes when the texts may: with the function's code, too, so that no stale rows are met."""
         code = re.sub(r"\s+", " ", inspect.getsource(PREPROCESSORS[self.preprocessor]))
-        return hashlib.sha256(f"{self} {unicodedata.unidata_version} {code}".encode()).hexdigest()[:16]
+        tables = unicodedata.unidata_version if self.unicode_normalization else ""  # which grow with Python's version
+        return hashlib.sha256(f"{self} {tables} {code}".encode()).hexdigest()[:16]
 
 
 def for_dataset(name: str, preprocessor: str | None, unicode_normalization: str) -> Preprocessing:

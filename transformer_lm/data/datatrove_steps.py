@@ -12,7 +12,7 @@ from etils import epath
 
 from transformer_lm.data import corpora
 from transformer_lm.data.dataset_preprocessor import Preprocessing
-from transformer_lm.data.rows import RowsPlan, blocks_of
+from transformer_lm.data.rows import RowsPlan, blocks_of, read_block
 from transformer_lm.files import write_atomically
 
 EXAMPLES = 3  # removed texts that each task keeps of each rule, for the report
@@ -62,7 +62,7 @@ class PackRows(PipelineStep):
         """See PipelineStep."""
         for number, block in enumerate(blocks_of(document.text for document in data)):
             name = f"{rows_prefix(world_size)}{rank:05d}-{number:06d}"
-            if not (epath.Path(self.directory) / f"{name}.json").exists():
+            if read_block(epath.Path(self.directory), name) is None:
                 self.write_block(name, block)
 
 

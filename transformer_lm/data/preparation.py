@@ -8,13 +8,15 @@ of its own. For many, the same functions are steps of a datatrove pipeline (`dat
 import concurrent.futures.process
 import dataclasses
 import functools
-import json
+import glob
+import itertools
 import os
 from typing import Annotated
 
 from absl import logging
 from etils import epath
 
+from transformer_lm import locks
 from transformer_lm.data import cleaning, corpora, dataset_preprocessor, tokenizer_training
 from transformer_lm.data.dataset_preprocessor import Preprocessing
 from transformer_lm.data.launcher import Launcher
@@ -23,7 +25,7 @@ from transformer_lm.data.workers import make_blocks
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
 from transformer_lm.fields import LARGEST, Count, CountOrZero, Range, check
-from transformer_lm.files import absolute, write_atomically
+from transformer_lm.files import absolute, children, read_json, write_atomically
 from transformer_lm.tokenizer import Tokenizer
 
 
@@ -84,27 +86,50 @@ def prepare(
       UserError: a dataset or split does not exist (before any long work), or its content cannot be used.
     """
     root = absolute(config.prepared_dir or epath.Path(workdir) / "prepared")
-    train = open_corpora(config.dataset_name, config.train_split, config)
-    evaluation = open_corpora(config.eval_dataset_name or config.dataset_name, config.eval_split, config)
+    opened: dict[str, corpora.Source] = {}
+    train = open_corpora(config.dataset_name, config.train_split, config, opened)
+    evaluation = open_corpora(config.eval_dataset_name or config.dataset_name, config.eval_split, config, opened)
+    _warn_of_overlaps(train, evaluation)
+    spm_path = absolute(config.vocab_path or epath.Path(workdir) / "sentencepiece_model")
+    if tokenizer_source is None and not spm_path.exists():
+        tokenizer_training.check_options(config.spm_train_options)  # before the corpus is read
     train, evaluation = (_cleaned(part, config, root, launcher) for part in (train, evaluation))
-    tokenizer_path = absolute(config.vocab_path or epath.Path(workdir) / "sentencepiece_model")
-    if tokenizer_source and not tokenizer_path.exists():
-        write_atomically(tokenizer_path, Tokenizer.load(tokenizer_source).model)
-    spm = tokenizer_training.load_or_train(
-        tokenizer_path,
-        [(corpus.texts(), corpus.weight) for corpus in train],
-        vocab_size=config.vocab_size,
-        max_corpus_chars=config.max_corpus_chars,
-        options=config.spm_train_options,
-    )
-    if spm.vocab_size != config.vocab_size:
-        logging.info("The tokenizer at %s has %d pieces; so has the model.", tokenizer_path, spm.vocab_size)
+    spm = _tokenizer(spm_path, tokenizer_source, train, config)
     rows = functools.partial(_rows_of, config=config, spm=spm, root=root, launcher=launcher)
     return PreparedData(
         spm,
         rows(train, row_length=config.max_target_length),
         rows(evaluation, row_length=config.max_eval_target_length),
     )
+
+
+def _warn_of_overlaps(train: list[Corpus], evaluation: list[Corpus]):
+    for one, other in itertools.product(train, evaluation):
+        if one.documents.overlaps(other.documents):
+            logging.warning("%s is evaluated on, and documents of it are trained on (%s): the scores will be too good.",
+                            other.title, one.title)  # fmt: skip
+
+
+def _tokenizer(path: epath.Path, source: epath.Path | None, train: list[Corpus], config: DataConfig) -> Tokenizer:
+    """The tokenizer at a path, copied from a source or trained where there is none yet."""
+    if not path.exists():
+        with locks.waiting_for(f"{path}.lock", f"The tokenizer {path}"):
+            if source and not path.exists():
+                write_atomically(path, Tokenizer.load(source).model)
+            elif not path.exists():
+                mixture = [(corpus.texts(), corpus.weight) for corpus in train]
+                model = tokenizer_training.train(
+                    mixture,
+                    vocab_size=config.vocab_size,
+                    max_corpus_chars=config.max_corpus_chars,
+                    options=config.spm_train_options,
+                )
+                write_atomically(path, model)
+                logging.info("Wrote the tokenizer to %s.", path)
+    spm = Tokenizer.load(path)
+    if spm.vocab_size != config.vocab_size:
+        logging.info("The tokenizer at %s has %d pieces; so has the model.", path, spm.vocab_size)
+    return spm
 
 
 def prepare_evaluation(config: DataConfig, spm: Tokenizer, root: epath.Path) -> PreparedCorpus | PreparedMixture:
@@ -126,15 +151,31 @@ def _rows_of(
     parts = []
     for corpus in mixture:
         plan = RowsPlan(corpus, spm, row_length, root)
-        if (plan.directory / MANIFEST).exists():
-            parts.append(PreparedCorpus.load(plan.directory))
-        else:
-            parts.append(prepare_rows(plan, config.prepare_processes, launcher))
+        if (found := _found_rows(plan)) is None:
+            with locks.waiting_for(f"{plan.directory}.lock", f"The folder of rows {plan.directory}"):
+                found = _found_rows(plan) or prepare_rows(plan, config.prepare_processes, launcher)
+        parts.append(found)
     return parts[0] if len(parts) == 1 else PreparedMixture(tuple(parts), tuple(part.weight for part in mixture))
 
 
-def open_corpora(name: str | list, split: str, config: DataConfig) -> list[Corpus]:
-    """The corpora of a dataset name or a mixture, their weights summing to 1."""
+def _found_rows(plan: RowsPlan) -> PreparedCorpus | None:
+    """The rows of a plan where they are there and whole, else None."""
+    try:
+        found = PreparedCorpus.load(plan.directory)
+        damaged = found.damaged_blocks()
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError):  # a manifest that is cut or empty
+        damaged = [MANIFEST]
+    if damaged:
+        logging.warning("%s: %s is damaged, and is made again.", plan.directory, damaged[0])
+    return None if damaged else found
+
+
+def open_corpora(
+    name: str | list, split: str, config: DataConfig, opened: dict[str, corpora.Source] | None = None
+) -> list[Corpus]:
+    """The corpora of a dataset name or a mixture, their weights summing to 1; sources in `opened` are shared."""
     parts = [(name, 1.0)] if isinstance(name, str) else name
     try:
         parts = [(str(part), float(weight)) for part, weight in parts]
@@ -147,7 +188,7 @@ def open_corpora(name: str | list, split: str, config: DataConfig) -> list[Corpu
         ) from error
     return [
         Corpus.open(
-            corpora.open_documents(part, split, config.options),
+            corpora.open_documents(part, split, config.options, opened),
             dataset_preprocessor.for_dataset(part, config.preprocessor, config.unicode_normalization),
             weight / total,
         )
@@ -168,10 +209,13 @@ def _clean(corpus: Corpus, config: DataConfig, root: epath.Path, launcher: Launc
     identity = corpus.identity | {"cleaning_rules": config.cleaning_rules, "cleaning_version": cleaning.VERSION}
     directory = root / f"cleaned-{digest(identity)}"
     if not (directory / cleaning.REPORT).exists():
-        rules = cleaning.parse_rules(config.cleaning_rules)
-        cleaning.clean(corpus.documents, corpus.preprocessing, rules, directory, launcher)
-    report = json.loads((directory / cleaning.REPORT).read_text())
-    documents = corpora.open_documents(f"jsonl:{directory}/{report['texts']}/*.jsonl.gz", "train")
+        with locks.waiting_for(f"{directory}.lock", f"The cleaned corpus {directory}"):
+            rules = cleaning.parse_rules(config.cleaning_rules)
+            if not (directory / cleaning.REPORT).exists():
+                cleaning.clean(corpus.documents, corpus.preprocessing, rules, directory, launcher)
+    report = read_json(directory / cleaning.REPORT)
+    pattern = f"{glob.escape(os.fspath(directory))}/{report['texts']}/*.jsonl.gz"
+    documents = corpora.open_documents(f"jsonl:{pattern}", "train")
     return Corpus(documents, Preprocessing(), identity | {"cleaning_counts": report["counts"]}, corpus.weight)
 
 
@@ -194,4 +238,4 @@ def prepare_rows(plan: RowsPlan, processes: int = 0, launcher: Launcher | None =
     logs = plan.directory / f"logs-{launcher.tasks}"
     launcher.run("pack", [steps.ReadDocuments(documents), steps.PackRows(plan)], logs)
     prefix = steps.rows_prefix(launcher.tasks)
-    return finish_rows(plan, sorted(path.stem for path in plan.directory.glob(f"{prefix}*.json")))
+    return finish_rows(plan, sorted(path.stem for path in children(plan.directory) if path.match(f"{prefix}*.json")))

@@ -31,7 +31,6 @@ from transformer_lm.version import __version__
 FORMAT_VERSION = 3
 BLOCK_CHARS = 4_000_000  # a block is closed by the document with which it reaches this many characters
 MANIFEST = "manifest.json"
-LOCK = "lock"
 RECORDS = ".arrayrecord"
 MAX_CHECKED_BYTES = (
     4 << 30
@@ -218,7 +217,7 @@ def finish_rows(plan: RowsPlan, names: list[str]) -> PreparedCorpus:
         )
     files = [name + RECORDS for name, block in zip(names, blocks, strict=True) if block["counts"]["rows"]]
     for path in children(directory):  # of preparations that were killed, or done with other numbers of tasks
-        if path.name not in files and path.stem not in names and path.name != LOCK:
+        if path.name not in files and path.stem not in names:
             path.rmtree() if path.is_dir() else path.unlink()
     manifest = plan.identity | {
         "dtype": packing.row_dtype(plan.tokenizer.vocab_size).name,

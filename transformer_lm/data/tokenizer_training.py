@@ -9,17 +9,18 @@ from collections.abc import Callable, Iterable
 
 import sentencepiece
 from absl import logging
-from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
 from transformer_lm import console
 from transformer_lm.errors import UserError
-from transformer_lm.files import write_atomically
 from transformer_lm.tokenizer import Tokenizer, split_text
 
 SAMPLE_CHARS = 1000  # texts are sampled for training in runs of at most this many characters
 LOUD_CHARS = 20_000_000  # with more of them training takes minutes, and SentencePiece's own progress is shown
 SCORE_STEP = 2**-8
+OURS = ("input", "model_prefix", "sentence_iterator", "model_writer")
+TIED_TO_CORPUS = ("vocab_size", "hard_vocab_limit", "seed_sentencepiece_size", "minloglevel", "num_threads")
+TRIAL_TEXT = "昔々あるところに、おじいさんとおばあさんがおりました。A fox jumps over the lazy dog 0123456789."
 
 
 def train(
@@ -50,12 +51,26 @@ def train(
     arguments = {"vocab_size": vocab_size, "model_type": "unigram", "minloglevel": quiet} | given
     logging.info("Training a tokenizer of %s pieces on %d characters.", arguments["vocab_size"], chars)
     lines = (line for text in sample for line in text.split("\n") if line)
+    model = _with_round_scores(_train(lines, arguments))
+    Tokenizer(model, f"The tokenizer that spm_train_options={options!r} makes")  # refuses other ids than are needed
+    return model
+
+
+def check_options(options: str):
+    """Raises UserError where SentencePiece, or this project, refuses the options, without any corpus."""
+    trial = {"vocab_size": 10_000, "hard_vocab_limit": "false", "minloglevel": 2, "num_threads": 1}
+    given = {name: value for name, value in _parse_options(options).items() if name not in TIED_TO_CORPUS}
+    model = _train([TRIAL_TEXT] * 5, given | trial)
+    Tokenizer(model, f"The tokenizer that spm_train_options={options!r} makes")
+
+
+def _train(lines: Iterable[str], arguments: dict) -> bytes:
     model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **arguments)
-    except (RuntimeError, ValueError, OSError) as error:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **arguments)
+    except Exception as error:  # RuntimeError, OSError and more, by the option
         raise UserError(_explain(str(error), arguments)) from error
-    return _with_round_scores(model.getvalue())
+    return model.getvalue()
 
 
 def _with_round_scores(model: bytes) -> bytes:
@@ -69,14 +84,6 @@ def _with_round_scores(model: bytes) -> bytes:
     for piece in proto.pieces:
         piece.score = round(piece.score / SCORE_STEP) * SCORE_STEP
     return proto.SerializeToString()
-
-
-def load_or_train(path: epath.Path, mixture: Iterable[tuple[Iterable[str], float]], **arguments) -> Tokenizer:
-    """The tokenizer at `path`, which is trained (see `train`) and written there when it is missing."""
-    if not path.exists():
-        write_atomically(path, train(mixture, **arguments))
-        logging.info("Wrote the tokenizer to %s.", path)
-    return Tokenizer.load(path)
 
 
 def sample_texts(texts: Iterable[str], max_chars: int, report: Callable[[int], None] | None = None) -> list[str]:
@@ -105,11 +112,17 @@ def sample_texts(texts: Iterable[str], max_chars: int, report: Callable[[int], N
 def _parse_options(options: str) -> dict[str, str]:
     """ "--a=b --c=d" -> {"a": "b", "c": "d"}."""
     parsed = {}
-    for option in shlex.split(options):
-        match = re.fullmatch(r"--([a-z_]+)=(.*)", option)
+    try:
+        words = shlex.split(options)
+    except ValueError as error:
+        raise UserError(f"spm_train_options={options!r} cannot be read: {error}.") from error
+    for option in words:
+        match = re.fullmatch(r"--([a-z_]+)(?:=(.*))?", option, re.DOTALL)
         if match is None:
             raise UserError(f"spm_train_options: {option!r} is not of the form --name=value.")
-        parsed[match[1]] = match[2]
+        if match[1] in OURS:
+            raise UserError(f"spm_train_options: --{match[1]} is not yours to set: the corpus is the recipe's.")
+        parsed[match[1]] = "true" if match[2] is None else match[2]
     return parsed
 
 

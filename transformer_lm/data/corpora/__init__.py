@@ -4,6 +4,8 @@ A new kind is a module with a subclass of `Source` and a line in `open_source`.
 """
 
 import dataclasses
+import itertools
+import math
 import re
 from collections.abc import Iterator
 
@@ -60,6 +62,20 @@ class Documents:
                         f"{start} on{'' if stop is None else f' and before number {stop}'}."
                     )
 
+    def overlaps(self, other: "Documents") -> bool:
+        """Whether the same documents are among those of another part of the same source."""
+        if self.name != other.name:
+            return False
+        for one, two in itertools.product(self.slices, other.slices):
+            bounds = [splits.resolve(part, self.source.size) for part in (one, two)]
+            first, end = (
+                max(start for start, _ in bounds),
+                min(math.inf if stop is None else stop for _, stop in bounds),
+            )
+            if one.name == two.name and first < end:
+                return True
+        return False
+
     def count(self):
         """Counts what its tasks need to find their documents in `read`: nothing where whole splits are read."""
         with library_errors(lambda: f"Dataset {self.name!r}, split {self.split!r}, cannot be counted"):
@@ -68,18 +84,23 @@ class Documents:
                     self.source.size(part.name)
 
 
-def open_documents(name: str, split: str, options: Options = Options()) -> Documents:
+def open_documents(
+    name: str, split: str, options: Options = Options(), opened: dict[str, Source] | None = None
+) -> Documents:
     """Finds a dataset and checks its split, without reading any document yet.
 
     Args:
       name: a dataset name, see `open_source`.
       split: in the notation of TFDS: "train", "train[:98%]", "train[98%:]".
       options: how records are read.
+      opened: sources by name that were opened with these options, to be shared: what one has counted, others know.
 
     Raises:
       UserError: there is no such dataset or no such split.
     """
-    source = open_source(name, options)
+    source = (opened or {}).get(name) or open_source(name, options)
+    if opened is not None:
+        opened[name] = source
     slices = tuple(splits.parse(split))
     for part in slices:
         if part.name not in source.splits:
