@@ -7,9 +7,12 @@ The same ids for the same text; docs/huggingface.md counts where the two part. W
   fits: か + U+3099 stays in two, other marks are lost. So its own NFKC goes first, and leaves to the table only the
   characters that are younger than itself.
 - No splitting into words: like SentencePiece's, the search for the best pieces runs over the whole text.
-- The names of control and byte pieces (`<s>`, `<0x41>`) are ordinary text where they stand in a text.
+- SentencePiece finds user-defined symbols before it normalizes: stand-ins take their places meanwhile.
+- The names of control pieces (`<s>`) are ordinary text where they stand in a text. `tokenizers` would look for them
+  in it, so they get names that no text holds. Tokens that are added later are found under the names they are given.
 """
 
+import random
 import re
 from pathlib import Path
 from types import ModuleType
@@ -29,12 +32,25 @@ NORMALIZATIONS = ("identity", "nfkc", "nmt_nfkc")
 NMT_NOTHING = r"[\x01-\x08\x0b\x0e-\x1f\x7f\x8f\x9f]"
 NMT_SPACES = r"[\t\n\f\r\u061c\u1680\u200b\u200c\u200e\u200f\u2028\u2029\u2581\ufeff\ufffd]"
 NMT_KEPT = "～"  # U+FF5E, which NFKC would make a tilde
-STAND_IN = "\ufdd0"  # a code point that is no character, and stands in no text
+# Code points that Unicode keeps free for uses like these, so that no text holds them.
+STAND_IN, SYMBOL_MARK, BEGIN, NAME_MARK = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
+# What is easily cut otherwise: compared before every export.
+HARD_STRINGS = (
+    "", " ", "  昔々  あるところに ", "<s>昔々</s>", "a<unk>b", "<0x41>", "ｶﾞ", "か\u3099", "Ａ①㌀", "\t昔\n", "▁昔▁",
+    "\x01昔", "\u200b昔", "👨\u200d👩\u200d👧", "𠮷野家", "é e\u0301",
+)  # fmt: skip
+TIE = 1e-3  # sums of scores that differ by less are equal but for rounding
+SYMBOL_SCORE = 0.1  # a byte after a user-defined symbol's first in a unigram model, as SentencePiece 0.2.3 counts
 
 
 def save(folder: Path, tokenizer: Tokenizer, max_length: int):
-    """Writes tokenizer.json and tokenizer_config.json; `max_length` is what users are warned above."""
+    """Writes tokenizer.json and tokenizer_config.json; `max_length` is what users are warned above.
+
+    Raises:
+      UserError: the SentencePiece model has no counterpart, or one that gives other ids.
+    """
     fast = convert(tokenizer)
+    check_same_ids(tokenizer, fast, [*HARD_STRINGS, *_texts_of_pieces(tokenizer)])
     fast.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -42,7 +58,6 @@ def save(folder: Path, tokenizer: Tokenizer, max_length: int):
             name.replace("_id", ""): fast.id_to_token(number)
             for name, number in (SPECIAL_TOKENS | {"unk_token_id": UNK_ID}).items()
         },
-        "split_special_tokens": True,  # "</s>" in a text is text
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": max_length,
         "padding_side": "left",
@@ -59,46 +74,90 @@ def convert(tokenizer: Tokenizer) -> Any:
     """
     tokenizers = optional_import("tokenizers", "hf", "The export")
     proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
-    if proto.normalizer_spec.name not in NORMALIZATIONS:
-        raise UserError(
-            f"{tokenizer.source} normalizes by {proto.normalizer_spec.name!r}, which a fast tokenizer cannot follow; "
-            f"one of {', '.join(NORMALIZATIONS)} can be exported."
-        )
-    if proto.trainer_spec.treat_whitespace_as_suffix:
-        raise UserError(f"{tokenizer.source} treats white space as a suffix, which a fast tokenizer cannot follow.")
-    fast = tokenizers.Tokenizer(_model(tokenizers, proto, tokenizer))
-    fast.normalizer = _normalizer(tokenizers, proto.normalizer_spec)
-    for symbol in _symbols(proto):  # which SentencePiece takes out of a text before it normalizes
-        if fast.normalizer.normalize_str(f"。{symbol}").removeprefix(SPACE) != f"。{symbol}":
-            raise UserError(f"{tokenizer.source}: normalization changes the user-defined symbol {symbol!r}.")
+    if reason := _obstacle(proto):
+        raise UserError(f"{tokenizer.source} {reason}.")
+    names = _names(proto)
+    fast = tokenizers.Tokenizer(_model(tokenizers, proto, names))
+    fast.normalizer = _normalizer(tokenizers, proto.normalizer_spec, _symbols(proto))
     fast.pre_tokenizer = _pre_tokenizer(tokenizers, proto)
     fast.decoder = _decoder(tokenizers, proto.normalizer_spec)
-    start = proto.pieces[START_ID].piece
+    start = names[START_ID]
     fast.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{start} $A", pair=f"{start} $A $B", special_tokens=[(start, START_ID)]
     )
-    fast.add_special_tokens([piece.piece for piece in proto.pieces if piece.type in (piece.CONTROL, piece.UNKNOWN)])
+    fast.add_special_tokens([name for name in names if name.endswith(NAME_MARK)])
     return fast
 
 
-def _model(tokenizers: ModuleType, proto: Any, tokenizer: Tokenizer) -> Any:
+def check_same_ids(tokenizer: Tokenizer, fast: Any, texts: list[str]):
+    """Raises UserError where the two cut a text differently, unless both ways are equally good by the pieces' scores.
+
+    SentencePiece adds scores up in float32: between ways that are equally good its rounding decides.
+    """
+    proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
+    scores = _scores(proto)
+    for text, encoding in zip(texts, fast.encode_batch(texts, add_special_tokens=False), strict=True):
+        ids = tokenizer.encode(text)
+        same = encoding.ids == ids
+        if not same and proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM:
+            same = abs(sum(scores[i] for i in ids) - sum(scores[i] for i in encoding.ids)) < TIE
+        if not same:
+            raise UserError(
+                f"{tokenizer.source} cannot be exported: a fast tokenizer cuts {text!r} into {encoding.tokens}, "
+                f"SentencePiece into {tokenizer.pieces(text)}."
+            )
+
+
+def _texts_of_pieces(tokenizer: Tokenizer) -> list[str]:
+    """Texts that hold every piece, in an order that is random but always the same."""
+    ids = list(range(tokenizer.vocab_size))
+    random.Random(0).shuffle(ids)
+    return [tokenizer.decode(ids[start : start + 20]) for start in range(0, len(ids), 20)]
+
+
+def _obstacle(proto: Any) -> str:
+    """Why a SentencePiece model has no counterpart; nothing where it has one."""
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    if trainer.model_type not in (trainer.UNIGRAM, trainer.BPE):
+        kind = trainer.ModelType.Name(trainer.model_type).lower()
+        return f"is of model_type={kind}; unigram and bpe can be exported"
+    if normalizer.name not in NORMALIZATIONS:
+        return (
+            f"normalizes by {normalizer.name!r}, which a fast tokenizer cannot follow; "
+            f"one of {', '.join(NORMALIZATIONS)} can be exported"
+        )
+    if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
+        return "treats white space as a suffix or does not escape it, which a fast tokenizer cannot follow"
+    for symbol in _symbols(proto):
+        if normalizer.remove_extra_whitespaces and (symbol != symbol.strip(" ") or "  " in symbol):
+            return f"removes extra white space, but its user-defined symbol {symbol!r} has some"
+    for piece in proto.pieces:
+        if trainer.byte_fallback and re.search("<0x|<0$", piece.piece) and piece.type != piece.BYTE:
+            return f"has the piece {piece.piece!r}, which a fast tokenizer cannot tell from the names of byte pieces"
+    return ""
+
+
+def _names(proto: Any) -> list[str]:
+    """The pieces as they are called in the export."""
+    marked = (sentencepiece_model_pb2.ModelProto.SentencePiece.CONTROL, proto.pieces[UNK_ID].type)
+    return [piece.piece + NAME_MARK * (piece.type in marked) for piece in proto.pieces]
+
+
+def _model(tokenizers: ModuleType, proto: Any, names: list[str]) -> Any:
     """The vocabulary, and how the best pieces are found."""
     pieces, spec = proto.pieces, proto.trainer_spec
     if spec.model_type == spec.UNIGRAM:
-        best = max((piece.score for piece in pieces if piece.type == piece.NORMAL), default=0.0)
-        vocabulary = [(piece.piece, _score(piece, best)) for piece in pieces]
-        return tokenizers.models.Unigram(vocabulary, unk_id=UNK_ID, byte_fallback=spec.byte_fallback)
-    if spec.model_type == spec.BPE:
-        return tokenizers.models.BPE(
-            {piece.piece: number for number, piece in enumerate(pieces)},
-            _merges(pieces),
-            unk_token=pieces[UNK_ID].piece,
-            fuse_unk=True,
-            byte_fallback=spec.byte_fallback,
-            ignore_merges=bool(_symbols(proto)),  # those are cut off as words, and no merges lead to them
+        return tokenizers.models.Unigram(
+            list(zip(names, _scores(proto), strict=True)), unk_id=UNK_ID, byte_fallback=spec.byte_fallback
         )
-    kind = spec.ModelType.Name(spec.model_type).lower()
-    raise UserError(f"{tokenizer.source} is of model_type={kind}; unigram and bpe can be exported.")
+    return tokenizers.models.BPE(
+        {name: number for number, name in enumerate(names)},
+        _merges(pieces),
+        unk_token=names[UNK_ID],
+        fuse_unk=True,
+        byte_fallback=spec.byte_fallback,
+        ignore_merges=bool(_symbols(proto)),  # those are cut off as words, and no merges lead to them
+    )
 
 
 def _symbols(proto: Any) -> list[str]:
@@ -107,9 +166,12 @@ def _symbols(proto: Any) -> list[str]:
     return sorted(symbols, key=len, reverse=True)
 
 
-def _score(piece: Any, best: float) -> float:
-    """What the search for the best pieces counts; SentencePiece prefers user-defined symbols by this formula."""
-    return len(piece.piece.encode()) * best - 0.1 if piece.type == piece.USER_DEFINED else piece.score
+def _scores(proto: Any) -> list[float]:
+    """What the search for the best pieces of a unigram model counts."""
+    return [
+        SYMBOL_SCORE * (len(piece.piece.encode()) - 1) if piece.type == piece.USER_DEFINED else piece.score
+        for piece in proto.pieces
+    ]
 
 
 def _merges(pieces: Any) -> list[tuple[str, str]]:
@@ -123,12 +185,19 @@ def _merges(pieces: Any) -> list[tuple[str, str]]:
     return [(left, right) for *_, left, right in sorted(merges, key=lambda merge: merge[:2])]
 
 
-def _normalizer(tokenizers: ModuleType, spec: Any) -> Any:
-    """What SentencePiece does to a text before it looks for pieces."""
+def _normalizer(tokenizers: ModuleType, spec: Any, symbols: list[str]) -> Any:
+    """What SentencePiece does to a text before it looks for pieces, but for the space that it puts in front.
+
+    In a text with added tokens `tokenizers` does this to each part between them.
+    """
     n, regex = tokenizers.normalizers, tokenizers.Regex
+    symbols = symbols if spec.name != "identity" else []
+    stand_ins = [(text, _stand_in(i)) for i, text in enumerate(symbols)]
     steps = []
-    if spec.add_dummy_prefix and not spec.remove_extra_whitespaces:
-        steps += [n.Prepend(" ")]  # before what may leave nothing to put it in front of
+    if spec.add_dummy_prefix and spec.name != "identity":  # what `_pre_tokenizer` would not know for a beginning
+        begins = "|".join([NMT_NOTHING, *map(re.escape, symbols)])
+        steps += [n.Prepend(BEGIN), n.Replace(regex(rf"\A{BEGIN}(?!{begins})"), "")]
+    steps += [n.Replace(text, stand_in) for text, stand_in in stand_ins]
     if spec.name == "nfkc":
         steps += [n.NFKC()]
     if spec.name == "nmt_nfkc":
@@ -137,33 +206,41 @@ def _normalizer(tokenizers: ModuleType, spec: Any) -> Any:
     if spec.precompiled_charsmap:
         steps += [n.Precompiled(spec.precompiled_charsmap)]
     if spec.remove_extra_whitespaces:
-        steps += [n.Replace(regex(r"\A +"), ""), n.Replace(regex(" {2,}"), " ")]
-    if spec.escape_whitespaces:
-        steps += [n.Replace(" ", SPACE)]
+        steps += [n.Replace(regex(" {2,}"), " "), n.Replace(regex(rf"(?<=\A{BEGIN}) "), "")]
+        steps += [] if spec.add_dummy_prefix else [n.Replace(regex(r"\A "), "")]
+    steps += [n.Replace(stand_in, text) for text, stand_in in stand_ins]
     if spec.remove_extra_whitespaces:
-        steps += [n.Replace(regex(rf"{SPACE}+\z"), "")]
-        if spec.add_dummy_prefix:
-            steps += [n.Prepend(SPACE)]
-    return n.Sequence(steps)
+        steps += [n.Replace(regex(rf"\A{BEGIN}?[ {SPACE}]*\z|[ {SPACE}]+\z"), "")]
+    if spec.remove_extra_whitespaces and spec.add_dummy_prefix:
+        steps += [n.Replace(regex(r"(?!\A) "), SPACE)]  # a space at the beginning becomes the one in front
+    else:
+        steps += [n.Replace(" ", SPACE)]
+    return n.Sequence([*steps, n.Replace(BEGIN, BEGIN + SPACE)])
+
+
+def _stand_in(number: int) -> str:
+    """What stands in the place of a user-defined symbol: a mark, and a number written in other such code points."""
+    return SYMBOL_MARK + "".join(chr(0xFDE0 + int(digit, 16)) for digit in f"{number:04x}")
 
 
 def _pre_tokenizer(tokenizers: ModuleType, proto: Any) -> Any:
-    """Cuts user-defined symbols off, and what reads like the name of a control or byte piece, so that it is none."""
-    names = [piece.piece for piece in proto.pieces if piece.type in (piece.CONTROL, piece.UNKNOWN)]
-    patterns = [f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names]
-    if proto.trainer_spec.byte_fallback:
-        patterns.append("<(?=0x[0-9A-F]{2}>)")
-    split = tokenizers.pre_tokenizers.Split
-    steps = [split(tokenizers.Regex("|".join(patterns)), behavior="merged_with_previous")]
-    if symbols := _symbols(proto):
-        steps += [split(tokenizers.Regex("|".join(map(re.escape, symbols))), behavior="isolated")]
-    return tokenizers.pre_tokenizers.Sequence(steps)
+    """Puts a space in front of a text, and cuts off what is not to be merged."""
+    p, spec = tokenizers.pre_tokenizers, proto.normalizer_spec
+    steps = []
+    if spec.add_dummy_prefix:  # of a text alone, not of what follows an added token in it
+        steps += [p.Metaspace(" ", prepend_scheme="first", split=False), p.Metaspace(SPACE, "never", split=False)]
+        steps += [p.Split(tokenizers.Regex(rf"\A({SPACE}{BEGIN}|{BEGIN}{SPACE})"), "removed")]
+    if proto.trainer_spec.byte_fallback:  # "<0x41>" in a text is text
+        steps += [p.Split(tokenizers.Regex("<(?=0x[0-9A-F]{2}>)"), "merged_with_previous")]
+    if proto.trainer_spec.model_type == proto.trainer_spec.BPE and (symbols := _symbols(proto)):
+        steps += [p.Split(tokenizers.Regex("|".join(map(re.escape, symbols))), "isolated")]
+    return p.Sequence(steps)
 
 
 def _decoder(tokenizers: ModuleType, spec: Any) -> Any:
     """Pieces to text: bytes to characters, U+2581 to spaces, without the space that was put in front."""
     d = tokenizers.decoders
-    steps = [d.Replace(SPACE, " "), d.ByteFallback(), d.Fuse()]
+    steps = [d.Replace(NAME_MARK, ""), d.Replace(SPACE, " "), d.ByteFallback(), d.Fuse()]
     if spec.remove_extra_whitespaces:
         steps += [d.Strip(" ", 2**31 - 1, 0)]
     elif spec.add_dummy_prefix:

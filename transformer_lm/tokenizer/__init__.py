@@ -6,7 +6,9 @@ python -m transformer_lm.tokenizer --workdir=logs/my_model --inspect "吾輩は�
 import functools
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -16,7 +18,9 @@ from transformer_lm.errors import UserError
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2  # SentencePiece's own defaults, on which the original's weights rest
 START_ID = UNK_ID  # what the network reads before a text's first token, as the original's does
+MAX_MODEL_BYTES = 256 << 20  # of 256,000 pieces 5 MB are usual
 ENCODE_CHARS = 1_000_000  # longer texts are encoded in parts: SentencePiece takes some hundred bytes a character
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer:
@@ -26,7 +30,7 @@ class Tokenizer:
         """`model` holds the bytes of the file `source`, which errors name. Raises UserError if it is no model."""
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, MemoryError) as error:
             raise UserError(f"{source} is not a SentencePiece model; delete it to train a new one.") from error
         if not model:  # SentencePiece takes no bytes for an empty model
             raise UserError(f"{source} is empty; delete it to train a new one.")
@@ -42,6 +46,8 @@ class Tokenizer:
         path = epath.Path(path)
         if not path.exists():
             raise UserError(f"No tokenizer at {path}.")
+        if path.is_dir() or path.stat().length > MAX_MODEL_BYTES:
+            raise UserError(f"{path} is not a SentencePiece model: a folder, or over {MAX_MODEL_BYTES >> 20} MiB.")
         return cls(path.read_bytes(), str(path))
 
     @classmethod
@@ -80,7 +86,20 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS and EOS."""
-        return self._processor.encode(text)
+        return self._encode(text)
+
+    def _encode(self, texts: str | list[str], **options) -> Any:
+        """What SentencePiece makes of a text or of several; the only way that text goes into it.
+
+        Half a surrogate pair, which a Python string may hold and UTF-8 cannot, becomes U+FFFD.
+        """
+        whole = (
+            SURROGATE.sub("\ufffd", texts) if isinstance(texts, str) else [SURROGATE.sub("\ufffd", t) for t in texts]
+        )
+        try:
+            return self._processor.encode(whole, **options)
+        except (RuntimeError, ValueError, MemoryError) as error:
+            raise UserError(f"{self.source} cannot encode a text: {' '.join(str(error).split())}") from error
 
     def encode_texts(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids of each text, closed by EOS: int32 arrays [n].
@@ -93,19 +112,22 @@ class Tokenizer:
         return self._encode_batch(texts)
 
     def _encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        return self._processor.encode(texts, add_eos=True, return_type="numpy", num_threads=1)
+        return self._encode(texts, add_eos=True, return_type="numpy", num_threads=1)
 
     def _encodesplit_text(self, text: str) -> np.ndarray:
         ids = self._encode_batch(list(split_text(text, ENCODE_CHARS)))
         return np.concatenate([*(part[:-1] for part in ids[:-1]), *ids[-1:]])  # the last one's EOS closes the text
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; control ids such as EOS leave no trace."""
-        return self._processor.decode([int(i) for i in ids])
+        """The text of token ids; control ids such as EOS leave no trace. Raises UserError if one is no piece's."""
+        numbers = [int(i) for i in ids]
+        if wrong := [i for i in numbers if not 0 <= i < self.vocab_size]:
+            raise UserError(f"{self.source} has the ids 0 to {self.vocab_size - 1}; {wrong[0]} is none of them.")
+        return self._processor.decode(numbers)
 
     def pieces(self, text: str) -> list[str]:
         """The pieces that a text is cut into."""
-        return self._processor.encode(text, out_type=str)
+        return self._encode(text, out_type=str)
 
 
 def split_text(text: str, max_chars: int) -> Iterator[str]:
