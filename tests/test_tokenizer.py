@@ -7,7 +7,6 @@ import unittest.mock
 import numpy as np
 import pytest
 import sentencepiece
-from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -72,15 +71,6 @@ def test_options_are_passed_through():
     assert plain.encode("🍣")[-1] == tokenizer.UNK_ID
 
 
-def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = epath.Path(tmp_path) / "deep" / "sentencepiece_model"
-    spm = tokenizer_training.load_or_train(path, [(TALES, 1.0)], **ARGUMENTS)
-    assert path.read_bytes() == spm.model
-    assert [child.name for child in path.parent.iterdir()] == [path.name]
-    again = tokenizer_training.load_or_train(path, iter(()), **ARGUMENTS)  # found, not trained again
-    assert again.fingerprint == spm.fingerprint
-
-
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text("あいう\n", max_size=3000), max_size=20), st.integers(1, 8000))
 def test_sample_is_bounded_and_in_order(texts, max_chars):
@@ -109,7 +99,11 @@ def test_everything_is_read_when_it_fits():
     [
         ({"vocab_size": 100_000}, "vocab_size=100000 is more than this corpus can fill; set vocab_size to"),
         ({"vocab_size": 100}, "vocab_size=100 is too small: this corpus has"),
-        ({"options": "--character_coverage"}, "'--character_coverage' is not of the form --name=value"),
+        ({"options": "character_coverage=1"}, "'character_coverage=1' is not of the form --name=value"),
+        ({"options": '--user_defined_symbols="「'}, "cannot be read: No closing quotation"),
+        ({"options": "--input=corpus.txt"}, "--input is not yours to set"),
+        ({"options": "--model_prefix=m"}, "--model_prefix is not yours to set"),
+        ({"options": "--character_coverage=99.95"}, "SentencePiece cannot train"),
         ({"options": "--no_such_option=1"}, "no_such_option"),
         ({"mixture": [([], 1.0)]}, "holds no text"),
     ],
@@ -127,10 +121,20 @@ def test_foreign_files(tmp_path, content):
         tokenizer.Tokenizer.load(tmp_path / "model")
 
 
-def test_other_special_ids_are_refused():
-    model = tokenizer_training.train([(TALES, 1.0)], **ARGUMENTS | {"options": "--unk_id=3 --pad_id=0"})
-    with pytest.raises(UserError, match="ids"):
-        tokenizer.Tokenizer(model)
+@pytest.mark.parametrize("options", ["--unk_id=3 --pad_id=0", "--eos_id=-1", "--bos_id=5"])
+def test_other_special_ids_are_refused(options):
+    with pytest.raises(UserError, match=r"ids \(unk, bos, eos\)|cannot train"):
+        tokenizer_training.train([(TALES, 1.0)], **ARGUMENTS | {"options": options})
+    with pytest.raises(UserError, match=r"ids \(unk, bos, eos\)|cannot train"):
+        tokenizer_training.check_options(options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["", "--byte_fallback", "--model_type=bpe --byte_fallback=true", "--pad_id=3", "--character_coverage=0.98"],
+)
+def test_good_options_pass_the_trial(options):
+    tokenizer_training.check_options(options)
 
 
 @pytest.fixture(scope="module")

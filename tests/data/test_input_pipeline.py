@@ -5,9 +5,9 @@ import itertools
 
 import numpy as np
 import pytest
-from test_preparation import data_config, rows_of
+from test_preparation import batch_of_all, data_config
 
-from transformer_lm.data import input_pipeline, packing, preparation, rows
+from transformer_lm.data import input_pipeline, preparation, rows
 
 
 @pytest.fixture(scope="module")
@@ -25,18 +25,23 @@ def test_started_anywhere_it_goes_on_alike(corpus):
     unbroken = batches(corpus, 300)
     assert corpus.manifest["rows"] < 300 * 7 / 2  # over more than two epochs
     for start in (1, 17, 180, 299):
-        np.testing.assert_array_equal(batches(corpus, 300 - start, start_step=start), unbroken[start:])
+        np.testing.assert_array_equal(batches(corpus, 300 - start, first_row=7 * start), unbroken[start:])
+
+
+def test_another_batch_size_goes_on_at_the_same_row(corpus):
+    stream = np.concatenate(batches(corpus, 400, batch_size=1))
+    np.testing.assert_array_equal(np.concatenate(batches(corpus, 20, batch_size=13, first_row=101)), stream[101:361])
 
 
 def test_every_epoch_sees_all_rows_once_in_an_order_of_its_own(corpus):
     rows = corpus.manifest["rows"]
     stream = np.concatenate(batches(corpus, 2 * rows, batch_size=1))
     epochs = [[tuple(row) for row in epoch] for epoch in (stream[:rows], stream[rows:])]
-    expected = collections.Counter(tuple(row) for row in packing.unpack(rows_of(corpus))["targets"])
+    expected = collections.Counter(tuple(row) for row in batch_of_all(corpus)["targets"])
     assert collections.Counter(epochs[0]) == collections.Counter(epochs[1]) == expected
     assert epochs[0] != epochs[1]
     # The order has nothing to do with that on disk, nor with that of the other epoch.
-    on_disk = {tuple(row): i for i, row in enumerate(packing.unpack(rows_of(corpus))["targets"])}
+    on_disk = {tuple(row): i for i, row in enumerate(batch_of_all(corpus)["targets"])}
     order = [[on_disk[row] for row in epoch] for epoch in epochs]
     for a, b in ((order[0], range(rows)), (order[1], range(rows)), (order[0], order[1])):
         assert abs(np.corrcoef(a, list(b))[0, 1]) < 5 / np.sqrt(rows)
@@ -47,10 +52,10 @@ def test_seeds_differ(corpus):
 
 
 def test_evaluation_reads_every_row_once_in_order(corpus):
-    rows = packing.unpack(rows_of(corpus))
+    rows = batch_of_all(corpus)
     read = list(input_pipeline.eval_batches(corpus, batch_size=50, max_batches=-1))
     assert {len(batch["targets"]) for batch in read} == {50}
-    for name in ("inputs", "targets", "positions", "segments"):
+    for name in ("inputs", "targets", "positions", "segments", "characters", "bytes"):
         joined = np.concatenate([batch[name] for batch in read])
         real = len(rows[name])
         np.testing.assert_array_equal(joined[:real], rows[name])

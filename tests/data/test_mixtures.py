@@ -41,17 +41,16 @@ def test_shares_are_kept_in_any_stretch(mixed):
 
 def test_order_is_a_function_of_the_step(mixed):
     whole = list(itertools.islice(input_pipeline.train_batches(mixed.train, batch_size=4, seed=3), 60))
-    again = list(itertools.islice(input_pipeline.train_batches(mixed.train, batch_size=4, seed=3, start_step=47), 13))
+    again = list(
+        itertools.islice(input_pipeline.train_batches(mixed.train, batch_size=4, seed=3, first_row=4 * 47), 13)
+    )
     for one, other in zip(whole[47:], again, strict=True):
         np.testing.assert_array_equal(one["targets"], other["targets"])
 
 
-def test_evaluation_sees_the_shares_and_counts_by_them(mixed):
+def test_evaluation_sees_the_shares(mixed):
     letters = letter_rows(mixed, input_pipeline.eval_batches(mixed.eval, batch_size=1, max_batches=12))
     assert letters.mean() == pytest.approx(0.25, abs=0.1)
-    (tales, letters), manifest = mixed.eval.parts, mixed.eval.manifest
-    share = [part.manifest["characters"] / part.manifest["tokens"] for part in (tales, letters)]
-    assert manifest["characters"] / manifest["tokens"] == pytest.approx(0.75 * share[0] + 0.25 * share[1])
 
 
 def test_the_tokenizer_learns_from_every_part(mixed):
@@ -61,5 +60,5 @@ def test_the_tokenizer_learns_from_every_part(mixed):
 
 @pytest.mark.parametrize("names", [[], [("mukashi", 0)], [("mukashi", -1)], ["mukashi"], [("mukashi",)], 3])
 def test_impossible_mixtures(names, tmp_path):
-    with pytest.raises(UserError, match="must be a name or a list of"):
+    with pytest.raises(UserError, match=r"must be a name or a list of|must be a text or a list"):
         preparation.prepare(data_config(dataset_name=names), str(tmp_path))

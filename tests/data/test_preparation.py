@@ -43,8 +43,19 @@ def data_config(**changes) -> preparation.DataConfig:
 
 
 def rows_of(corpus: rows.PreparedCorpus) -> np.ndarray:
-    """All rows [N, T] of a prepared corpus, read without this package."""
-    return np.stack([np.frombuffer(record, corpus.dtype) for record in ArrayRecordDataSource(corpus.paths)])
+    """All rows [N, T] of a prepared corpus, read without this package: a header, then the ids."""
+    return np.stack(
+        [
+            np.frombuffer(record, corpus.dtype, offset=packing.HEADER.itemsize)
+            for record in ArrayRecordDataSource(corpus.paths)
+        ]
+    )
+
+
+def batch_of_all(corpus: rows.PreparedCorpus) -> dict[str, np.ndarray]:
+    """All rows as one batch."""
+    records = [np.frombuffer(record, np.uint8) for record in ArrayRecordDataSource(corpus.paths)]
+    return packing.read_records(np.stack(records), corpus.dtype)
 
 
 def files_of(folder) -> dict[str, bytes]:
@@ -71,6 +82,10 @@ def test_rows_hold_the_corpus(prepared):
         assert corpus.manifest["characters"] == sum(map(len, texts))
         assert corpus.manifest["bytes"] == sum(len(text.encode()) for text in texts)
         assert corpus.manifest["padding"] == rows.size - len(tokens)
+        batch = batch_of_all(corpus)  # the rows' own counts are those of the corpus
+        assert [batch[name].sum() for name in ("characters", "bytes")] == [
+            corpus.manifest[name] for name in ("characters", "bytes")
+        ]
 
 
 def test_found_again(prepared):
@@ -137,7 +152,7 @@ def test_killed_and_started_again(tmp_path):
     )
     script = tmp_path / "script.py"
     script.write_text(code)
-    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 
     def start(workdir):
         arguments = [sys.executable, str(script), str(tmp_path / "spm"), str(workdir)]
@@ -159,6 +174,135 @@ def test_killed_and_started_again(tmp_path):
     assert [folder.name for folder in folders[0]] == [folder.name for folder in folders[1]]
     for unbroken, broken in zip(*folders, strict=True):
         assert files_of(unbroken) == files_of(broken)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "content"),
+    [
+        ("manifest.json", b""),
+        ("manifest.json", b'{"files": ["rows-0000'),
+        ("rows-000001.json", b""),
+        ("rows-000001.json", b'{"counts": {"rows": 3}}'),
+        ("rows-000001.arrayrecord", b""),
+        ("rows-000001.arrayrecord", b"half"),
+        ("rows-000001.arrayrecord", None),
+    ],
+)
+def test_damaged_files_are_made_again(tmp_path, small_blocks, tales_tokenizer, caplog, pattern, content):
+    """Whatever a power cut has left: the same bytes as before, a line in the log, and no other block is touched."""
+    config = data_config(vocab_path=str(saved(tales_tokenizer, tmp_path)))
+    folder = Path(preparation.prepare(config, str(tmp_path)).train.directory)
+    before, times = files_of(folder), {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    path = folder / pattern
+    path.write_bytes(flipped(path.read_bytes()) if content is None else content)
+    if pattern != "manifest.json" and content != b"half":
+        (folder / "manifest.json").unlink()  # the cut came before there was one
+    preparation.prepare(config, str(tmp_path))
+    assert files_of(folder) == before
+    assert "made again" in caplog.text
+    assert times["rows-000000.arrayrecord"] == (folder / "rows-000000.arrayrecord").stat().st_mtime_ns
+
+
+def flipped(content: bytes) -> bytes:
+    """The same length, other bytes in the middle."""
+    middle = len(content) // 2
+    return content[:middle] + bytes(byte ^ 255 for byte in content[middle : middle + 8]) + content[middle + 8 :]
+
+
+def saved(spm, folder) -> Path:
+    (folder / "spm").write_bytes(spm.model)
+    return folder / "spm"
+
+
+def test_rows_damaged_later_are_found_before_training(tmp_path, tales_tokenizer, caplog):
+    config = data_config(vocab_path=str(saved(tales_tokenizer, tmp_path)))
+    [path] = preparation.prepare(config, str(tmp_path)).train.paths
+    whole = Path(path).read_bytes()
+    Path(path).write_bytes(flipped(whole))
+    preparation.prepare(config, str(tmp_path))
+    assert Path(path).read_bytes() == whole
+    assert "is damaged, and is made again" in caplog.text
+
+
+def test_no_jax_where_data_are_prepared(tmp_path):
+    """Neither in the command nor in its workers, which do not import the program's main module either."""
+    code = (
+        "import sys, transformer_lm.prepare_data\n"
+        "print(sorted({'jax', 'flax', 'optax', 'orbax', 'torch', 'tensorflow'} & sys.modules.keys()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+    code = (
+        "import sys, jax\n"  # the main module: without a guard, and with all that workers need not have
+        "from transformer_lm.data import workers\n"
+        "with workers._pool(1) as pool, workers._without_main_module():\n"
+        "    modules = pool.submit(eval, 'sorted(__import__(\"sys\").modules)').result()\n"
+        "print(sorted({'jax', 'flax', 'optax', 'orbax'} & set(modules)))\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc, which is Linux's")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_command(tmp_path, number):
+    """Also when the one who started them is killed."""
+    code = (
+        "import time\n"
+        "from transformer_lm.data import workers\n"
+        "with workers._pool(2) as pool, workers._without_main_module():\n"
+        "    list(pool.map(time.sleep, [0.1, 0.1, 60, 60]))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 60
+    while len(workers := workers_of(process)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(number)
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(is_running(worker) for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_running(worker) for worker in workers)
+
+
+def is_running(number: int) -> bool:
+    try:
+        return b"spawn_main" in Path(f"/proc/{number}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation", "told"),
+    [
+        ("train[:100]", "train[100:]", False),
+        ("train[:100]", "train[50:120]", True),
+        ("train", "train", True),
+        ("train[:98%]", "train[98%:]", False),
+        ("train[:98%]+validation", "validation[:5]", True),
+        ("train", "validation", False),
+    ],
+)
+def test_evaluating_on_what_is_trained_on_is_said(train, evaluation, told, caplog):
+    opened = {}
+    parts = [preparation.open_corpora("mukashi", split, data_config(), opened) for split in (train, evaluation)]
+    assert parts[0][0].documents.source is parts[1][0].documents.source  # counted once
+    preparation._warn_of_overlaps(*parts)
+    assert ("scores will be too good" in caplog.text) == told
+
+
+def test_a_refused_tokenizer_does_not_stay(tmp_path):
+    """The mended command works, and the refusal comes before the corpus is read."""
+    options = {"spm_train_options": "--unk_id=3 --pad_id=0", "dataset_name": "text:/dev/null/nothing"}
+    with pytest.raises(UserError):
+        preparation.prepare(data_config(**options), str(tmp_path))
+    with pytest.raises(UserError, match="ids"):
+        preparation.prepare(data_config(spm_train_options="--unk_id=3 --pad_id=0"), str(tmp_path))
+    assert not (tmp_path / "sentencepiece_model").exists()
+    preparation.prepare(data_config(train_split="train[:300]"), str(tmp_path))
 
 
 def workers_of(process: subprocess.Popen) -> list[int]:

@@ -13,7 +13,6 @@ import numpy as np
 from transformer_lm.data.packing import Row, padding_id, read_records
 from transformer_lm.data.rows import PreparedCorpus, PreparedMixture
 from transformer_lm.files import local_copy
-from transformer_lm.tokenizer import START_ID
 
 READ_THREADS = 4
 PREFETCH_BATCHES = 8
@@ -53,7 +52,7 @@ def eval_batches(corpus: PreparedCorpus | PreparedMixture, *, batch_size: int, m
     """The corpus's rows in order, once, at most `max_batches` (-1: all). The last batch is filled up with padding."""
     rows = _mix([_rows(part) for part in corpus.parts], corpus.weights)
     stop = None if max_batches < 0 else max_batches
-    empty = Row(np.full(corpus.row_length, padding_id(corpus.dtype), corpus.dtype), START_ID, 0, 0).record()
+    empty = Row(np.full(corpus.row_length, padding_id(corpus.dtype), corpus.dtype)).record()
     for start in itertools.islice(range(0, len(rows), batch_size), stop):
         records = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
         records += [np.frombuffer(empty, np.uint8)] * (batch_size - len(records))

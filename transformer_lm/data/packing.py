@@ -1,12 +1,12 @@
 """How texts lie in fixed-length rows, and how a batch is read back from them.
 
 A row is `row_length` token ids. Texts, each closed by EOS, stand one after the other; what is left over at the end of
-a row is filled with the largest number of the row's dtype, which is never a token id. A text that does not fit is cut
-at the end of a row and goes on at the beginning of another: nothing is thrown away, and whatever stands behind an EOS,
-or at the beginning of a row, begins a segment of its own.
+a row is filled with the largest number of the row's dtype, which is never a token id. A text that does not fit is cut:
+a piece that is not its text's last one ends with its row, so that whatever stands behind an EOS, or at the beginning of
+a row, is a segment of its own. Nothing is thrown away.
 
-A row is stored as a record: `HEADER` numbers, then the ids. The header says which token stood before the row's first
-one (START_ID where a text begins there), and how many characters and bytes of text the row stands for.
+A row is stored as a record: `HEADER`, then the ids. The header says which token stood before a piece that goes on with
+a text (at most MAX_CONTINUED of them a row), and how many characters and bytes of text the row stands for.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,10 @@ from transformer_lm.tokenizer import EOS_ID, START_ID
 
 OPEN_ROWS = 64  # rows that wait for a text of the right length; more of them cut fewer texts
 MAX_PADDING = 20  # a row is closed when at most row_length // MAX_PADDING slots are free
-HEADER = np.dtype([("previous", "<u4"), ("characters", "<u4"), ("bytes", "<u4")])
+MAX_CONTINUED = 4  # pieces of a row that go on with a text
+HEADER = np.dtype(
+    [("characters", "<u4"), ("bytes", "<u4"), ("slots", "<u4", MAX_CONTINUED), ("previous", "<u4", MAX_CONTINUED)]
+)
 
 
 class Row(NamedTuple):
@@ -26,19 +29,22 @@ class Row(NamedTuple):
 
     Attributes:
       ids: [T] token ids, then padding.
-      previous: the token before the first one; START_ID where a text begins.
       characters: characters of text that its tokens stand for.
       bytes: the same in UTF-8.
+      continued: (slot, token before it) of each piece that goes on with a text.
     """
 
     ids: np.ndarray
-    previous: int
-    characters: int
-    bytes: int
+    characters: int = 0
+    bytes: int = 0
+    continued: tuple[tuple[int, int], ...] = ()
 
     def record(self) -> bytes:
         """The row as it is stored."""
-        header = np.array((self.previous, self.characters, self.bytes), HEADER)
+        header = np.zeros((), HEADER)
+        header["characters"], header["bytes"] = self.characters, self.bytes
+        for number, (slot, token) in enumerate(self.continued):
+            header["slots"][number], header["previous"][number] = slot, token
         return header.tobytes() + self.ids.astype(self.ids.dtype.newbyteorder("<")).tobytes()
 
 
@@ -57,13 +63,41 @@ def record_bytes(row_length: int, dtype: np.dtype) -> int:
     return HEADER.itemsize + row_length * dtype.itemsize
 
 
+class _OpenRow:
+    """A row with room for more."""
+
+    def __init__(self, row_length: int):
+        self.free = row_length
+        self._row_length = row_length
+        self._pieces: list[np.ndarray] = []
+        self._continued: list[tuple[int, int]] = []
+
+    def takes(self, previous: int) -> bool:
+        """Whether a piece may stand here that follows a token."""
+        return previous == START_ID or len(self._continued) < MAX_CONTINUED
+
+    def add(self, piece: np.ndarray, previous: int):
+        """Puts a piece [n, 3] behind what is there."""
+        if previous != START_ID:
+            self._continued.append((self._row_length - self.free, previous))
+        self._pieces.append(piece)
+        self.free -= len(piece)
+
+    def close(self, dtype: np.dtype) -> Row:
+        """The row, filled up with padding."""
+        tokens = np.concatenate(self._pieces)
+        ids = np.full(self._row_length, padding_id(dtype), dtype)
+        ids[: len(tokens)] = tokens[:, 0]
+        characters, size = tokens[:, 1:].sum(axis=0)
+        return Row(ids, int(characters), int(size), tuple(self._continued))
+
+
 def pack(texts: Iterable[np.ndarray], row_length: int, dtype: np.dtype) -> Iterator[Row]:
     """Packs texts into rows: best fit over a bounded number of open rows.
 
-    A text is put into the fullest open row that still has room for it, or begins a new one. When it fits nowhere and
-    `OPEN_ROWS` are open, its beginning fills up the fullest one, so that the padding stays below a 1 / MAX_PADDING
-    share whatever the lengths are. Of what remains, and of a text longer than a row, whole rows are cut off, and the
-    rest begins a new row: a piece that is not its text's last one ends with its row.
+    A text, or the rest of one, is put into the fullest open row that still has room for it. When it fits nowhere, it
+    begins a new row, or, when `OPEN_ROWS` are open, its beginning fills up the fullest one; what remains of it is put
+    elsewhere. So the padding stays below a 1 / MAX_PADDING share whatever the lengths are.
 
     Args:
       texts: of each text [n, 3] integers: the token ids, EOS included, and how many characters and bytes of the text
@@ -74,45 +108,30 @@ def pack(texts: Iterable[np.ndarray], row_length: int, dtype: np.dtype) -> Itera
     Yields:
       rows, ids [T] of dtype.
     """
-    open_rows: list[list[np.ndarray]] = []
-    previous: list[int] = []  # the token before each open row
-    free: list[int] = []  # slots left in each open row
-
-    def begin(piece: np.ndarray, before: int):
-        open_rows.append([piece])
-        previous.append(before)
-        free.append(row_length - len(piece))
-
-    def close(i: int) -> Row:
-        tokens = np.concatenate(open_rows.pop(i))
-        free.pop(i)
-        ids = np.full(row_length, padding_id(dtype), dtype)
-        ids[: len(tokens)] = tokens[:, 0]
-        return Row(ids, previous.pop(i), *(int(count) for count in tokens[:, 1:].sum(axis=0)))
-
+    rows: list[_OpenRow] = []
     for text in texts:
-        fitting = [i for i, room in enumerate(free) if room >= len(text)]
-        if fitting:
-            i = min(fitting, key=free.__getitem__)
-            open_rows[i].append(text)
-            free[i] -= len(text)
-            if free[i] <= row_length // MAX_PADDING:
-                yield close(i)
-            continue
-        start, before = 0, START_ID
-        if len(free) == OPEN_ROWS:
-            i = min(range(len(free)), key=free.__getitem__)
-            start = free[i]
-            open_rows[i].append(text[:start])
-            yield close(i)
+        start, previous = 0, START_ID
         while start < len(text):
-            piece = text[start : start + row_length]
-            begin(piece, before if start == 0 else int(text[start - 1, 0]))
-            start += row_length
-            if free[-1] <= row_length // MAX_PADDING:
-                yield close(len(free) - 1)
-    while open_rows:
-        yield close(0)
+            row = _choose(rows, min(len(text) - start, row_length), previous, row_length)
+            piece = text[start : start + row.free]
+            row.add(piece, previous)
+            start += len(piece)
+            previous = int(piece[-1, 0])
+            if row.free <= row_length // MAX_PADDING:
+                rows.remove(row)
+                yield row.close(dtype)
+    for row in rows:
+        yield row.close(dtype)
+
+
+def _choose(rows: list[_OpenRow], length: int, previous: int, row_length: int) -> _OpenRow:
+    """The row for a piece: the fullest that has room for all of it, else a new one, else the fullest of all."""
+    allowed = [row for row in rows if row.takes(previous)]
+    fitting = [row for row in allowed if row.free >= length]
+    if not fitting and (len(rows) < OPEN_ROWS or not allowed):
+        rows.append(_OpenRow(row_length))
+        return rows[-1]
+    return min(fitting or allowed, key=lambda row: row.free)
 
 
 def read_records(records: np.ndarray, dtype: np.dtype) -> dict[str, np.ndarray]:
@@ -123,25 +142,27 @@ def read_records(records: np.ndarray, dtype: np.dtype) -> dict[str, np.ndarray]:
       dtype: of the rows.
 
     Returns:
-      what `unpack` makes of the rows, and int32 arrays [B], characters and bytes of text that each stands for.
+      what `unpack` makes of the rows, but that a piece which goes on with a text begins with the token before it; and
+      int32 arrays [B], characters and bytes of text that each row stands for.
     """
     header = np.ascontiguousarray(records[:, : HEADER.itemsize]).view(HEADER)[:, 0]
     rows = np.ascontiguousarray(records[:, HEADER.itemsize :]).view(dtype.newbyteorder("<"))
-    counts = {name: header[name].astype(np.int32) for name in ("characters", "bytes")}
-    return unpack(rows, header["previous"]) | counts
+    batch = unpack(rows)
+    numbers, entries = np.nonzero(header["previous"])  # START_ID, 0, stands where no piece goes on with a text
+    batch["inputs"][numbers, header["slots"][numbers, entries]] = header["previous"][numbers, entries]
+    return batch | {name: header[name].astype(np.int32) for name in ("characters", "bytes")}
 
 
-def unpack(rows: np.ndarray, previous: np.ndarray | int = START_ID) -> dict[str, np.ndarray]:
-    """What the network and the loss need of packed rows.
+def unpack(rows: np.ndarray) -> dict[str, np.ndarray]:
+    """What the network and the loss need of packed rows in which every piece begins a text.
 
     Args:
-      rows: [B, T] uint16 or uint32, as `pack` makes them.
-      previous: [B], the token before each row's first one; START_ID where a text begins.
+      rows: [B, T] uint16 or uint32 ids and padding.
 
     Returns:
       int32 arrays [B, T]:
         targets: the token ids, 0 on padding.
-        inputs: the targets shifted right within their segment; START_ID begins each text.
+        inputs: the targets shifted right within their segment; START_ID begins each segment.
         positions: position within the segment, from 0.
         segments: number of the segment in its row, from 1; 0 on padding.
     """
@@ -152,7 +173,6 @@ def unpack(rows: np.ndarray, previous: np.ndarray | int = START_ID) -> dict[str,
     inputs = np.zeros_like(targets)
     inputs[:, 1:] = targets[:, :-1]
     inputs[starts] = START_ID
-    inputs[:, 0] = previous
     index = np.arange(rows.shape[1], dtype=np.int32)
     positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
     segments = np.where(padding, 0, np.cumsum(starts, axis=1)).astype(np.int32)

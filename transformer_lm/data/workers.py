@@ -61,12 +61,11 @@ def _pool(processes: int) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
 def _begin():
     """In a worker: Ctrl-C is the parent's to handle, and without it there is nothing to work for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
+    end_with(multiprocessing.parent_process().pid)
 
 
-def end_with_parent():
-    """Ends this process soon after the one that started it has ended, however that was killed."""
-    parent = os.getppid()
+def end_with(parent: int):
+    """Ends this process soon after its parent, of this number, has ended, however that was killed."""
 
     def watch():
         while os.getppid() == parent:
