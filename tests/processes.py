@@ -39,7 +39,7 @@ if "TRANSFORMER_LM_TESTS" not in os.environ:  # else, a process of a test has im
 
 TIMEOUT_SECONDS = 300
 # What is read after the fork, by libraries that a command imports when it needs them, and by the package.
-READ_LATE = {"HF_HOME", "HF_HUB_OFFLINE", "TFDS_DATA_DIR", "TRANSFORMER_LM_CACHE"}
+READ_LATE = {"PYTEST_CURRENT_TEST", "HF_HOME", "HF_HUB_OFFLINE", "TFDS_DATA_DIR", "TRANSFORMER_LM_CACHE"}
 
 
 def run(arguments: list[str], **options) -> subprocess.CompletedProcess:
