@@ -2,13 +2,13 @@
 
 import functools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+from processes import run  # before JAX is imported, which reads the environment that is set there
 
+# isort: split
 import jax
 import numpy as np
 import pytest
@@ -21,6 +21,16 @@ sys.path += [str(folder) for folder in Path(__file__).parent.rglob("*") if any(f
 ROOT = Path(__file__).parents[1]
 FIXTURE = ROOT / "tests" / "fixtures" / "original"
 SHARED = ROOT.parent / "shared"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--exhaustive", action="store_true", help="try all of many inputs that are alike, not a tenth")
+
+
+@pytest.fixture(scope="session")
+def tenth(request):
+    """Takes a tenth of many inputs that are alike, or all with --exhaustive."""
+    return (lambda inputs: inputs) if request.config.getoption("exhaustive") else (lambda inputs: inputs[::10])
 
 
 class Original:
@@ -123,11 +133,6 @@ def command(name: str, workdir, *arguments: str, **fields) -> list[str]:
     return [
         sys.executable, "-m", module, f"--workdir={workdir}", "--config=configs/lm1b_default.py", *overrides, *arguments
     ]  # fmt: skip
-
-
-def run(arguments: list[str], **options) -> subprocess.CompletedProcess:
-    """Runs a command to its end."""
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=300, **options)
 
 
 def one_line_error(done: subprocess.CompletedProcess) -> str:

@@ -148,25 +148,25 @@ def test_random_strings_by_the_originals_model():
 
 
 @pytest.fixture(scope="module")
-def lines(literature) -> list[str]:
+def lines(literature, tenth) -> list[str]:
     names = ["wikipedia_leads", "aozora_validation", "aozora_train"]
-    return [line for name in names for line in lines_of(literature / f"{name}.jsonl.gz")]
+    return tenth([line for name in names for line in lines_of(literature / f"{name}.jsonl.gz")])
 
 
 @pytest.mark.parametrize("options", ["--byte_fallback=true", KEEP_ALL, f"--model_type=bpe {KEEP_ALL}"])
-def test_every_line_of_the_literature(lines, options):
+def test_lines_of_the_literature(lines, options):
     model = tokenizer_training.train(
-        [(lines[:40_000], 1.0)], vocab_size=8_000, max_corpus_chars=1_000_000, options=options
+        [(lines[:40_000], 1.0)], vocab_size=4_000, max_corpus_chars=300_000, options=options
     )
     slow = tokenizer.Tokenizer(model)
     assert different(slow, fast_of(slow), lines) == []
 
 
-def test_every_line_by_the_originals_model(lines):
+def test_lines_by_the_originals_model(lines):
     """Its scores are not round: where the same pieces may stand in another order SentencePiece's rounding decides."""
     slow = tokenizer.Tokenizer.load(FIXTURE / "sentencepiece_model")
     found = different(slow, fast := fast_of(slow), lines)
-    assert len(found) <= 20  # of 400,000
+    assert len(found) <= 4 + len(lines) / 25_000  # 20 of 400,000
     for line in found:
         assert sorted(fast.encode(line, add_special_tokens=False).ids) == sorted(slow.encode(line))
 

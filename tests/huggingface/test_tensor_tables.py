@@ -26,7 +26,7 @@ def config_of(shape: str) -> models.TransformerConfig:
 def random_params(config: models.TransformerConfig, seed: int = 0) -> models.Params:
     """No bias is zero and no scale one, so that none can be forgotten."""
     rng = np.random.default_rng(seed)
-    params = jax.tree.map(np.asarray, models.init(config, jax.random.key(seed)))
+    params = jax.tree.map(np.asarray, jax.jit(models.init, static_argnums=0)(config, jax.random.key(seed)))
     return jax.tree.map(lambda x: (x + 0.3 * rng.standard_normal(x.shape)).astype(np.float32), params)
 
 

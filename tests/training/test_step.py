@@ -98,7 +98,8 @@ def test_sharded_equals_single(tmp_path):
     """Eight devices and one end with the same parameters, dropout and token weights included."""
     results = []
     for devices in (1, 8):
-        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+        environment = os.environ | {"XLA_FLAGS": flags}
         path = tmp_path / f"{devices}.npz"
         subprocess.run([sys.executable, "-c", SHARDED, str(devices), path], env=environment, check=True)
         results.append(np.load(path))
