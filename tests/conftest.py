@@ -101,7 +101,8 @@ def batch_of(texts: list[list[int]], row_length: int) -> dict[str, np.ndarray]:
     tokens = [token for text in texts for token in [*text, tokenizer.EOS_ID]]
     row = np.full((1, row_length), packing.padding_id(np.dtype(np.uint16)), np.uint16)
     row[0, : len(tokens)] = tokens
-    return packing.unpack(row)
+    counts = {"characters": np.array([len(tokens)]), "bytes": np.array([3 * len(tokens)])}
+    return packing.unpack(row) | counts
 
 
 SMALL_RUN = {
