@@ -1,6 +1,10 @@
 """Cleaning: each rule removes what it is for, and says so."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 from etils import epath
@@ -86,12 +90,64 @@ def test_interrupted_and_gone_on_with_other_tasks(corpus, tmp_path):
     assert not (tmp_path / "texts-5").exists()
 
 
-def test_nothing_left(corpus, tmp_path):
+def test_nothing_left(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["短い文です。"])
     with pytest.raises(UserError, match=r"cleaning_rules.* removed every text"):
-        clean(corpora.open_documents("mukashi", "validation[:0]"), "length,minhash", tmp_path)
+        clean(corpora.open_documents(f"jsonl:{tmp_path}/a.jsonl", "train"), "length,minhash", tmp_path / "w")
 
 
 @pytest.mark.parametrize("rules", ["grammar", "minhash,length"])
 def test_impossible_rules(rules):
     with pytest.raises(UserError, match="cleaning_rules"):
         cleaning.parse_rules(rules)
+
+
+def test_characters_that_no_text_may_hold(tmp_path):
+    """They are mended before any rule sees them, and counted."""
+    lines = [json.dumps({"text": f"昔々{mark}あるところに。" * 20}) for mark in ("\ud83d", "\0", "")]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    documents = corpora.open_documents(f"jsonl:{tmp_path}/a.jsonl", "train")
+    kept, report = clean(documents, "length", tmp_path / "w")
+    assert kept == ["昔々\ufffdあるところに。" * 20, "昔々あるところに。" * 20, "昔々あるところに。" * 20]
+    assert (report["counts"]["nul_characters"], report["counts"]["lone_surrogates"]) == (20, 20)
+
+
+def test_folders_of_any_name(corpus, tmp_path):
+    """Such as datatrove takes for a pattern, which would match other folders, are refused."""
+    kept, report = clean(corpus, "length,minhash", tmp_path / "100% %20 日本語 {a,b} #")
+    assert len(kept) == report["counts"]["kept"] > len(TALES)
+    for name in ("a[1]", "run*", "a?", "a::b", "\udc83"):
+        with pytest.raises(UserError, match="prepared_dir"):
+            clean(corpus, "length,minhash", tmp_path / name)
+
+
+CLEAN = """
+import sys
+from etils import epath
+from transformer_lm.data import cleaning, corpora
+from transformer_lm.data.dataset_preprocessor import Preprocessing
+documents = corpora.open_documents(f"jsonl:{sys.argv[1]}", "train")
+rules = ("language", "repetition", "minhash")
+cleaning.clean(documents, Preprocessing(), rules, epath.Path(sys.argv[2]), cleaning.Launcher("local", tasks=2))
+"""
+
+
+def test_in_a_locale_that_is_not_utf_8(corpus, tmp_path):
+    """Latin-1 can decode anything, and would garble all of it."""
+    corpus_file = tmp_path / "a.jsonl"
+    write_jsonl(corpus_file, TALES + TALES[:3] + [text for dirt in DIRT.values() for text in dirt])
+    environment = os.environ | {
+        "LC_ALL": "en_US",
+        "LOCPATH": str(tmp_path),
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+    }
+    if not shutil.which("localedef"):
+        pytest.skip("no localedef on this machine to make a locale with")
+    subprocess.run(["localedef", "-i", "en_US", "-f", "ISO-8859-1", str(tmp_path / "en_US")], check=True)
+    command = [sys.executable, "-c", CLEAN, str(corpus_file), str(tmp_path / "w")]
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    kept = list(corpora.open_documents(f"jsonl:{tmp_path}/w/texts-*/*.jsonl.gz", "train"))
+    assert set(TALES) <= set(kept)
+    assert len(kept) == len(set(kept))

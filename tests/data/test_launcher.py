@@ -14,7 +14,7 @@ import pytest
 from conftest import command
 from test_preparation import data_config, rows_of
 
-from transformer_lm.data import packing, preparation
+from transformer_lm.data import launcher, packing, preparation
 from transformer_lm.data.corpora import mukashi
 from transformer_lm.data.launcher import Launcher
 from transformer_lm.errors import UserError
@@ -141,6 +141,69 @@ def test_slurm(config, local_way, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     launcher = Launcher("slurm", tasks=3, slurm_partition="cpu")
     assert_same_documents(preparation.prepare(config, str(tmp_path / "run"), launcher), local_way)
+
+
+class SlurmJob:
+    """What _wait_for_slurm asks of datatrove's executor: a job that ends after some questions."""
+
+    job_id, world_size = "7", 3
+
+    def __init__(self, asked: int):
+        self.left = asked
+
+    def get_incomplete_ranks(self, skip_completed):
+        assert skip_completed
+        self.left -= 1
+        return [0] if self.left >= 0 else []
+
+
+@pytest.fixture
+def squeue(tmp_path, monkeypatch):
+    """Puts a stand-in for squeue on the path, which answers with the lines of a script, one a call."""
+    monkeypatch.setattr(launcher, "POLL_SECONDS", 0)
+
+    def answer(*answers: str):
+        calls = tmp_path / "calls"
+        lines = "\n".join(f"{number}) {line};;" for number, line in enumerate(answers, 1))
+        script = f"#!/bin/sh\necho >> {calls}\ncase $(wc -l < {calls}) in\n{lines}\n*) exit 99;;\nesac\n"
+        (tmp_path / "squeue").write_text(script)
+        (tmp_path / "squeue").chmod(stat.S_IRWXU)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        return lambda: len(calls.read_text().splitlines())
+
+    return answer
+
+
+RUNNING = "echo 7 cpu pack me R"
+REFUSED = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
+TIMED_OUT = "echo 'slurm_load_jobs error: Socket timed out on send/recv operation' >&2; exit 1"
+UNKNOWN = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+
+
+@pytest.mark.parametrize("over", [UNKNOWN, "true"])
+def test_slurm_that_does_not_answer_for_a_while(squeue, over):
+    """The job is waited for until Slurm says that it is over."""
+    calls = squeue(RUNNING, REFUSED, TIMED_OUT, RUNNING, "kill -9 $$", over)
+    launcher._wait_for_slurm(SlurmJob(100))
+    assert calls() == 6
+
+
+def test_slurm_that_answers_no_more(squeue, monkeypatch):
+    """One line names the job that may still run, and nothing is started."""
+    monkeypatch.setattr(launcher, "MAX_FAILURES", 3)
+    calls = squeue(REFUSED, RUNNING, REFUSED, TIMED_OUT, REFUSED)
+    with pytest.raises(UserError, match=r"squeue failed 3 times.*Unable to contact.*Job 7 may still run"):
+        launcher._wait_for_slurm(SlurmJob(100))
+    assert calls() == 5
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(UserError, match=r"squeue failed 3 times.*squeue"):
+        launcher._wait_for_slurm(SlurmJob(100))
+
+
+def test_slurm_tasks_that_are_finished(squeue):
+    calls = squeue(REFUSED, RUNNING)
+    launcher._wait_for_slurm(SlurmJob(2))
+    assert calls() == 2
 
 
 def test_killed_tasks_are_done_again(corpus, config, local_way, tmp_path):

@@ -5,6 +5,7 @@ examples. It is made by stages of datatrove tasks, on this machine or many (`lau
 function that makes its filters and a line in RULES.
 """
 
+import glob
 import json
 import os
 from collections import defaultdict
@@ -148,6 +149,11 @@ def clean(
                      "".join(f"\n    {text[:60]!r}" for text in report["examples"].get(rule, [])))  # fmt: skip
 
 
+def open_texts(folder: epath.Path) -> corpora.Documents:
+    """The texts that tasks have written to a folder."""
+    return corpora.open_documents(f"jsonl:{glob.escape(os.fspath(folder))}/*.jsonl.gz", "train")
+
+
 def local_launcher(processes: int) -> Launcher:
     """For one machine: 0 processes for one a core."""
     return Launcher("local", tasks=LOCAL_TASKS, workers=processes or os.cpu_count() or 1)
@@ -169,37 +175,38 @@ def _deduplicate(
         MinhashDedupSignature,
     )
     from datatrove.pipeline.dedup.minhash import MinhashConfig
-    from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.writers import JsonlWriter
 
-    from transformer_lm.data.datatrove_steps import Characters, KeepExamples, named
+    from transformer_lm.data.datatrove_steps import Characters, KeepExamples, ReadDocuments, named
 
     config = MinhashConfig(n_grams=NGRAM, num_buckets=NUM_BUCKETS, hashes_per_bucket=HASHES_PER_BUCKET)
     signatures, pairs, clusters = (str(minhash / name) for name in ("signatures", "pairs", "clusters"))
     signature = MinhashDedupSignature(signatures, config, language=Characters())
     keep = named(MINHASH, MinhashDedupFilter(clusters, exclusion_writer=KeepExamples(examples, MINHASH)))
-    launcher.run("signatures", [JsonlReader(str(filtered)), signature], logs / "signatures")
+    read = ReadDocuments(open_texts(filtered), "filtered")  # datatrove's reader decodes as the locale says
+    launcher.run("signatures", [read, signature], logs / "signatures")
     launcher.run("pairs", [MinhashDedupBuckets(signatures, pairs, config=config)], logs / "pairs", tasks=NUM_BUCKETS)
     launcher.run("clusters", [MinhashDedupCluster(pairs, clusters, config)], logs / "clusters", tasks=1)
-    launcher.run("deduplicate", [JsonlReader(str(filtered)), keep, JsonlWriter(str(texts))], logs / "deduplicate")
+    launcher.run("deduplicate", [read, keep, JsonlWriter(str(texts))], logs / "deduplicate")
 
 
 def _report(rules: tuple[str, ...], logs: epath.Path, examples: epath.Path) -> dict:
     """How many texts there were, how many each rule removed, with examples; from the tasks' own counts."""
     counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for path in sorted(logs.glob("*/stats/*.json")):
-        for step in json.loads(path.read_text()):
+        for step in json.loads(path.read_bytes()):
             for name, stat in step["stats"].items():
                 counts[step["name"]][name] += stat if isinstance(stat, int) else stat["total"]
     removed = {rule: counts[rule]["dropped"] for rule in rules}
     texts = counts["texts"]["texts"]
     found: dict[str, list[str]] = defaultdict(list)
     for path in sorted(examples.glob("*.json")) if examples.exists() else []:
-        found[path.name.split("-")[0]] += json.loads(path.read_text())
+        found[path.name.split("-")[0]] += json.loads(path.read_bytes())
     return {
         "counts": {
             "documents": counts["documents"]["documents"],
             "texts": texts,
+            **{name: counts["texts"][name] for name in ("nul_characters", "lone_surrogates")},
             "removed": removed,
             "kept": texts - sum(removed.values()),
         },

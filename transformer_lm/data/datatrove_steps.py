@@ -10,7 +10,7 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.utils.word_tokenizers import WordTokenizer
 from etils import epath
 
-from transformer_lm.data import corpora
+from transformer_lm.data import corpora, dataset_preprocessor
 from transformer_lm.data.dataset_preprocessor import Preprocessing
 from transformer_lm.data.rows import RowsPlan, blocks_of, read_block
 from transformer_lm.files import write_atomically
@@ -22,9 +22,9 @@ EXAMPLE_CHARS = 200
 class ReadDocuments(PipelineStep):
     """Reads a task's share of a corpus's documents."""
 
-    def __init__(self, documents: corpora.Documents):
+    def __init__(self, documents: corpora.Documents, name: str = "documents"):
         super().__init__()
-        named("documents", self)
+        named(name, self)
         self.documents = documents
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
@@ -45,6 +45,8 @@ class ToTexts(PipelineStep):
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """See PipelineStep."""
         for document in data:
+            for name, count in dataset_preprocessor.without_impossible_characters(document.text)[1].items():
+                self.stat_update(name, value=count)
             for number, text in enumerate(self.preprocessing(document.text)):
                 self.stat_update("texts")
                 yield Document(text=text, id=f"{document.id}/{number}")
@@ -110,7 +112,7 @@ class KeepExamples:
     def __exit__(self, kind, error, traceback):
         if self.texts and error is None:
             path = epath.Path(self.folder) / f"{self.rule}-{self.rank:05d}.json"
-            write_atomically(path, json.dumps(self.texts, ensure_ascii=False).encode())
+            write_atomically(path, json.dumps(self.texts).encode())
 
 
 class Characters(WordTokenizer):

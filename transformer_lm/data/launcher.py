@@ -6,6 +6,7 @@ that all machines see; whatever was interrupted is done again by the same comman
 
 import dataclasses
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
 
 EXECUTORS = ("local", "slurm", "ray")
+_PATTERN = re.compile("[*?[\ud800-\udfff]|::")
 POLL_SECONDS = 20
+MAX_FAILURES = 30  # of squeue, one after the other: a controller that is started anew is back within ten minutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +69,11 @@ class Launcher:
           UserError: a task failed.
         """
         optional_import("datatrove", "prep", f"--executor={self.executor}")
+        if _PATTERN.search(str(folder)):
+            raise UserError(
+                f"{folder}: datatrove takes *, ?, [ and :: in a folder's name for a pattern, and wants UTF-8; choose "
+                "another with --config.prepared_dir."
+            )
         console.quiet_datatrove()
         executor = self._make(name, list(steps), str(folder), tasks or self.tasks)
         failure: Exception | None = None
@@ -114,10 +122,32 @@ class Launcher:
 
 
 def _wait_for_slurm(executor):
-    """Returns when all tasks are finished, or when Slurm knows nothing of the job any more."""
+    """Returns when all tasks are finished, or when Slurm says that the job is over."""
+    failures = 0
     while incomplete := executor.get_incomplete_ranks(skip_completed=True):
         logging.info("Slurm job %s: %d of %d tasks to go.", executor.job_id, len(incomplete), executor.world_size)
-        queue = subprocess.run(["squeue", "-h", "-j", str(executor.job_id)], capture_output=True, text=True)
-        if not queue.stdout.strip():
+        queued, problem = _ask_slurm(executor.job_id)
+        failures = failures + 1 if problem else 0
+        if not queued and not problem:
             return
+        if problem:
+            logging.warning("squeue failed (%d of %d times): %s", failures, MAX_FAILURES, problem)
+        if failures == MAX_FAILURES:
+            raise UserError(
+                f"squeue failed {failures} times, the last time with {problem!r}. Job {executor.job_id} may still run: "
+                f"look with squeue, and start the same command again when the job is over (scancel {executor.job_id} "
+                "ends it), or tasks would run twice."
+            )
         time.sleep(POLL_SECONDS)
+
+
+def _ask_slurm(job: str) -> tuple[bool, str]:
+    """Whether Slurm has a job in its queue, and what went wrong where it could not be asked."""
+    try:
+        command = ["squeue", "-h", "-j", str(job)]
+        queue = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120)
+    except (OSError, subprocess.SubprocessError) as error:
+        return False, str(error)
+    if queue.returncode and "invalid job id" not in queue.stderr.lower():  # as it says of a job that is long over
+        return False, " ".join(queue.stderr.split()) or f"exit status {queue.returncode}"
+    return bool(queue.stdout.strip()) and not queue.returncode, ""

@@ -8,7 +8,6 @@ of its own. For many, the same functions are steps of a datatrove pipeline (`dat
 import concurrent.futures.process
 import dataclasses
 import functools
-import glob
 import itertools
 import os
 from typing import Annotated
@@ -214,8 +213,7 @@ def _clean(corpus: Corpus, config: DataConfig, root: epath.Path, launcher: Launc
             if not (directory / cleaning.REPORT).exists():
                 cleaning.clean(corpus.documents, corpus.preprocessing, rules, directory, launcher)
     report = read_json(directory / cleaning.REPORT)
-    pattern = f"{glob.escape(os.fspath(directory))}/{report['texts']}/*.jsonl.gz"
-    documents = corpora.open_documents(f"jsonl:{pattern}", "train")
+    documents = cleaning.open_texts(directory / report["texts"])
     return Corpus(documents, Preprocessing(), identity | {"cleaning_counts": report["counts"]}, corpus.weight)
 
 

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from transformer_lm.data import corpora
 from transformer_lm.data.corpora import splits
 from transformer_lm.errors import UserError
 
@@ -57,3 +58,23 @@ def test_whole_and_absolute_splits_do_not_count_the_corpus():
 def test_unreadable_splits(split):
     with pytest.raises(UserError, match="cannot be read"):
         splits.parse(split)
+
+
+@pytest.mark.parametrize(
+    "split", ["train[:98.5%]", "train[:98 %]", "train [:98%]", "train[::2]", "train[5]", "train[:" + "9" * 5000 + "]",
+              "train[:" + "9" * 400 + "%]", "train[:1e3]", "train[+1:]", "train[:-]", "train[:%]", "train[1:2][3:4]"]
+)  # fmt: skip
+def test_odd_bounds(split):
+    with pytest.raises(UserError, match="cannot be read"):
+        splits.parse(split)
+
+
+@pytest.mark.parametrize(
+    "split", ["train[20:10]", "train[5:5]", "train[:0]", "train[-5:-10]", "train[90%:10%]", "train[:0%]",
+              "train[1000:]", "train[:5]+train[7:6]", "train[999999999999999999:]"]
+)  # fmt: skip
+def test_slices_of_nothing_are_named(tmp_path, split):
+    (tmp_path / "a.txt").write_text("\n\n".join(map(str, range(30))))
+    documents = corpora.open_documents(f"text:{tmp_path}/a.txt", split)
+    with pytest.raises(UserError, match=r"no document is in 'train' from number"):
+        list(documents)
