@@ -1,5 +1,6 @@
 """Preparation by datatrove's tasks: the rows hold what the local way's hold, wherever the tasks ran."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -233,6 +234,50 @@ def test_killed_tasks_are_done_again(corpus, config, local_way, tmp_path):
     done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert_same_documents(preparation.prepare(config, str(tmp_path)), local_way)
+
+
+ENDLESS = """
+import sys, time
+from etils import epath
+from transformer_lm.data.launcher import Launcher
+def wait(data, rank, world_size, folder=sys.argv[1]):
+    epath.Path(folder, f"task-{rank}").touch()
+    time.sleep(600)
+Launcher("local", tasks=2, workers=2).run("wait", [wait], epath.Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc"), reason="a process is looked for in /proc")
+def test_tasks_end_with_a_killed_executor(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDLESS, str(tmp_path)], start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(600):
+            if len(list(tmp_path.glob("task-*"))) == 2:
+                break
+            time.sleep(0.1)
+        assert len(list(tmp_path.glob("task-*"))) == 2
+        process.kill()
+        process.wait()
+        for _ in range(150):
+            if not (left := [pid for pid in os.listdir("/proc") if pid.isdigit() and group_of(pid) == process.pid]):
+                break
+            time.sleep(0.1)
+        assert not left
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def group_of(pid: str) -> int | None:
+    """The process group of a process that still runs."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            state, _, group = file.read().rpartition(")")[2].split()[:3]
+    except OSError:
+        return None
+    return None if state == "Z" else int(group)
 
 
 def test_failing_tasks_are_reported(corpus, config, tmp_path):

@@ -5,6 +5,7 @@ that all machines see; whatever was interrupted is done again by the same comman
 """
 
 import dataclasses
+import functools
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ from absl import logging
 from etils import epath
 
 from transformer_lm import console
+from transformer_lm.data import workers
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
 
@@ -99,6 +101,8 @@ class Launcher:
         if self.executor == "local":
             from datatrove.executor import LocalPipelineExecutor
 
+            _end_forks_with(os.getpid())
+            steps = [functools.partial(_end_with_executor, os.getpid()), *steps]
             return LocalPipelineExecutor(steps, tasks=tasks, workers=self._workers(tasks), logging_dir=folder)
         if self.executor == "slurm":
             from datatrove.executor import SlurmPipelineExecutor
@@ -119,6 +123,20 @@ class Launcher:
 
     def _workers(self, tasks: int) -> int:
         return min(tasks, self.workers if self.workers > 0 else tasks)
+
+
+def _end_with_executor(executor: int, data, rank: int, world_size: int):
+    """A step that does nothing but see to it that a process of the local executor ends when that one was killed."""
+    del rank, world_size
+    if os.getpid() != executor:
+        workers.end_with(executor)
+    return data
+
+
+@functools.cache
+def _end_forks_with(process: int):
+    """So, too, for what the executor forks off itself: the process that keeps the state which tasks share."""
+    os.register_at_fork(after_in_child=functools.partial(workers.end_with, process))
 
 
 def _wait_for_slurm(executor):

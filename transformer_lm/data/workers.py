@@ -64,15 +64,24 @@ def _begin():
     end_with(multiprocessing.parent_process().pid)
 
 
-def end_with(parent: int):
-    """Ends this process soon after its parent, of this number, has ended, however that was killed."""
+def end_with(process: int):
+    """Ends this process soon after another of this machine has ended, its parent as a rule, however that was killed."""
+    is_child = os.getppid() == process
 
     def watch():
-        while os.getppid() == parent:
+        while os.getppid() == process if is_child else _exists(process):
             time.sleep(WATCH_SECONDS)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
