@@ -285,7 +285,7 @@ class TestCommand:
 
 
 def test_needs_no_torch():
-    code = "import sys; sys.modules['torch'] = None; from transformer_lm import harness"
+    code = "import sys; sys.modules['torch'] = None; from transformer_lm.evaluation import harness"
     done = run([sys.executable, "-c", code])
     assert done.returncode == 0, done.stderr
 
