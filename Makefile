@@ -1,5 +1,5 @@
 # make demo   train a small model in front of your eyes, and read what it writes (some minutes on 2 cores)
-# make test   all tests that need no PyTorch
+# make test   all tests that need no PyTorch (of thousands of alike inputs a tenth; all: pytest --exhaustive)
 # make test-interop  the exported models in PyTorch: installs it (the extra interop), and tests against it
 # make faults real faults on real processes (kills, a full disk, damaged files): half an hour at the most
 # make lint   formatting and linting
@@ -14,7 +14,7 @@ demo: $(VENV)/core
 	$(VENV)/bin/python -m transformer_lm.demo
 
 test: $(VENV)/dev
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --ignore=tests/interop
 
 test-interop: $(VENV)/interop
 	$(VENV)/bin/python -m pytest tests/interop

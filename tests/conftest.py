@@ -62,6 +62,15 @@ def literature() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """The workdir, to be read only, of a run of six steps with a checkpoint and an evaluation at the third, too."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = run(command("main", folder, num_train_steps=6, eval_every_steps=3, checkpoint_every_steps=3))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 @pytest.fixture
 def tiny() -> models.TransformerConfig:
     """A network that compiles in a moment."""

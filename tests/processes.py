@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import warnings
+from collections.abc import Mapping
 
 if "TRANSFORMER_LM_TESTS" not in os.environ:  # else, a process of a test has imported this
     quick = "--xla_backend_optimization_level=0"
@@ -42,18 +43,44 @@ TIMEOUT_SECONDS = 300
 READ_LATE = {"PYTEST_CURRENT_TEST", "HF_HOME", "HF_HUB_OFFLINE", "TFDS_DATA_DIR", "TRANSFORMER_LM_CACHE"}
 
 
+class Fork:
+    """A command in a fork of the fork server; of the interface of subprocess.Popen, what tests need."""
+
+    def __init__(self, arguments: list[str], env: Mapping[str, str] = os.environ, cwd: os.PathLike | str | None = None):
+        self._outputs = [tempfile.NamedTemporaryFile("r") for _ in range(2)]  # noqa: SIM115
+        files = [os.devnull, *(file.name for file in self._outputs)]
+        self.returncode: int | None = None
+        folder = os.fspath(cwd or os.getcwd())
+        self.pid = _ask("fork", list(map(os.fspath, arguments[2:])), dict(env), folder, files)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = _ask("wait", self.pid, os.WNOHANG)
+        return self.returncode
+
+    def send_signal(self, number: int):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def communicate(self, timeout: float = TIMEOUT_SECONDS) -> tuple[str, str]:
+        """Waits for the end, which comes by SIGKILL after the timeout."""
+        if self.returncode is None:
+            too_long = threading.Timer(timeout, os.kill, [self.pid, signal.SIGKILL])
+            too_long.start()
+            self.returncode = _ask("wait", self.pid, 0)
+            too_long.cancel()
+        return tuple(file.read() for file in self._outputs)
+
+
 def run(arguments: list[str], **options) -> subprocess.CompletedProcess:
-    """Runs a command to its end, by a fork of the fork server where that does the same."""
-    environment = dict(options.get("env", os.environ))
-    changed = {name for name, _ in environment.items() ^ os.environ.items()}
+    """Runs a command to its end, as a fork where that does the same as a process of its own."""
+    changed = {name for name, _ in options.get("env", os.environ).items() ^ os.environ.items()}
     is_command = arguments[:2] == [sys.executable, "-m"] and arguments[2].startswith("transformer_lm.")
     if not is_command or not changed <= READ_LATE or not options.keys() <= {"env", "cwd"}:
         return subprocess.run(arguments, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, **options)
-    with tempfile.NamedTemporaryFile("r") as stdout, tempfile.NamedTemporaryFile("r") as stderr:
-        files = [os.devnull, stdout.name, stderr.name]
-        folder = os.fspath(options.get("cwd", os.getcwd()))
-        request = json.dumps([list(map(os.fspath, arguments[2:])), environment, folder, files])
-        return subprocess.CompletedProcess(arguments, _fork(request), stdout.read(), stderr.read())
+    process = Fork(arguments, **options)
+    outputs = process.communicate()
+    return subprocess.CompletedProcess(arguments, process.returncode, *outputs)
 
 
 @functools.cache
@@ -63,32 +90,32 @@ def _server() -> subprocess.Popen:
     return server
 
 
-def _fork(request: str) -> int:
-    """Has the fork server do a command; returns its exit status."""
+def _ask(*request):
+    """What the fork server answers."""
     server = _server()
-    server.stdin.write(f"{request}\n")
+    server.stdin.write(f"{json.dumps(request)}\n")
     server.stdin.flush()
-    too_long = threading.Timer(TIMEOUT_SECONDS, os.kill, [int(server.stdout.readline()), signal.SIGKILL])
-    too_long.start()
-    status = int(server.stdout.readline())
-    too_long.cancel()
-    return status
+    return json.loads(server.stdout.readline())
 
 
-def next_command() -> list:
-    """Forks for each line of standard input and says the fork's id, then its exit status; returns only in a fork."""
+def serve() -> list:
+    """Answers requests, a line each: "fork" with the id of a fork, in which it returns; "wait" with an exit status."""
     from transformer_lm import recipe  # noqa: F401
     from transformer_lm.checkpoints import loading  # noqa: F401
     from transformer_lm.data import preparation  # noqa: F401
     from transformer_lm.training import loop  # noqa: F401
 
     for line in sys.stdin:
-        with warnings.catch_warnings(action="ignore"):  # JAX's, of its threads, which begin when it is used first
-            process = os.fork()
-        if not process:
-            return json.loads(line)
-        print(process, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+        what, *arguments = json.loads(line)
+        if what == "wait":
+            ended, status = os.waitpid(*arguments)
+            answer = os.waitstatus_to_exitcode(status) if ended else None
+        else:
+            with warnings.catch_warnings(action="ignore"):  # JAX's, of its threads, which begin when it is used first
+                answer = os.fork()
+            if not answer:
+                return arguments
+        print(json.dumps(answer), flush=True)
     sys.exit()
 
 
@@ -106,4 +133,4 @@ def become(arguments: list[str], environment: dict[str, str], folder: str, files
 
 
 if __name__ == "__main__":
-    become(*next_command())
+    become(*serve())

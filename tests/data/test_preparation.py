@@ -320,7 +320,7 @@ def test_a_killed_worker_is_an_error_in_one_line(tmp_path, tales_tokenizer):
     """As when the system runs out of memory; the same command goes on."""
     (tmp_path / "spm").write_bytes(tales_tokenizer.model)
     tales = "\n\n".join(corpora.mukashi.tale(number) for number in range(1000)) + "\n\n"
-    (tmp_path / "tales.txt").write_text(tales * 100, encoding="utf-8")
+    (tmp_path / "tales.txt").write_text(tales * 30, encoding="utf-8")
     name = f"text:{tmp_path}/tales.txt"
     fields = {"dataset_name": name, "train_split": "train", "eval_dataset_name": name, "eval_split": "train[:9]"}
     arguments = command("prepare_data", tmp_path, **fields, vocab_path=tmp_path / "spm", prepare_processes=2)
@@ -395,10 +395,10 @@ def test_empty_files_and_corpora(tmp_path, tales_tokenizer):
 
 
 def test_a_huge_document(tmp_path, tales_tokenizer):
-    """50 MB in one document: whole, and cut into parts only where its ids stay the same."""
+    """12 MB in one document: whole, and cut into parts only where its ids stay the same."""
     lines = [corpora.mukashi.tale(number) for number in range(300)]
-    text = "\n".join(lines * (50_000_000 // sum(len(line.encode()) + 1 for line in lines) + 1))
-    assert len(text.encode()) > 50_000_000
+    text = "\n".join(lines * (12_000_000 // sum(len(line.encode()) + 1 for line in lines) + 1))
+    assert len(text.encode()) > 12_000_000
     (tmp_path / "x.txt").write_text(text, encoding="utf-8")
     corpus = prepare_files(tmp_path, tales_tokenizer, dataset_name=f"text:{tmp_path}/x.txt", max_target_length=1024)
     manifest = corpus.manifest

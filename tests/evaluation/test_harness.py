@@ -119,7 +119,7 @@ def test_rolling_log_likelihood(model):
     assert found == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize("limit", [5, 32, 40, 100])
+@pytest.mark.parametrize("limit", [5, 32, 100])
 def test_generation_is_the_samplers(model, limit):
     """In rounds and in company as at once and alone."""
     prompts = ["夏目漱石は、", "昔々", "吾輩は猫である。" * 5, "むかし"]
@@ -285,7 +285,7 @@ class TestCommand:
 
 
 def test_needs_no_torch():
-    code = "import sys; sys.modules['torch'] = None; from transformer_lm import harness"
+    code = "import sys; sys.modules['torch'] = None; from transformer_lm.evaluation import harness"
     done = run([sys.executable, "-c", code])
     assert done.returncode == 0, done.stderr
 

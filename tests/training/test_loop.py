@@ -5,7 +5,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import time
 
 import jax
@@ -13,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from conftest import SMALL_RUN, command, one_line_error, run
+from processes import Fork
 
 from transformer_lm import locks, recipe
 from transformer_lm.checkpoints import store
@@ -202,13 +202,13 @@ def last_step(workdir) -> int:
 
 def interrupt(workdir, number: signal.Signals, beyond_step: int, **fields) -> tuple[int, str]:
     """Starts a run, sends it a signal some time after a step; returns exit status and standard error."""
-    process = subprocess.Popen(command("main", workdir, **RUN | fields), stderr=subprocess.PIPE, text=True)
+    process = Fork(command("main", workdir, **RUN | fields))
     deadline = time.monotonic() + 200
     while process.poll() is None and last_step(workdir) < beyond_step and time.monotonic() < deadline:
-        time.sleep(0.002)
+        time.sleep(0.02)
     time.sleep(random.uniform(0, 0.1))
     process.send_signal(number)
-    errors = process.communicate(timeout=200)[1]
+    _, errors = process.communicate(timeout=200)
     return process.returncode, errors
 
 
