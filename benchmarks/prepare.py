@@ -124,7 +124,7 @@ def peak_memory(work) -> float:
 def main(argv):
     """Prints the tables."""
     del argv
-    console.set_up_logging()
+    console.set_up(debug=False)
     folder = Path(tempfile.mkdtemp())
     sample = write_corpus(folder / "corpus.jsonl", max_chars=2_000_000)
     spm_path = folder / "sentencepiece_model"

@@ -42,8 +42,11 @@ def test_greedy_lines_are_the_originals(original):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--num_generated_texts=0"], "--num_generated_texts=0 must be at least 1"),
-        (["--config.max_predict_length=5", "--config.prompts=夏目漱石は、"], "max_predict_length=5"),
+        (["--num_generated_texts=0"], "--num_generated_texts=0: Expected integer in the range [1, 65536]"),
+        (
+            ["--config.max_predict_length=5", "--config.prompts=短い\n夏目漱石は、"],
+            "error: The prompt '夏目漱石は、' of 6 tokens leaves no room to write: max_predict_length=5",
+        ),
         (["--workdir=/no/such/folder"], "No model at /no/such/folder"),
     ],
 )

@@ -31,14 +31,14 @@ def main(demo: Recipe, workdir: Path):
 
     model = language_model.load(workdir)
     texts = language_model.generate_texts(
-        model.config, model.params, model.tokenizer, demo.prompts, demo.sampling, seed=demo.seed, num_samples=NUM_TALES
+        model.network, model.params, model.tokenizer, demo.prompts, demo.sampling, seed=demo.seed, num_samples=NUM_TALES
     )
     summary = {
         "eval_bits_per_char": metrics.read_last(workdir, "eval_bits_per_char"),
         "source_bits_per_char": mukashi.bits_per_char(),
         "train_seconds": train_seconds,
         "samples": [text["text"] for text in texts],
-        "params": models.count_params(model.config),
+        "params": models.count_params(model.network),
     }
     write_atomically(workdir / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1).encode())
 

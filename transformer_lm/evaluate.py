@@ -16,20 +16,28 @@ With --tasks, what each task measures; of the recipe only use_bfloat16 counts. T
 Standard output gets one JSON object.
 """
 
+import contextlib
 import dataclasses
+import errno
 import json
 import logging as python_logging
+import math
+import os
+import sys
 
 import jax
-from absl import flags
+from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
 from transformer_lm import cli, files, recipe
 from transformer_lm.checkpoints import hub
 from transformer_lm.data import preparation
+from transformer_lm.errors import UserError, stage
 from transformer_lm.extras import optional_import
+from transformer_lm.fields import LARGEST
 from transformer_lm.generation import language_model
+from transformer_lm.tokenizer import Tokenizer
 from transformer_lm.training import sharding
 from transformer_lm.training.config import Recipe
 from transformer_lm.training.evaluation import evaluate_rows
@@ -41,30 +49,80 @@ _TASKS = flags.DEFINE_list(
 _TASKS_DATA = flags.DEFINE_string("tasks_data", None, "Folder with JGLUE's files; JGLUE_DIR says it, too.")
 _INCLUDE_PATH = flags.DEFINE_string("include_path", None, "Folder with task files of your own.")
 _NUM_FEWSHOT = flags.DEFINE_integer(
-    "num_fewshot", None, "Worked examples before each question; unset for the task's own."
+    "num_fewshot",
+    None,
+    "Worked examples before each question; unset for the task's own.",
+    lower_bound=0,
+    upper_bound=LARGEST,
 )
-_LIMIT = flags.DEFINE_integer("limit", None, "How many questions of each task are asked; unset for all.")
+_LIMIT = flags.DEFINE_integer(
+    "limit", None, "How many questions of each task are asked; unset for all.", lower_bound=1, upper_bound=LARGEST
+)
 _SAMPLES = flags.DEFINE_string("samples", None, "File (JSON lines) for every question, answer and score.")
+_OF_TASKS = (_TASKS_DATA, _INCLUDE_PATH, _NUM_FEWSHOT, _LIMIT, _SAMPLES)
 
 
 def main(config: ConfigDict, workdir: str):
     """Evaluates on tasks, if any are named, or else on the recipe's evaluation corpus; prints."""
+    _check_flags()
     chosen = recipe.read(config)
-    model = language_model.load(workdir, dtype=chosen.network.dtype)
-    values = evaluate_tasks(model) if _TASKS.value else evaluate_corpus(model, chosen, workdir)
-    print(json.dumps({"step": model.step, **values}))
+    with contextlib.redirect_stdout(sys.stderr):  # for what libraries print
+        model = language_model.load(workdir, dtype=chosen.network.dtype)
+        if _TASKS.value:
+            values = evaluate_tasks(model)
+        else:
+            with stage("evaluating", lower="eval_per_device_batch_size or max_eval_target_length"):
+                values = evaluate_corpus(model, chosen, workdir)
+    print(json.dumps(_without_nan({"step": model.step, **values}), allow_nan=False))
+
+
+def _check_flags():
+    """Raises UserError for what would be found out after long work, or be of no use."""
+    if _TASKS.value is None:
+        for flag in _OF_TASKS:
+            if flag.value is not None:
+                raise UserError(f"--{flag.name}={flag.value} is about tasks: name some by --tasks.")
+    elif not any(name.strip() for name in _TASKS.value):
+        raise UserError("--tasks= names no task.")
+    for flag in (_TASKS_DATA, _INCLUDE_PATH):
+        if flag.value is not None and not os.path.isdir(os.path.expanduser(flag.value)):
+            raise UserError(f"--{flag.name}={flag.value}: no such folder.")
+    if _SAMPLES.value is not None:
+        with stage(f"looking whether --samples={_SAMPLES.value} can be written"):
+            path = files.absolute(_SAMPLES.value)
+            if path.is_dir():
+                raise UserError(f"--samples={_SAMPLES.value} is a folder; name a file.")
+            files.write_atomically(path.with_name(f"{path.name}.trial"), b"")
+            path.with_name(f"{path.name}.trial").unlink()
+
+
+def _without_nan(values):
+    """Values with null for what JSON has no number for: NaN and infinity."""
+    if isinstance(values, dict):
+        return {name: _without_nan(value) for name, value in values.items()}
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def evaluate_corpus(model: language_model.LanguageModel, chosen: Recipe, workdir: str) -> dict[str, float]:
     """Prepares the rows, unless they are there, and evaluates on them."""
-    beside = epath.Path(workdir) / "prepared"
-    has_rows = not hub.is_address(workdir) and beside.exists()
-    root = files.absolute(chosen.data.prepared_dir or (beside if has_rows else files.cache_folder() / "prepared"))
-    rows = preparation.prepare_evaluation(chosen.data, model.tokenizer, root)
+    rows = _rows(model.tokenizer, chosen.data, workdir)
     mesh = sharding.make_mesh()
-    config = dataclasses.replace(model.config, max_len=max(model.config.max_len, rows.row_length))
+    network = dataclasses.replace(model.network, max_len=max(model.network.max_len, rows.row_length))
     params = jax.device_put(model.params, sharding.replicated(mesh))
-    return evaluate_rows(jax.jit(make_eval_step(config)), params, rows, chosen.train, mesh)
+    return evaluate_rows(jax.jit(make_eval_step(network)), params, rows, chosen.train, mesh)
+
+
+def _rows(tokenizer: Tokenizer, data: preparation.DataConfig, workdir: str):
+    """The evaluation rows: in prepared_dir, in the workdir where it has some and may be written to, in the cache."""
+    beside = epath.Path(workdir) / "prepared"
+    if data.prepared_dir or (not hub.is_address(workdir) and beside.exists()):
+        try:
+            return preparation.prepare_evaluation(data, tokenizer, files.absolute(data.prepared_dir or beside))
+        except OSError as error:
+            if data.prepared_dir or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            logging.info("%s cannot be written to: rows are made in the cache.", beside)
+    return preparation.prepare_evaluation(data, tokenizer, files.absolute(files.cache_folder() / "prepared"))
 
 
 def evaluate_tasks(model: language_model.LanguageModel) -> dict[str, dict]:
@@ -76,7 +134,7 @@ def evaluate_tasks(model: language_model.LanguageModel) -> dict[str, dict]:
 
     found = harness.run_tasks(
         model,
-        _TASKS.value,
+        [name for name in _TASKS.value if name.strip()],
         data_dir=_TASKS_DATA.value,
         include_path=_INCLUDE_PATH.value,
         num_fewshot=_NUM_FEWSHOT.value,

@@ -46,6 +46,9 @@ class Range(NamedTuple):
 Count = Annotated[int, Range(least=1, most=LARGEST)]
 CountOrZero = Annotated[int, Range(least=0, most=LARGEST)]
 CountOrAll = Annotated[int, Range(least=-1, most=LARGEST)]  # -1 for all
+Length = Annotated[int, Range(least=1, most=2**20)]  # tokens of a text
+RowLength = Annotated[int, Range(least=2, most=2**20)]
+BatchSize = Annotated[int, Range(least=1, most=2**16)]
 Seed = Annotated[int, Range(least=0, most=LARGEST)]
 Rate = Annotated[float, Range(least=0, below=1)]
 Share = Annotated[float, Range(above=0, most=1)]
@@ -74,7 +77,7 @@ def check_value(name: str, value: Any, kind: Any):
     kinds = [typing.get_origin(one) or one for one in typing.get_args(kind) or (kind,)]
     if not any(_is_a(value, one) for one in kinds):
         wanted = " or ".join(_IN_WORDS.get(one, f"a {one.__name__}") for one in kinds)
-        raise UserError(f"{name}={str(value)[:80]!r} must be {wanted}.")
+        raise UserError(f"{name}={repr(value)[:80]} must be {wanted}.")
     if isinstance(value, numbers.Real) and not isinstance(value, bool) and (broken := ranges[0].broken_by(value)):
         raise UserError(f"{name}={value} must be {broken}.")
 

@@ -17,10 +17,15 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 from transformer_lm import cli, recipe
-from transformer_lm.errors import UserError
 from transformer_lm.generation import language_model
 
-_NUM_GENERATED_TEXTS = flags.DEFINE_integer("num_generated_texts", 10, "Texts to generate for each prompt.")
+_NUM_GENERATED_TEXTS = flags.DEFINE_integer(
+    "num_generated_texts",
+    10,
+    "Texts to generate for each prompt.",
+    lower_bound=1,
+    upper_bound=language_model.MAX_SAMPLES,
+)
 _OUTPUT = flags.DEFINE_enum(
     "output", "log", ["log", "jsonl"], "log: lines 'Sample: ...' in the log; jsonl: one JSON object a text on stdout."
 )
@@ -28,13 +33,11 @@ _OUTPUT = flags.DEFINE_enum(
 
 def main(config: ConfigDict, workdir: str):
     """Continues the recipe's prompts with the workdir's model."""
-    if _NUM_GENERATED_TEXTS.value < 1:
-        raise UserError(f"--num_generated_texts={_NUM_GENERATED_TEXTS.value} must be at least 1.")
     chosen = recipe.read(config)
     model = language_model.load(workdir, dtype=chosen.network.dtype)
     logging.info("Generating text with the model of step %d.", model.step)
     texts = language_model.generate_texts(
-        model.config, model.params, model.tokenizer, chosen.prompts, chosen.sampling,
+        model.network, model.params, model.tokenizer, chosen.prompts, chosen.sampling,
         seed=chosen.seed, num_samples=_NUM_GENERATED_TEXTS.value,
     )  # fmt: skip
     for text in texts:

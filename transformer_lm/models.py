@@ -19,10 +19,18 @@ import numpy as np
 from flax import nnx
 
 from transformer_lm.errors import UserError
-from transformer_lm.fields import LARGEST, Count, Range, Rate, check
+from transformer_lm.fields import LARGEST, Count, Length, Range, Rate, check, check_value
 
 LAYER_NORM_EPSILON = 1e-6
+QUERY_BLOCK = 1024  # queries whose attention is computed at once where dropout is off
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def check_dtype(dtype: str):
+    """Raises UserError for what a network cannot compute in."""
+    check_value("dtype", dtype, str)
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +43,7 @@ class TransformerConfig:
     num_layers: Count = 6  # L
     qkv_dim: Count = 512  # width of queries, keys and values over all heads, H * K
     mlp_dim: Count = 2048  # F
-    max_len: Count = 2048  # positions that the sinusoidal table holds
+    max_len: Length = 2048  # positions that the sinusoidal table holds
     dropout_rate: Rate = 0.1  # on embeddings, and on what attention and MLP write; in training only
     attention_dropout_rate: Rate = 0.1  # on attention weights; in training only
     logits_via_embedding: bool = False  # logits by the transposed embedding, divided by sqrt(D)
@@ -49,8 +57,7 @@ class TransformerConfig:
             )
         if self.emb_dim % 2:
             raise UserError(f"emb_dim={self.emb_dim} must be even: sinusoidal positions need pairs.")
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}.")
+        check_dtype(self.dtype)
 
     @classmethod
     def from_json(cls, values: Any, source: str) -> "TransformerConfig":
@@ -169,12 +176,30 @@ class Attention(nnx.Module):
             key = jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), start, axis=2)  # [B, H, S, K]
             value = jax.lax.dynamic_update_slice_in_dim(values, value.astype(values.dtype), start, axis=2)
         query = query / np.sqrt(query.shape[-1]).astype(query.dtype)
-        scores = jnp.einsum("bhtk,bhsk->bhts", query, key, preferred_element_type=jnp.float32)
-        scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)  # [B, H, T, S]
-        weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-        weights = dropout(weights, self.dropout_rate, dropout_key)
-        attended = jnp.einsum("bhts,bhsk->bhtk", weights, value)
+        if dropout_key is None and query.shape[2] > QUERY_BLOCK:
+            attended = attend_in_blocks(query, key, value, mask)
+        else:
+            attended = attend(query, key, value, mask, self.dropout_rate, dropout_key)
         return self.out(attended.swapaxes(1, 2)), (key, value)
+
+
+def attend(query, key, value, mask, dropout_rate=0.0, dropout_key=None):
+    """query [B, H, T, K], key and value [B, H, S, K], mask [B, T, S] -> [B, H, T, K]."""
+    scores = jnp.einsum("bhtk,bhsk->bhts", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)  # [B, H, T, S]
+    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+    return jnp.einsum("bhts,bhsk->bhtk", dropout(weights, dropout_rate, dropout_key), value)
+
+
+def attend_in_blocks(query, key, value, mask):
+    """As `attend`, without dropout: the scores of QUERY_BLOCK queries are all that there are at a time."""
+
+    def attend_one(query_and_mask):
+        query, mask = query_and_mask  # [B, H, K], [B, S]
+        return attend(query[:, :, None], key, value, mask[:, None])[:, :, 0]
+
+    queries = jnp.moveaxis(query, 2, 0), jnp.moveaxis(mask, 1, 0)  # [T, B, H, K], [T, B, S]
+    return jnp.moveaxis(jax.lax.map(attend_one, queries, batch_size=QUERY_BLOCK), 0, 2)
 
 
 class MlpBlock(nnx.Module):
@@ -256,6 +281,10 @@ class TransformerLM(nnx.Module):
         Returns:
           logits [B, T, V] float32. A token sees itself and what stands before it in its own segment.
         """
+        return self.to_logits(self.read(inputs, positions, segments, dropout_key=dropout_key))
+
+    def read(self, inputs, positions, segments, *, dropout_key=None):
+        """As a call, but what logits are made of: [B, T, D]."""
         embed_key, blocks_key = split_key(dropout_key, 2)
         x = self._embed(inputs, positions, embed_key)
         causal = jnp.tril(jnp.ones((inputs.shape[1],) * 2, bool))
@@ -267,8 +296,7 @@ class TransformerLM(nnx.Module):
             return nnx.merge(graphdef, params)(x, mask, dropout_key=key)[0], None
 
         keys = None if blocks_key is None else jax.random.split(blocks_key, self.config.num_layers)
-        x, _ = jax.lax.scan(run_layer, x, (stacked, keys))
-        return self._logits(x)
+        return jax.lax.scan(run_layer, x, (stacked, keys))[0]
 
     def extend(self, inputs, positions, valid, cache: Cache) -> tuple[jax.Array, Cache]:
         """Reads T more tokens into the cache: a whole prompt (T = its length) or one token (T = 1).
@@ -296,7 +324,7 @@ class TransformerLM(nnx.Module):
             x, layer_keys_values = block(x, mask, cache=(keys, values, cache.length))
             keys_values.append(layer_keys_values)
         keys, values = zip(*keys_values, strict=True)
-        return self._logits(x[:, -1]), Cache(keys, values, valid, cache.length + length)
+        return self.to_logits(x[:, -1]), Cache(keys, values, valid, cache.length + length)
 
     def _embed(self, inputs, positions, dropout_key=None):
         """[B, T] ids and positions -> [B, T, D]."""
@@ -304,8 +332,8 @@ class TransformerLM(nnx.Module):
         x = self.embed(inputs) + table[positions]
         return dropout(x, self.config.dropout_rate, dropout_key).astype(DTYPES[self.config.dtype])
 
-    def _logits(self, x):
-        """[..., D] -> [..., V] float32."""
+    def to_logits(self, x):
+        """What `read` returns, or some of it: [..., D] -> logits [..., V] float32."""
         x = self.norm(x)
         if not self.config.logits_via_embedding:
             return self.logits(x).astype(jnp.float32)

@@ -14,17 +14,16 @@ from transformer_lm import cli, recipe
 from transformer_lm.data import preparation
 from transformer_lm.data.launcher import EXECUTORS, Launcher
 from transformer_lm.errors import stage
-from transformer_lm.fields import LARGEST
 
 _EXECUTOR = flags.DEFINE_enum("executor", None, EXECUTORS, "Where datatrove's tasks run; unset for plain processes.")
 _TASKS = flags.DEFINE_integer(
-    "tasks", 100, "Tasks that the shards (files) of a corpus are shared out to.", lower_bound=1, upper_bound=LARGEST
+    "tasks", 100, "Tasks that the shards (files) of a corpus are shared out to.", lower_bound=1, upper_bound=100_000
 )
 _WORKERS = flags.DEFINE_integer(
-    "workers", -1, "Tasks that run at once; -1 for all.", lower_bound=-1, upper_bound=LARGEST
+    "workers", -1, "Tasks that run at once; -1 for all.", lower_bound=-1, upper_bound=100_000
 )
 _MEMORY = flags.DEFINE_integer(
-    "mem_per_task_gb", 4, "GB of memory that Slurm or Ray reserves for a task.", lower_bound=1, upper_bound=LARGEST
+    "mem_per_task_gb", 4, "GB of memory that Slurm or Ray reserves for a task.", lower_bound=1, upper_bound=100_000
 )
 _PARTITION = flags.DEFINE_string("slurm_partition", None, "Slurm's partition.")
 _TIME = flags.DEFINE_string("slurm_time", "20:00:00", "Slurm's limit of time for a task.")

@@ -23,7 +23,7 @@ from transformer_lm.data.rows import MANIFEST, Corpus, PreparedCorpus, PreparedM
 from transformer_lm.data.workers import make_blocks
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
-from transformer_lm.fields import LARGEST, Count, CountOrZero, Range, check
+from transformer_lm.fields import Count, Range, RowLength, check
 from transformer_lm.files import absolute, children, read_json, write_atomically
 from transformer_lm.tokenizer import Tokenizer
 
@@ -45,10 +45,10 @@ class DataConfig:
     vocab_size: Count
     max_corpus_chars: Annotated[int, Range(least=1, most=2**63 - 1)]
     spm_train_options: str
-    max_target_length: Annotated[int, Range(least=2, most=LARGEST)]
-    max_eval_target_length: Annotated[int, Range(least=2, most=LARGEST)]
+    max_target_length: RowLength
+    max_eval_target_length: RowLength
     prepared_dir: str | None
-    prepare_processes: CountOrZero
+    prepare_processes: Annotated[int, Range(least=0, most=4096)]  # 0 for one a core
 
     def __post_init__(self):
         check(self)

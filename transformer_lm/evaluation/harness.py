@@ -49,8 +49,8 @@ class HarnessModel(TemplateLM):
         """Takes a model, or loads the one at an address; **_ is what lm_eval hands to every model, like batch_size."""
         super().__init__()
         self.model = model or language_model.load(address, dtype=dtype)
-        config = self.model.config
-        self.max_length = max_length or tensor_tables.table_of(config).sizes(config).positions
+        network = self.model.network
+        self.max_length = max_length or tensor_tables.table_of(network).sizes(network).positions
 
     @property
     def eot_token_id(self) -> int:
@@ -144,7 +144,7 @@ class HarnessModel(TemplateLM):
             so_far = [prompts[number] + written for number, written in tokens.items()]
             length = sampler.padded_length(max(map(len, so_far))) + new
             written = sampler.generate(
-                self.model.config,
+                self.model.network,
                 self.model.params,
                 so_far + so_far[:1] * (rows - len(so_far)),  # always as many, so that few shapes are compiled
                 num_samples=1,

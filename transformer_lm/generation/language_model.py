@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,18 @@ import numpy as np
 
 from transformer_lm import models
 from transformer_lm.checkpoints import loading
-from transformer_lm.errors import UserError
+from transformer_lm.errors import UserError, stage
+from transformer_lm.fields import Range, Seed, check_value
 from transformer_lm.generation import sampler
 from transformer_lm.tokenizer import START_ID, Tokenizer
 
 BATCH_TOKENS = 4096  # tokens that are scored at once: their logits are the largest array
 LENGTH_STEP = 64  # lengths are padded to multiples of it, so that few shapes are compiled
+LOGITS_BLOCK = 1024  # tokens of each row of which logits are made at once where rows are longer
 MAX_SCORED_TOKENS = 8192
+MAX_SAMPLES = 2**16  # continuations of a prompt, which the sampler numbers
+
+SampleCount = Annotated[int, Range(least=0, most=MAX_SAMPLES)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,18 +50,18 @@ class LanguageModel:
     """A network with its parameters and its tokenizer; made by `load`.
 
     Attributes:
-      config: the network.
+      network: what computes.
       params: its parameters, on the default device.
       tokenizer: the tokenizer it was trained with.
       step: training steps behind it.
     """
 
-    def __init__(self, config: models.TransformerConfig, params: models.Params, tokenizer: Tokenizer, step: int):
-        self.config, self.params, self.tokenizer, self.step = config, params, tokenizer, step
+    def __init__(self, network: models.TransformerConfig, params: models.Params, tokenizer: Tokenizer, step: int):
+        self.network, self.params, self.tokenizer, self.step = network, params, tokenizer, step
 
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Iterable[str],
         *,
         num_samples: int = 1,
         max_length: int = 128,
@@ -78,20 +84,28 @@ class LanguageModel:
         Returns:
           for each prompt `num_samples` dicts, one after the other: prompt, text (prompt and continuation), tokens, and
           finished (whether the text ended by itself).
+
+        Raises:
+          UserError: a setting is impossible, or a prompt leaves no room for a new token.
         """
         sampling = sampler.SamplingConfig(temperature, top_k, top_p, max_length)
-        prompts = [prompts] if isinstance(prompts, str) else prompts
         return generate_texts(
-            self.config, self.params, self.tokenizer, prompts, sampling, seed=seed, num_samples=num_samples
-        )
+            self.network, self.params, self.tokenizer, list_of_texts(prompts, "prompts"), sampling,
+            seed=seed, num_samples=num_samples,
+        )  # fmt: skip
 
-    def score(self, texts: Sequence[str], *, with_eos: bool = False) -> list[Score]:
+    def score(self, texts: str | Iterable[str], *, with_eos: bool = False) -> list[Score]:
         """How likely each text is as a document's beginning, or with `with_eos` as a whole document.
+
+        Args:
+          texts: a text or several.
+          with_eos: whether the text's end is scored, too.
 
         Raises:
           UserError: a text has more than MAX_SCORED_TOKENS tokens.
         """
-        ids = [tokens if with_eos else tokens[:-1] for tokens in self.tokenizer.encode_texts(list(texts))]
+        texts = list_of_texts(texts, "texts")
+        ids = [tokens if with_eos else tokens[:-1] for tokens in self.tokenizer.encode_texts(texts)]
         for text, tokens in zip(texts, ids, strict=True):
             if len(tokens) > MAX_SCORED_TOKENS:
                 raise UserError(
@@ -128,8 +142,9 @@ class LanguageModel:
                 size = len(sequences[number]) - 1
                 inputs[row, :size], targets[row, :size] = sequences[number][:-1], sequences[number][1:]
                 segments[row, :size] = 1
-            config = dataclasses.replace(self.config, max_len=max(self.config.max_len, length))
-            log_probs, greedy = map(np.asarray, _score_targets(config, self.params, inputs, targets, segments))
+            network = dataclasses.replace(self.network, max_len=max(self.network.max_len, length))
+            with stage("scoring texts", lower="their length"):
+                log_probs, greedy = map(np.asarray, _score_targets(network, self.params, inputs, targets, segments))
             for row, number in enumerate(numbers):
                 size = len(sequences[number]) - 1
                 found[number] = log_probs[row, :size], greedy[row, :size]
@@ -147,19 +162,39 @@ def load(address: os.PathLike | str, *, dtype: str = "float32") -> LanguageModel
     Raises:
       UserError: there is no model, or it cannot be read.
     """
-    loaded = loading.load_model(address)
-    tokenizer = Tokenizer.load_for(loaded.tokenizer_path, loaded.config.vocab_size)
-    config = dataclasses.replace(loaded.config, dtype=dtype)
-    return LanguageModel(config, jax.device_put(loaded.params), tokenizer, loaded.step)
+    models.check_dtype(dtype)
+    with stage("loading the model", lower="the size of the model"):
+        loaded = loading.load_model(address)
+        tokenizer = Tokenizer.load_for(loaded.tokenizer_path, loaded.config.vocab_size)
+        network = dataclasses.replace(loaded.config, dtype=dtype)
+        return LanguageModel(network, jax.device_put(loaded.params), tokenizer, loaded.step)
+
+
+def list_of_texts(texts: str | Iterable[str], name: str) -> list[str]:
+    """A text or several as a list; raises UserError, with the argument's name, for anything else."""
+    texts = [texts] if isinstance(texts, str) else list(texts) if isinstance(texts, Iterable) else [texts]
+    for text in texts:
+        check_value(name, text, str)
+    return texts
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _score_targets(config: models.TransformerConfig, params: models.Params, inputs, targets, segments):
+def _score_targets(network: models.TransformerConfig, params: models.Params, inputs, targets, segments):
     """[B, T] log probabilities of targets, and whether they are the likeliest; of padding they mean nothing."""
     positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
-    logits = models.bind(config, params)(inputs, positions, segments)  # [B, T, V]
-    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return target_logits - jax.nn.logsumexp(logits, axis=-1), target_logits >= logits.max(axis=-1)
+    transformer = models.bind(network, params)
+    features = transformer.read(inputs, positions, segments)  # [B, T, D]
+
+    def score(features_and_targets):
+        features, targets = features_and_targets
+        logits = transformer.to_logits(features)  # [..., V]
+        target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return target_logits - jax.nn.logsumexp(logits, axis=-1), target_logits >= logits.max(axis=-1)
+
+    if inputs.shape[1] <= LOGITS_BLOCK:
+        return score((features, targets))
+    by_position = features.swapaxes(0, 1), targets.T  # [T, B, D], [T, B]
+    return jax.tree.map(jnp.transpose, jax.lax.map(score, by_position, batch_size=LOGITS_BLOCK))
 
 
 def check_prompts(tokenizer: Tokenizer, prompts: Iterable[str], sampling: sampler.SamplingConfig):
@@ -183,9 +218,12 @@ def generate_texts(
     num_samples: int = 1,
 ) -> list[dict]:
     """Continues texts: for each prompt `num_samples` dicts of prompt, text, tokens, finished; prompts included."""
+    check_value("seed", seed, Seed)
+    check_value("num_samples", num_samples, SampleCount)
     prompts = list(prompts)
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
-    written = sampler.generate(network, params, ids, num_samples=num_samples, sampling=sampling, seed=seed)
+    ids = check_prompts(tokenizer, prompts, sampling)
+    with stage("generating text", lower="the number of prompts, of texts for each, or max_predict_length"):
+        written = sampler.generate(network, params, ids, num_samples=num_samples, sampling=sampling, seed=seed)
     return [
         {
             "prompt": prompt,
@@ -196,3 +234,12 @@ def generate_texts(
         for prompt, prompt_ids, texts in zip(prompts, ids, written, strict=True)
         for text in texts
     ]
+
+
+def check_prompts(tokenizer: Tokenizer, prompts: Iterable[str], sampling: sampler.SamplingConfig) -> list[list[int]]:
+    """The token ids of prompts; raises UserError for one that leaves no room for a new token."""
+    ids = []
+    for prompt in prompts:
+        ids.append(tokenizer.encode(prompt))
+        sampler.check_room(len(ids[-1]), sampling, f"The prompt {prompt[:20]!r}{'...' * (len(prompt) > 20)}")
+    return ids

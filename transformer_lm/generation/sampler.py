@@ -9,10 +9,11 @@ import numpy as np
 
 from transformer_lm import models
 from transformer_lm.errors import UserError
-from transformer_lm.fields import Count, CountOrZero, NotNegative, Share, check
+from transformer_lm.fields import CountOrZero, Length, NotNegative, Share, check
 from transformer_lm.tokenizer import EOS_ID
 
 PROMPT_BUCKET = 16  # prompts are padded to multiples of this, long ones of more, so that few shapes are compiled
+SMALLEST_TEMPERATURE = 1e-6  # below it the likeliest token is as good as certain, and float32 too narrow to divide by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class SamplingConfig:
     # Choose among the fewest likeliest tokens whose probabilities, after temperature and top_k, reach top_p together
     # (nucleus sampling, Holtzman et al. 2020); 1 for all.
     top_p: Share = 1.0
-    max_length: Count = 128  # tokens of prompt and continuation together
+    max_length: Length = 128  # tokens of prompt and continuation together
 
     def __post_init__(self):
         check(self)
@@ -49,8 +50,17 @@ def padded_length(length: int) -> int:
     return -(-(length + 1) // bucket) * bucket
 
 
+def check_room(length: int, sampling: SamplingConfig, prompt: str = "A prompt"):
+    """Raises UserError if a prompt of `length` tokens leaves no room for a new one."""
+    if length >= sampling.max_length:
+        raise UserError(
+            f"{prompt} of {length} tokens leaves no room to write: max_predict_length={sampling.max_length} "
+            "counts prompt and continuation; raise it."
+        )
+
+
 def generate(
-    config: models.TransformerConfig,
+    network: models.TransformerConfig,
     params: models.Params,
     prompts: list[list[int]],
     *,
@@ -63,7 +73,7 @@ def generate(
     A text depends on the seed, the number of its prompt and its own number alone, not on how many others there are.
 
     Args:
-      config: the network.
+      network: what computes.
       params: its parameters.
       prompts: token ids without EOS; an empty prompt begins a new text.
       num_samples: texts a prompt.
@@ -76,12 +86,10 @@ def generate(
     Raises:
       UserError: a prompt leaves no room for a new token.
     """
+    if not prompts or not num_samples:
+        return [[] for _ in prompts]
     longest = max(map(len, prompts))
-    if longest >= sampling.max_length:
-        raise UserError(
-            f"A prompt of {longest} tokens leaves no room to write: max_predict_length={sampling.max_length} "
-            "counts prompt and continuation; raise it."
-        )
+    check_room(longest, sampling)
     # Every text begins with id 0, as in training; shorter prompts are padded on the left.
     width = padded_length(longest)
     inputs = np.zeros((len(prompts), width), np.int32)
@@ -91,7 +99,7 @@ def generate(
     limits = sampling.max_length - lengths + 1  # how many tokens each prompt may be continued by
     steps = sampling.max_length
     tokens = _generate(
-        dataclasses.replace(config, max_len=max(config.max_len, sampling.max_length)),
+        dataclasses.replace(network, max_len=max(network.max_len, sampling.max_length)),
         sampling, num_samples, steps, params, inputs, lengths, jax.random.key(seed),
     )  # fmt: skip
     tokens = np.asarray(tokens)  # [prompts, num_samples, steps]
@@ -107,14 +115,14 @@ def _cut(tokens: list[int]) -> Continuation:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _generate(config, sampling, num_samples, steps, params, inputs, lengths, key):
+def _generate(network, sampling, num_samples, steps, params, inputs, lengths, key):
     """[P, W] left-padded prompts -> [P, num_samples, steps] token ids; ids after EOS mean nothing."""
-    model = models.bind(config, params)
+    transformer = models.bind(network, params)
     num_prompts, width = inputs.shape
     offset = width - lengths[:, None]  # [P, 1] padding before each prompt
     positions = jnp.arange(width) - offset  # [P, W]
-    cache = models.empty_cache(config, num_prompts, width + steps)
-    logits, cache = model.extend(inputs, jnp.maximum(positions, 0), positions >= 0, cache)
+    cache = models.empty_cache(network, num_prompts, width + steps)
+    logits, cache = transformer.extend(inputs, jnp.maximum(positions, 0), positions >= 0, cache)
 
     def repeat(x):
         return jnp.repeat(x, num_samples, axis=0) if x.ndim else x
@@ -136,7 +144,7 @@ def _generate(config, sampling, num_samples, steps, params, inputs, lengths, key
         tokens = tokens.at[:, step].set(token)
         done |= (token == EOS_ID) | (step + 1 >= remaining)
         valid = jnp.ones((len(token), 1), bool)
-        logits, cache = model.extend(token[:, None], (lengths + step)[:, None], valid, cache)
+        logits, cache = transformer.extend(token[:, None], (lengths + step)[:, None], valid, cache)
         return step + 1, logits, cache, tokens, done
 
     tokens = jnp.zeros((len(keys), steps), jnp.int32)
@@ -147,7 +155,7 @@ def _generate(config, sampling, num_samples, steps, params, inputs, lengths, key
 
 def sample(logits: jax.Array, keys: jax.Array, sampling: SamplingConfig) -> jax.Array:
     """Chooses a token a row: logits [B, V], one key a row [B] -> ids [B]."""
-    if sampling.temperature == 0:
+    if sampling.temperature < SMALLEST_TEMPERATURE:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     vocab_size = logits.shape[-1]
     top_k = min(sampling.top_k or vocab_size, vocab_size)

@@ -1,10 +1,11 @@
 """What a run is: its settings, and the whole recipe."""
 
 import dataclasses
+from typing import Annotated
 
 from transformer_lm.data.preparation import DataConfig
 from transformer_lm.errors import UserError
-from transformer_lm.fields import Count, CountOrAll, CountOrZero, NotNegative, Rate, Seed, check, check_value
+from transformer_lm.fields import BatchSize, Count, CountOrAll, NotNegative, Range, Rate, Seed, check, check_value
 from transformer_lm.generation.sampler import SamplingConfig
 from transformer_lm.models import TransformerConfig
 from transformer_lm.training.optimizers import OptimizerConfig
@@ -14,8 +15,8 @@ from transformer_lm.training.optimizers import OptimizerConfig
 class TrainConfig:
     """A run: batches, and what happens after how many steps."""
 
-    per_device_batch_size: Count
-    eval_per_device_batch_size: CountOrZero  # 0 for the same as in training
+    per_device_batch_size: BatchSize
+    eval_per_device_batch_size: Annotated[int, Range(least=0, most=2**16)]  # 0 for the same as in training
     num_train_steps: Count
     num_eval_steps: CountOrAll
     label_smoothing: Rate  # probability mass spread over the other tokens (Szegedy et al. 2016, section 7)
