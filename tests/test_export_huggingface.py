@@ -1,10 +1,13 @@
 """The command that exports, and what becomes of its folders here: generation, evaluation, the hub, more training."""
 
+import ast
 import json
 import os
 import re
 import shutil
 import sys
+import unittest.mock
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,10 +16,13 @@ from conftest import FIXTURE, command, one_line_error, run
 from real_datasets import make_hub_cache, write_jsonl
 
 import transformer_lm
+from transformer_lm import export_huggingface
 from transformer_lm.checkpoints import loading
 from transformer_lm.data.corpora import mukashi
+from transformer_lm.errors import UserError
+from transformer_lm.generation.sampler import SamplingConfig
 
-pytest.importorskip("safetensors")
+safetensors = pytest.importorskip("safetensors")
 tokenizers = pytest.importorskip("tokenizers")
 
 FILES = {
@@ -168,6 +174,76 @@ class TestErrors:
         (tmp_path / "run" / "sentencepiece_model").write_bytes(model[:100])
         assert "is not a SentencePiece model" in one_line_error(export(tmp_path / "run", tmp_path / "out"))
         assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+class TestOutput:
+    """Names of folders, and what goes wrong; without a process of its own."""
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "a b",
+            "[1]",
+            "{x,y}",
+            "100%20",
+            "a*?",
+            "日本語 が",
+            "a\nb",
+            'q"\\',
+            "-x",
+            b"\xff\xe3".decode(errors="surrogateescape"),
+        ],
+    )
+    def test_any_name(self, tmp_path, name):
+        export_huggingface.export(str(FIXTURE), tmp_path / name, SamplingConfig())
+        assert {path.name for path in (tmp_path / name).iterdir()} == FILES
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        assert loading.load_model(tmp_path / name).step == 499_999
+        card = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+        code = re.search(r"^name = (.*?)  #", card, re.MULTILINE)[1]
+        assert ast.literal_eval(code) == name
+
+    def test_an_empty_folder_that_is_the_current_one(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        export_huggingface.export(str(FIXTURE), Path(".").absolute(), SamplingConfig())
+        assert {path.name for path in Path(".").iterdir()} == FILES
+
+    def test_a_link(self, tmp_path):
+        (tmp_path / "real").mkdir()
+        (tmp_path / "link").symlink_to("real")
+        (tmp_path / "broken").symlink_to("elsewhere")
+        for name, place in (("link", "real"), ("broken", "elsewhere")):
+            export_huggingface.export(str(FIXTURE), tmp_path / name, SamplingConfig())
+            assert (tmp_path / name).is_symlink()
+            assert {path.name for path in (tmp_path / place).iterdir()} == FILES
+
+    def test_below_a_file(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(UserError, match=r"cannot be written: .*Not a directory"):
+            export_huggingface.export(str(FIXTURE), tmp_path / "file" / "out", SamplingConfig())
+
+    @pytest.mark.parametrize("existing", [True, False])
+    @pytest.mark.parametrize(
+        ("place", "error"),
+        [
+            (
+                "safetensors.numpy.save_file",
+                safetensors.SafetensorError("Error while serializing: I/O error: No space\nleft"),
+            ),
+            ("huggingface_hub.split_state_dict_into_shards_factory", ValueError("max_shard_size")),
+            ("transformer_lm.huggingface.fast_tokenizer.convert", Exception("data did not match any variant")),
+            ("transformer_lm.export_huggingface.files.sync", OSError(28, "No space left on device")),
+        ],
+    )
+    def test_whatever_a_library_raises(self, tmp_path, place, error, existing):
+        output = tmp_path / "out"
+        if existing:
+            output.mkdir()
+        with unittest.mock.patch(place, side_effect=error), pytest.raises(UserError) as raised:
+            export_huggingface.export(str(FIXTURE), output, SamplingConfig())
+        assert f"--output={output} cannot be written: " in str(raised.value)
+        assert "\n" not in str(raised.value)
+        assert list(tmp_path.rglob("*")) == [output] * existing
 
 
 class TestInitFrom:

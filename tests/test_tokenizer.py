@@ -1,5 +1,6 @@
 """The tokenizer: what it learns from, where it is written, and what it says when it cannot."""
 
+import os
 import subprocess
 import sys
 import unittest.mock
@@ -206,3 +207,41 @@ def test_inspect(tmp_path, originals):
     missing = subprocess.run([*command[:3], "--workdir=/no/such", "--inspect", "昔"], capture_output=True, text=True)
     assert (missing.returncode, missing.stdout) == (1, "")
     assert "error: No tokenizer at /no/such/sentencepiece_model" in missing.stderr
+
+
+@pytest.mark.parametrize("text", ["あ\ud83dい", "\udce3", "あ\udc00"])
+def test_half_a_surrogate_pair(originals, text):
+    """Which Python strings may hold, is U+FFFD wherever text goes in."""
+    whole = "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)
+    assert originals.encode(text) == originals.encode(whole)
+    assert originals.pieces(text) == originals.pieces(whole)
+    np.testing.assert_array_equal(originals.encode_texts([text])[0], originals.encode_texts([whole])[0])
+
+
+def test_nul_is_encoded(lossless):
+    assert lossless.decode(lossless.encode("昔\0々")) == "昔\0々"
+
+
+@pytest.mark.parametrize("wrong", [-1, 10**6, 2**40])
+def test_ids_that_are_no_pieces(originals, wrong):
+    with pytest.raises(UserError, match=f"has the ids 0 to {originals.vocab_size - 1}; {wrong} is none of them"):
+        originals.decode([5, wrong])
+
+
+def test_files_that_are_no_models(tmp_path):
+    with pytest.raises(UserError, match="is not a SentencePiece model: a folder"):
+        tokenizer.Tokenizer.load(tmp_path)
+    with open(tmp_path / "long", "wb") as file:
+        file.truncate(tokenizer.MAX_MODEL_BYTES + 1)  # takes no room
+    with pytest.raises(UserError, match=r"is not a SentencePiece model: .* over 256 MiB"):
+        tokenizer.Tokenizer.load(tmp_path / "long")
+
+
+@pytest.mark.parametrize("locale", ["C", "ja_JP.eucJP", "de_DE.ISO-8859-1"])
+def test_inspect_in_any_locale(tmp_path, originals, locale):
+    (tmp_path / "sentencepiece_model").write_bytes(originals.model)
+    command = [sys.executable, "-m", "transformer_lm.tokenizer", f"--workdir={tmp_path}", "--inspect", "昔々\udcff"]
+    environment = os.environ | {"LC_ALL": locale, "PYTHONUTF8": "0"}
+    done = subprocess.run([os.fsencode(part) for part in command], env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "昔" in done.stdout.decode("utf-8")

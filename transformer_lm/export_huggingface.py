@@ -19,7 +19,7 @@ from transformer_lm import cli, files, recipe
 from transformer_lm.checkpoints import loading
 from transformer_lm.checkpoints.facts import read_facts
 from transformer_lm.checkpoints.workdir import TOKENIZER_FILE
-from transformer_lm.errors import UserError
+from transformer_lm.errors import UserError, one_line
 from transformer_lm.generation.sampler import SamplingConfig
 from transformer_lm.huggingface import exported_model, fast_tokenizer, model_card, tensor_tables
 from transformer_lm.tokenizer import Tokenizer
@@ -36,26 +36,54 @@ def main(config: ConfigDict, workdir: str):
 
 def export(address: str, output: Path, sampling: SamplingConfig):
     """Writes a model at an address, as `loading.load_model` takes it, into a new folder."""
+    output = output.resolve()  # where a link leads
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"--output={output} exists and is not an empty folder; remove it or name another.")
     loaded = loading.load_model(address)
     tokenizer = Tokenizer.load_for(loaded.tokenizer_path, loaded.config.vocab_size)
-    positions = tensor_tables.table_of(loaded.config).sizes(loaded.config).positions
-    temporary = output.with_name(f"{output.name}.tmp{uuid.uuid4().hex}")
-    temporary.mkdir(parents=True)
+    facts = read_facts(address, loaded.step, tokenizer)
+    temporary = (output if output.exists() else output.parent) / f".tmp{uuid.uuid4().hex}"
     try:
-        exported_model.save(temporary, loaded.config, loaded.params, loaded.step)
-        fast_tokenizer.save(temporary, tokenizer, positions)
-        files.write_json(temporary / "generation_config.json", _generation_settings(sampling, positions))
-        (temporary / TOKENIZER_FILE).write_bytes(tokenizer.model)
-        card = model_card.write(output.name, loaded.config, loaded.step, read_facts(address, loaded.step, tokenizer))
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        if output.exists():
-            output.rmdir()
-        temporary.rename(output)
+        temporary.mkdir(parents=True)
+        _write(temporary, output.name, loaded, tokenizer, facts, sampling)
+        _move(temporary, output)
+    except UserError:
+        raise
+    except Exception as error:  # a full disk, a missing permission, whatever a library raises
+        raise UserError(f"--output={output} cannot be written: {one_line(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     logging.info("Exported the model of step %d to %s.", loaded.step, output)
+
+
+def _write(
+    folder: Path, name: str, loaded: loading.LoadedModel, tokenizer: Tokenizer, facts: dict, sampling: SamplingConfig
+):
+    """Writes all files of an export into a folder, to the disk."""
+    positions = tensor_tables.table_of(loaded.config).sizes(loaded.config).positions
+    fast_tokenizer.save(folder, tokenizer, positions)  # first, since it may refuse
+    exported_model.save(folder, loaded.config, loaded.params, loaded.step)
+    files.write_json(folder / "generation_config.json", _generation_settings(sampling, positions))
+    (folder / TOKENIZER_FILE).write_bytes(tokenizer.model)
+    card = model_card.write(name, loaded.config, loaded.step, facts)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    for path in folder.iterdir():
+        files.sync(path)
+
+
+def _move(temporary: Path, output: Path):
+    """Makes `temporary` the output; into a folder that exists, and may be somebody's current one, go its files."""
+    if not output.exists():
+        temporary.rename(output)
+        return
+    moved = []
+    try:
+        for path in temporary.iterdir():
+            moved.append(path.rename(output / path.name))
+    except OSError:
+        for path in moved:
+            path.unlink()
+        raise
 
 
 def _generation_settings(sampling: SamplingConfig, positions: int) -> dict:

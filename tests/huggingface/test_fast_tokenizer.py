@@ -4,13 +4,16 @@ import gzip
 import io
 import json
 import random
+import re
 import unicodedata
+import unittest.mock
 
 import pytest
 import sentencepiece
 from conftest import FIXTURE
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
 
 from transformer_lm import tokenizer
 from transformer_lm.configs import mukashi as mukashi_recipe
@@ -31,6 +34,8 @@ MODELS = {
     "nfkc": "--byte_fallback=true --normalization_rule_name=nfkc",
     "user-defined": f"{KEEP_ALL} --user_defined_symbols=<sep>,お爺さん",
     "user-defined, bpe": "--model_type=bpe --user_defined_symbols=お爺さん,お爺,。,昔々あるところに",
+    "pad piece": f"--pad_id=3 {KEEP_ALL}",
+    "normalizes, keeps spaces": "--byte_fallback=true --remove_extra_whitespaces=false",
     "bpe": f"--model_type=bpe {KEEP_ALL}",
     "bpe, default": "--model_type=bpe",
 }
@@ -62,14 +67,7 @@ def pair():
 
 
 def fast_of(slow):
-    fast = fast_tokenizer.convert(slow)
-    fast.encode_special_tokens = True  # as tokenizer_config.json makes transformers do
-    return fast
-
-
-def fused(ids: list[int]) -> list[int]:
-    """Unknown pieces in a row as one, as SentencePiece has them; the fast one has two where it cuts `<` from `s>`."""
-    return [token for before, token in zip([-1, *ids], ids, strict=False) if (before, token) != (0, 0)]
+    return fast_tokenizer.convert(slow)
 
 
 def different(slow, fast, texts: list[str]) -> list[str]:
@@ -100,7 +98,74 @@ def random_strings(count: int, seed: int = 0) -> list[str]:
 def test_same_ids(pair, name, parts):
     slow, fast = pair(name)
     text = "".join(parts)
-    assert fused(fast.encode(text, add_special_tokens=False).ids) == slow.encode(text)
+    assert fast.encode(text, add_special_tokens=False).ids == slow.encode(text)
+
+
+SYMBOLS = [
+    "ました", "お爺さん", "お爺", "爺さん", "さんお", "<sep>", "<|user|>", "Ａ", "か゛", "ｶﾞ", "㌀",
+    "①", "。", "、、", "▁c", "d▁", "昔々", "た", "しま", "<s", "s>", "abc", "ab", "bc", "\t",
+    "[", ".*", "\\",
+]  # fmt: skip
+
+
+def with_symbols(slow, symbols: list[str]):
+    """A model whose first pieces after the control pieces are user-defined symbols."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(slow.model)
+    pieces = [piece for piece in proto.pieces if piece.piece not in symbols]
+    made = [sentencepiece_model_pb2.ModelProto.SentencePiece(piece=symbol, type=4) for symbol in symbols]
+    del proto.pieces[:]
+    proto.pieces.extend([*pieces[:3], *made, *pieces[3:]])
+    return tokenizer.Tokenizer(proto.SerializeToString())
+
+
+@pytest.mark.parametrize("name", ["default", "byte fallback", "keeps all", "normalizes, keeps spaces", "bpe, default"])
+@pytest.mark.parametrize("seed", range(3))
+def test_same_ids_with_random_symbols(pair, name, seed):
+    """Overlapping ones, prefixes of one another, such as normalization changes, such as hold what means a space."""
+    rng = random.Random(seed)
+    symbols = rng.sample(SYMBOLS, 6)
+    slow = with_symbols(pair(name)[0], symbols)
+    parts = [*PARTS, *SYMBOLS, *symbols * 8, *"あいう昔々 abc"]
+    texts = ["".join(rng.choices(parts, k=rng.randint(0, 8))) for _ in range(1_000)]
+    fast_tokenizer.check_same_ids(slow, fast_of(slow), texts)
+    assert len(different(slow, fast_of(slow), texts)) <= 5  # equally good ways to cut
+
+
+def test_symbols_count_by_their_length(pair):
+    """た ends here more often than it would if every symbol had the same score."""
+    slow = with_symbols(pair("keeps all")[0], ["た", "ました"])
+    tales = [mukashi.tale(number) for number in range(300)]
+    assert different(slow, fast_of(slow), tales) == []
+
+
+def test_other_ids_are_refused(pair):
+    """Where SentencePiece counted otherwise, as other versions of it do."""
+    slow = with_symbols(pair("keeps all")[0], ["た", "ました"])
+    with unittest.mock.patch.object(fast_tokenizer, "SYMBOL_SCORE", -3.0):
+        fast = fast_of(slow)
+    with pytest.raises(UserError, match="cannot be exported: a fast tokenizer cuts '昔々ありました' into") as error:
+        fast_tokenizer.check_same_ids(slow, fast, ["あ", "昔々ありました"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["default", "keeps all", "no dummy prefix", "bpe, default"])
+@pytest.mark.parametrize("special", [True, False])
+def test_tokens_added_later(pair, name, special):
+    """They are found in a text; what lies between them is cut as in the middle of a text, and all comes back."""
+    slow, _ = pair(name)
+    fast = fast_of(slow)
+    (fast.add_special_tokens if special else fast.add_tokens)(["<|user|>", "<新しい>"])
+    user, new = slow.vocab_size, slow.vocab_size + 1
+    for text in ("<|user|>昔々<新しい>お爺さん", "昔々<新しい>", "<s>昔々</s><|user|>が", "昔々<|user|> お爺さん"):
+        ids = fast.encode(text, add_special_tokens=False).ids
+        assert [token for token in ids if token >= user] == [
+            {"<|user|>": user, "<新しい>": new}[found] for found in re.findall(r"<\|user\|>|<新しい>", text)
+        ]
+        assert not {1, 2} & set(ids)
+        if 0 not in ids:
+            assert fast.decode(ids, skip_special_tokens=False) == text
+    between = fast.encode("昔々<|user|>お爺さん", add_special_tokens=False).ids
+    assert between[: between.index(user)] == slow.encode("昔々")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -124,7 +189,7 @@ def assert_marks_in_another_order(slow, fast, texts: list[str]):
     """That texts differ by nothing but the order of combining marks, which SentencePiece keeps and NFKC sorts."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=slow.model)
     for text in texts:
-        ours, theirs = processor.normalize(text), fast.normalizer.normalize_str(text)
+        ours, theirs = processor.normalize(text).removeprefix("▁"), fast.normalizer.normalize_str(text)
         assert ours != theirs
         assert unicodedata.normalize("NFC", ours) == unicodedata.normalize("NFC", theirs)
 
@@ -204,7 +269,9 @@ def test_begins_with_the_start():
         ({"model_type": "char"}, "model_type=char"),
         ({"model_type": "word"}, "model_type=word"),
         ({"normalization_rule_name": "nfkc_cf"}, "normalizes by 'nfkc_cf'"),
-        ({"user_defined_symbols": "！"}, "normalization changes the user-defined symbol '！'"),
+        ({"user_defined_symbols": "か゛,゛か"}, "normalizes its user-defined symbol 'か゛', which may overlap"),
+        ({"user_defined_symbols": [" 、"]}, "removes extra white space, but its user-defined symbol ' 、' has some"),
+        ({"user_defined_symbols": "<0x", "byte_fallback": True}, "the piece '<0x', which a fast tokenizer cannot tell"),
         ({"treat_whitespace_as_suffix": True}, "white space as a suffix"),
     ],
 )
@@ -212,7 +279,7 @@ def test_what_has_no_counterpart(options, words):
     model = io.BytesIO()
     texts = iter([mukashi.tale(number).replace("、", " ") for number in range(100)])
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=texts, model_writer=model, vocab_size=900, hard_vocab_limit=False, minloglevel=2, **options
+        sentence_iterator=texts, model_writer=model, vocab_size=1200, hard_vocab_limit=False, minloglevel=2, **options
     )
     with pytest.raises(UserError, match=words):
         fast_tokenizer.convert(tokenizer.Tokenizer(model.getvalue()))

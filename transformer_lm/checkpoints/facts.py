@@ -1,5 +1,6 @@
 """What a workdir knows of its model: recipe, data, scores. For the model card."""
 
+import contextlib
 import json
 from typing import Any
 
@@ -63,7 +64,11 @@ def _manifests(workdir: epath.Path, recipe: dict, names: list[str] | None, token
 
 
 def _last_scores(path: epath.Path, step: int) -> dict[str, Any]:
-    """The last evaluation up to a step."""
-    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.exists() else ()
-    found = [line for line in lines if "eval_loss" in line and line["step"] <= step]
-    return {name: found[-1][name] for name in ("step", *SCORES) if name in found[-1]} if found else {}
+    """The last evaluation up to a step; a line that a power cut spoiled counts as none."""
+    last = {}
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, TypeError):
+            record = json.loads(line)
+            if "eval_loss" in record and record["step"] <= step:
+                last = record
+    return {name: last[name] for name in ("step", *SCORES) if name in last}

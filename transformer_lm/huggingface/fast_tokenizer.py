@@ -51,7 +51,7 @@ def save(folder: Path, tokenizer: Tokenizer, max_length: int):
     """
     fast = convert(tokenizer)
     check_same_ids(tokenizer, fast, [*HARD_STRINGS, *_texts_of_pieces(tokenizer)])
-    fast.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(fast.to_str(pretty=True), encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{
@@ -74,7 +74,7 @@ def convert(tokenizer: Tokenizer) -> Any:
     """
     tokenizers = optional_import("tokenizers", "hf", "The export")
     proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
-    if reason := _obstacle(proto):
+    if reason := _obstacle(proto) or _changed_overlap(tokenizers, proto):
         raise UserError(f"{tokenizer.source} {reason}.")
     names = _names(proto)
     fast = tokenizers.Tokenizer(_model(tokenizers, proto, names))
@@ -134,6 +134,18 @@ def _obstacle(proto: Any) -> str:
     for piece in proto.pieces:
         if trainer.byte_fallback and re.search("<0x|<0$", piece.piece) and piece.type != piece.BYTE:
             return f"has the piece {piece.piece!r}, which a fast tokenizer cannot tell from the names of byte pieces"
+    return ""
+
+
+def _changed_overlap(tokenizers: ModuleType, proto: Any) -> str:
+    """Why user-defined symbols cannot be protected from normalization, one after the other; nothing where they can."""
+    symbols, plain = _symbols(proto), _normalizer(tokenizers, proto.normalizer_spec, [])
+    for one in symbols:
+        if plain.normalize_str(f"。{one}。") != f"。{one}。".replace(" ", SPACE):
+            for other in symbols:
+                ends = range(1, min(len(one), len(other)))
+                if any(one.endswith(other[:k]) or other.endswith(one[:k]) for k in ends):
+                    return f"normalizes its user-defined symbol {one!r}, which may overlap with {other!r} in a text"
     return ""
 
 

@@ -13,8 +13,10 @@ DATA_FIELDS = ("documents", "characters", "bytes", "tokens")
 
 
 def write(name: str, network: TransformerConfig, step: int, facts: dict[str, Any]) -> str:
-    """The card of the model `name`; `facts`, as `workdir.read_facts` gives them, may be empty where none are known."""
-    parts = [_FRONT_MATTER, f"# {name}\n"]
+    """The card of the model `name`; `facts`, as `read_facts` gives them, may be empty where none are known."""
+    code = json.dumps(name, ensure_ascii=not name.isprintable())  # bytes that are not UTF-8 are escaped in Python, too
+    title = " ".join(name.encode(errors="replace").decode().split())
+    parts = [_FRONT_MATTER, f"# {title}\n"]
     prompt = json.dumps(facts["prompt"] or PROMPT, ensure_ascii=False)
     for words in (_JAPANESE, _ENGLISH):
         parts.append(
@@ -33,7 +35,7 @@ def write(name: str, network: TransformerConfig, step: int, facts: dict[str, Any
         parts.append(
             _section(
                 words["use"],
-                _USE.format(name=name, where=words["where"], prompt=prompt),
+                _USE.format(name=code, title=title, where=words["where"], prompt=prompt),
             )
         )
     return "\n".join(parts)
@@ -78,7 +80,7 @@ tags:
 _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-name = "{name}"  # {where}
+name = {name}  # {where}
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForCausalLM.from_pretrained(name)
 inputs = tokenizer([{prompt}], return_tensors="pt")
@@ -88,7 +90,7 @@ print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)
 ```python
 import transformer_lm
 
-model = transformer_lm.load("{name}")  # hf://OWNER/{name}
+model = transformer_lm.load({name})  # hf://OWNER/{title}
 print(model.generate({prompt})[0]["text"])
 ```"""
 

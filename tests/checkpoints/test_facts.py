@@ -1,0 +1,67 @@
+"""What the model card is told: the data that the run read, and its scores."""
+
+import json
+
+import pytest
+
+from transformer_lm.checkpoints.facts import read_facts
+
+RECIPE = {"train_split": "train", "eval_split": "validation", "num_layers": 2, "prompts": "昔々\nむかし"}
+
+
+@pytest.fixture
+def write(tmp_path, tales_tokenizer):
+    """Writes a workdir whose prepared_dir is shared: rows of its own, and of another corpus with the same splits."""
+
+    def write(**config):
+        for name, corpus in (("aa", "mine"), ("bb", "mine"), ("cc", "foreign"), ("dd", "foreign")):
+            manifest = {
+                "dataset_name": corpus,
+                "split": "train" if name in ("aa", "cc") else "validation",
+                "tokenizer_sha256": tales_tokenizer.fingerprint,
+            }
+            (tmp_path / "shared" / name).mkdir(parents=True)
+            (tmp_path / "shared" / name / "manifest.json").write_text(json.dumps(manifest))
+        workdir = tmp_path / "run"
+        workdir.mkdir()
+        recipe = RECIPE | {"prepared_dir": str(tmp_path / "shared")}
+        (workdir / "config.json").write_text(json.dumps({"recipe": recipe, **config}))
+        return workdir
+
+    return write
+
+
+def data(workdir, tokenizer) -> list[tuple[str, str]]:
+    found = read_facts(str(workdir), 10, tokenizer)["data"]
+    return [(manifest["dataset_name"], manifest["split"]) for manifest in found]
+
+
+def test_names_the_rows_that_were_read(write, tales_tokenizer):
+    assert data(write(rows=["aa", "bb"]), tales_tokenizer) == [("mine", "train"), ("mine", "validation")]
+
+
+def test_each_once(write, tales_tokenizer):
+    """Trained and evaluated on the same documents."""
+    assert data(write(rows=["aa", "aa"]), tales_tokenizer) == [("mine", "train")]
+
+
+def test_rows_that_are_gone(write, tales_tokenizer):
+    assert data(write(rows=["aa", "zz"]), tales_tokenizer) == [("mine", "train")]
+
+
+def test_old_workdirs_name_no_rows(write, tales_tokenizer):
+    """There all that fit are named, which may be too many."""
+    assert sorted(set(data(write(), tales_tokenizer))) == [
+        ("foreign", "train"), ("foreign", "validation"), ("mine", "train"), ("mine", "validation"),
+    ]  # fmt: skip
+
+
+def test_scores_of_the_step(write, tales_tokenizer):
+    """Not of later ones; and a half-written line is none."""
+    workdir = write(rows=[])
+    lines = [{"step": step, "eval_loss": 10.0 - step} for step in (5, 10, 15)]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 7, "eval_lo')
+    facts = read_facts(str(workdir), 10, tales_tokenizer)
+    assert facts["scores"] == {"step": 10, "eval_loss": 0.0}
+    assert facts["recipe"] == {"num_layers": 2}
+    assert facts["prompt"] == "昔々"
