@@ -197,16 +197,6 @@ def _score_targets(network: models.TransformerConfig, params: models.Params, inp
     return jax.tree.map(jnp.transpose, jax.lax.map(score, by_position, batch_size=LOGITS_BLOCK))
 
 
-def check_prompts(tokenizer: Tokenizer, prompts: Iterable[str], sampling: sampler.SamplingConfig):
-    """Raises UserError where a prompt leaves no room for a continuation."""
-    for prompt in prompts:
-        if (length := len(tokenizer.encode(prompt))) >= sampling.max_length:
-            raise UserError(
-                f"The prompt {prompt[:20]!r} has {length} tokens and leaves no room to write: max_predict_length="
-                f"{sampling.max_length} counts prompt and continuation; raise it."
-            )
-
-
 def generate_texts(
     network: models.TransformerConfig,
     params: models.Params,
