@@ -237,11 +237,12 @@ def test_killed_tasks_are_done_again(corpus, config, local_way, tmp_path):
 
 
 ENDLESS = """
-import sys, time
+import sys
 from etils import epath
 from transformer_lm.data.launcher import Launcher
 def wait(data, rank, world_size, folder=sys.argv[1]):
-    epath.Path(folder, f"task-{rank}").touch()
+    import time
+    open(f"{folder}/task-{rank}", "w").close()
     time.sleep(600)
 Launcher("local", tasks=2, workers=2).run("wait", [wait], epath.Path(sys.argv[1]))
 """
