@@ -1,8 +1,10 @@
 """Files that are whole or not there, local or remote."""
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -13,8 +15,8 @@ from etils import epath
 
 from transformer_lm.errors import UserError
 
-MAX_CACHE_BYTES = int(os.environ.get("TRANSFORMER_LM_CACHE_GB", 100)) << 30  # of copies of remote files
-CACHE_SECONDS = 24 * 3600
+CACHE_GB = 100.0  # of copies of remote files, unless TRANSFORMER_LM_CACHE_GB says otherwise
+CACHE_SECONDS = 24 * 3600  # a copy that was used since then is not removed
 MAX_JSON_BYTES = 64 << 20  # the longest that is written here, an index of a hundred thousand tensors, has 10 MB
 
 
@@ -40,7 +42,8 @@ def write_file_atomically(path: os.PathLike | str, write: Callable[[str], object
         else:
             sync(temporary)
             temporary.replace(path)
-            sync(folder)
+            with contextlib.suppress(OSError):  # some file systems do not sync folders
+                sync(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -92,15 +95,21 @@ def _make_room(size: int):
 
     What a run reads may be more than the limit: then it is what its disk has to hold, and nothing of it is removed.
     """
-    copies = [
-        (path.stat().st_mtime, path.stat().st_size, path) for path in cache_folder().glob("*/*") if path.is_file()
-    ]
+    limit = _cache_bytes()
+    copies = [(path.stat().st_mtime, path.stat().st_size, path) for path in cache_folder().rglob("*") if path.is_file()]
     total = size + sum(length for _, length, _ in copies)
     for used, length, path in sorted(copies):
-        if total <= MAX_CACHE_BYTES or time.time() - used < CACHE_SECONDS:
+        if total <= limit or time.time() - used < CACHE_SECONDS:
             return
         path.unlink(missing_ok=True)  # whoever has it open goes on reading it
         total -= length
+
+
+def _cache_bytes() -> float:
+    value = os.environ.get("TRANSFORMER_LM_CACHE_GB", str(CACHE_GB))
+    if not re.fullmatch(r"\d+(\.\d+)?", value):
+        raise UserError(f"TRANSFORMER_LM_CACHE_GB={value!r} must be a number of gigabytes.")
+    return float(value) * 1e9
 
 
 def _download(path: epath.Path, target: str):

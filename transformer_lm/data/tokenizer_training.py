@@ -19,8 +19,11 @@ SAMPLE_CHARS = 1000  # texts are sampled for training in runs of at most this ma
 LOUD_CHARS = 20_000_000  # with more of them training takes minutes, and SentencePiece's own progress is shown
 SCORE_STEP = 2**-8
 OURS = ("input", "model_prefix", "sentence_iterator", "model_writer")
-TIED_TO_CORPUS = ("vocab_size", "hard_vocab_limit", "seed_sentencepiece_size", "minloglevel", "num_threads")
-TRIAL_TEXT = "昔々あるところに、おじいさんとおばあさんがおりました。A fox jumps over the lazy dog 0123456789."
+# Options that the trial has of its own, and what they look like.
+TIED_TO_CORPUS = dict.fromkeys(("vocab_size", "seed_sentencepiece_size", "minloglevel", "num_threads"), r"\d{1,9}") | {
+    "hard_vocab_limit": "1|t|true|y|yes|0|f|false|n|no"
+}
+TRIAL_TEXT = "昔々 ある ところに、 おじいさんと おばあさんが おりました。 A fox jumps over the lazy dog 0123456789."
 
 
 def train(
@@ -58,9 +61,13 @@ def train(
 
 def check_options(options: str):
     """Raises UserError where SentencePiece, or this project, refuses the options, without any corpus."""
+    given = _parse_options(options)
+    for name, pattern in TIED_TO_CORPUS.items():
+        if not re.fullmatch(pattern, given.get(name, "0").lower()):
+            raise UserError(f"spm_train_options: --{name}={given[name]} is not possible.")
     trial = {"vocab_size": 10_000, "hard_vocab_limit": "false", "minloglevel": 2, "num_threads": 1}
-    given = {name: value for name, value in _parse_options(options).items() if name not in TIED_TO_CORPUS}
-    model = _train([TRIAL_TEXT] * 5, given | trial)
+    given = {name: value for name, value in given.items() if name not in TIED_TO_CORPUS}
+    model = _train(TRIAL_TEXT.split() * 5, given | trial)
     Tokenizer(model, f"The tokenizer that spm_train_options={options!r} makes")
 
 
@@ -135,4 +142,6 @@ def _explain(message: str, arguments: dict) -> str:
         return f"vocab_size={size} is too small: this corpus has {match[2]} different characters; set more than that."
     if re.search(r"sentences_?\.empty\(\)|Input corpus is empty", message):
         return "The corpus holds no text to train a tokenizer on; look at dataset_name and train_split."
-    return f"SentencePiece cannot train with spm_train_options and vocab_size={size}: {' '.join(message.split())}"
+    options = {name: value for name, value in arguments.items() if name not in TIED_TO_CORPUS}
+    given = " ".join(f"--{name}={value}" for name, value in options.items())
+    return f"SentencePiece cannot train with spm_train_options {given!r}: {' '.join(message.split())}"
