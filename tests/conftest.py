@@ -1,4 +1,4 @@
-"""What several tests share."""
+"""What several tests share; processes.py says what keeps their processor time low."""
 
 import functools
 import json

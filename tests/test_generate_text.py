@@ -42,10 +42,10 @@ def test_greedy_lines_are_the_originals(original):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--num_generated_texts=0"], "--num_generated_texts=0: Expected integer in the range [1, 65536]"),
+        (["--num_generated_texts=0"], "error: flag --num_generated_texts=0"),
         (
-            ["--config.max_predict_length=5", "--config.prompts=短い\n夏目漱石は、"],
-            "error: The prompt '夏目漱石は、' of 6 tokens leaves no room to write: max_predict_length=5",
+            ["--config.max_predict_length=6", "--config.prompts=短い\n夏目漱石は、"],
+            "error: The prompt '夏目漱石は、' of 11 tokens leaves no room to write: max_predict_length=6",
         ),
         (["--workdir=/no/such/folder"], "No model at /no/such/folder"),
     ],

@@ -1,5 +1,6 @@
 """lm-evaluation-harness on our network: what it asks is what our own scores and texts say."""
 
+import functools
 import gzip
 import json
 import os
@@ -214,11 +215,20 @@ def test_scores_of_answers(answer, exact_match, f1):
 
 
 def test_our_tasks_beside_lm_evals(model, monkeypatch):
-    """A name of lm_eval's own is known, in whatever company."""
+    """A name of lm_eval's own is known, in whatever company, and no other."""
     asked = {}
     monkeypatch.setattr(lm_eval, "simple_evaluate", lambda model, **arguments: asked.update(arguments))
     harness.run_tasks(model, ["jnli-1.3-0.3", "hellaswag"])
     assert asked["task_manager"].match_tasks(asked["tasks"]) == ["hellaswag", "jnli-1.3-0.3"]
+    ours = functools.partial(harness.TaskManager, include_defaults=False)
+    with_theirs = asked["task_manager"]  # takes many seconds to make
+
+    def make(include_defaults=True, **options):
+        return with_theirs if include_defaults else ours(**options)
+
+    monkeypatch.setattr(harness, "TaskManager", make)
+    with pytest.raises(UserError, match=r"there is no task 'no_such_task'; the project has jcommonsenseqa-1\.1-0\.3"):
+        harness.run_tasks(model, ["jnli-1.3-0.3", "no_such_task"])
 
 
 def test_registered_by_name(jglue):
@@ -275,9 +285,8 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            (["--tasks=no_such_task"], "there is no task 'no_such_task'; the project has jcommonsenseqa-1.1-0.3"),
             (["--tasks=jglue"], "needs JGLUE's files: name their folder by --tasks_data"),
-            (["--tasks=jglue", "--tasks_data=/nowhere"], "/nowhere has no jcommonsenseqa-valid"),
+            (["--tasks=jglue", "--tasks_data=/nowhere"], "--tasks_data=/nowhere: no such folder"),
         ],
     )
     def test_errors(self, arguments, words):
