@@ -13,6 +13,13 @@ def get_config() -> ml_collections.ConfigDict:
     """The base recipe: 6 layers x 512 on lm1b."""
     config = ml_collections.ConfigDict()
 
+    _set_data(config)
+    _set_network_and_run(config)
+    return config.lock()
+
+
+def _set_data(config: ml_collections.ConfigDict):
+    """Tokenizer, corpus, rows."""
     # Where the SentencePiece model lies, or is written when it is missing; None for workdir/sentencepiece_model.
     config.vocab_path = config_dict.placeholder(str)
     # Pieces of a tokenizer that is trained here, and how many characters of the corpus it learns from.
@@ -44,6 +51,9 @@ def get_config() -> ml_collections.ConfigDict:
     # Processes of this machine that clean and tokenize; 0 for one a core.
     config.prepare_processes = 0
 
+
+def _set_network_and_run(config: ml_collections.ConfigDict):
+    """Batches, network, optimizer, run, generation."""
     # Rows of a batch on each device.
     config.per_device_batch_size = 32
     config.eval_per_device_batch_size = 32
@@ -99,5 +109,3 @@ def get_config() -> ml_collections.ConfigDict:
     config.sampling_top_k = 20
     # Choose among the likeliest tokens that reach this probability together; 1 for all.
     config.sampling_top_p = 1.0
-
-    return config.lock()

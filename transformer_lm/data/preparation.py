@@ -19,7 +19,16 @@ from transformer_lm import locks
 from transformer_lm.data import cleaning, corpora, dataset_preprocessor, tokenizer_training
 from transformer_lm.data.dataset_preprocessor import Preprocessing
 from transformer_lm.data.launcher import Launcher
-from transformer_lm.data.rows import MANIFEST, Corpus, PreparedCorpus, PreparedMixture, RowsPlan, digest, finish_rows
+from transformer_lm.data.rows import (
+    MANIFEST,
+    Corpus,
+    PreparedCorpus,
+    PreparedMixture,
+    RowsPlan,
+    digest,
+    finish_rows,
+    read_block,
+)
 from transformer_lm.data.workers import make_blocks
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
@@ -161,14 +170,9 @@ def _found_rows(plan: RowsPlan) -> PreparedCorpus | None:
     """The rows of a plan where they are there and whole, else None."""
     try:
         found = PreparedCorpus.load(plan.directory)
-        damaged = found.damaged_blocks()
-    except FileNotFoundError:
+        return None if found.damaged_blocks() else found
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):  # a manifest that is cut or empty
         return None
-    except (ValueError, TypeError, KeyError):  # a manifest that is cut or empty
-        damaged = [MANIFEST]
-    if damaged:
-        logging.warning("%s: %s is damaged, and is made again.", plan.directory, damaged[0])
-    return None if damaged else found
 
 
 def open_corpora(
@@ -220,6 +224,8 @@ def _clean(corpus: Corpus, config: DataConfig, root: epath.Path, launcher: Launc
 def prepare_rows(plan: RowsPlan, processes: int = 0, launcher: Launcher | None = None) -> PreparedCorpus:
     """Tokenizes and packs documents into rows, with processes of this machine (0: one a core) or by a launcher."""
     plan.directory.mkdir(parents=True, exist_ok=True)
+    if (plan.directory / MANIFEST).exists():
+        logging.warning("%s: something is damaged, and is made again.", plan.directory)
     if launcher is None:
         try:
             return finish_rows(plan, make_blocks(plan, processes or os.cpu_count() or 1))
@@ -234,6 +240,9 @@ def prepare_rows(plan: RowsPlan, processes: int = 0, launcher: Launcher | None =
     documents = plan.corpus.documents
     documents.count()  # once here, not in every task
     logs = plan.directory / f"logs-{launcher.tasks}"
-    launcher.run("pack", [steps.ReadDocuments(documents), steps.PackRows(plan)], logs)
     prefix = steps.rows_prefix(launcher.tasks)
+    named = [path.stem for path in children(plan.directory) if path.match(f"{prefix}*.json")]
+    if not all(read_block(plan.directory, name) for name in named) and logs.exists():
+        logs.rmtree()  # a task that is marked as done is done again; its whole blocks are left as they are
+    launcher.run("pack", [steps.ReadDocuments(documents), steps.PackRows(plan)], logs)
     return finish_rows(plan, sorted(path.stem for path in children(plan.directory) if path.match(f"{prefix}*.json")))
