@@ -107,7 +107,7 @@ def test_ray(config, local_way, tmp_path):
     """Two workers of a Ray cluster on this machine; one is killed, and its task is done again."""
     pytest.importorskip("ray")
     fields = json.dumps(dataclasses.asdict(config))
-    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
     arguments = [sys.executable, "-c", RAY, fields, str(tmp_path)]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
