@@ -195,9 +195,9 @@ def test_other_configs(exported, change, words):
 
 
 def test_sizes_that_agree_with_each_other_but_not_with_the_file(exported):
-    """config.json promises 10^12 layers, and later matrices of 10^24 numbers; the header of the file does not."""
+    """config.json promises 2^31 layers, and later matrices of 2^62 bytes; the header of the file does not."""
     folder, config, _ = exported
-    for field, value, words in [("num_layers", 10**12, "tensors, the files 29"), ("mlp_dim", 10**12, "must be F32")]:
+    for field, value, words in [("num_layers", 2**31 - 1, "tensors, the files 29"), ("mlp_dim", 2**31 - 1, "must be F32")]:
         huge = models.TransformerConfig(**{**vars(config), field: value})
 
         def change(content, huge=huge):
