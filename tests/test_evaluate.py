@@ -1,16 +1,23 @@
 """The command that evaluates: what training recorded, and on other corpora what scores add up to."""
 
+import dataclasses
+import errno
 import json
 import math
 import os
 import sys
 
 import pytest
+from absl.testing import flagsaver
 from conftest import run
 from real_datasets import write_jsonl
 
 import transformer_lm
+from transformer_lm import cli, errors, recipe
+from transformer_lm import evaluate as command
+from transformer_lm.configs import base
 from transformer_lm.data.corpora import mukashi
+from transformer_lm.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +55,56 @@ def test_any_corpus(workdir, tmp_path):
     assert found["eval_loss"] == pytest.approx(nats / sum(len(score.tokens) for score in scores), rel=1e-4)
     characters = sum(map(len, tales[10:]))
     assert found["eval_bits_per_char"] == pytest.approx(nats / math.log(2) / characters, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tasks="], "--tasks= names no task"),
+        (["--limit=5"], "--limit=5 is about tasks: name some by --tasks"),
+        (["--tasks=x", "--limit=0"], "--limit=0: 0 is not an integer in the range"),
+        (["--tasks=x", "--limit=nan"], "--limit=nan"),
+        (["--tasks=x", "--num_fewshot=-1"], "--num_fewshot=-1: -1 is not an integer in the range"),
+        (["--tasks=x", "--tasks_data="], "--tasks_data=: no such folder"),
+        (["--tasks=x", "--include_path=/no/such"], "--include_path=/no/such: no such folder"),
+        (["--tasks=x", "--samples=/proc/no/such"], "while trying whether --samples=/proc/no/such can be written"),
+        (["--tasks=x", "--samples=/"], "--samples=/ is a folder"),
+    ],
+)
+def test_impossible_options(arguments, words, monkeypatch):
+    """They are refused before anything is loaded: there is no such workdir. In this process, to be quick."""
+
+    def start():
+        cli._parse_flags(["evaluate", "--workdir=/no/such", *arguments])
+        command.main(base.get_config(), "/no/such")
+
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(cli.console, "set_up", lambda debug: None)
+    with flagsaver.flagsaver(), pytest.raises((UserError, OSError)) as error:
+        start()
+    assert words in errors.one_line(error.value)
+
+
+def test_what_json_has_no_number_for():
+    values = {"a": float("nan"), "b": {"c": float("inf"), "d": 1.5, "e": "N/A", "f": None}}
+    assert command._without_nan(values) == {"a": None, "b": {"c": None, "d": 1.5, "e": "N/A", "f": None}}
+
+
+def test_rows_are_made_in_the_cache_where_the_workdir_may_only_be_read(tmp_path, monkeypatch):
+    """Whatever says so first; permission is not tried, since tests may run as root."""
+    (tmp_path / "prepared").mkdir()
+    monkeypatch.setenv("TRANSFORMER_LM_CACHE", str(tmp_path / "cache"))
+    asked = []
+
+    def prepare(data, tokenizer, root):
+        asked.append(str(root))
+        if str(root) == str(tmp_path / "prepared"):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return "rows"
+
+    monkeypatch.setattr(command.preparation, "prepare_evaluation", prepare)
+    data = recipe.read_data(base.get_config())
+    assert command._rows(None, data, str(tmp_path)) == "rows"
+    assert asked == [str(tmp_path / "prepared"), str(tmp_path / "cache" / "prepared")]
+    with pytest.raises(OSError, match="Read-only"):  # a folder that was named is not replaced
+        command._rows(None, dataclasses.replace(data, prepared_dir=str(tmp_path / "prepared")), str(tmp_path))

@@ -190,6 +190,13 @@ def test_impossible_numbers(name):
             recipe.read(config)
 
 
+def test_an_evaluation_of_nothing():
+    config = base.get_config()
+    config.num_eval_steps = 0
+    with pytest.raises(UserError, match="num_eval_steps=0 must be at least 1, or -1 for all"):
+        recipe.read(config)
+
+
 def test_every_field_has_one_owner():
     """Each field of base.py is that of one dataclass, and each dataclass's field one of base.py."""
     owners: dict[str, list] = {name: [] for name in base.get_config()}

@@ -88,7 +88,7 @@ def _check_flags():
         if flag.value is not None and not os.path.isdir(os.path.expanduser(flag.value)):
             raise UserError(f"--{flag.name}={flag.value}: no such folder.")
     if _SAMPLES.value is not None:
-        with stage(f"looking whether --samples={_SAMPLES.value} can be written"):
+        with stage(f"trying whether --samples={_SAMPLES.value} can be written"):
             path = files.absolute(_SAMPLES.value)
             if path.is_dir():
                 raise UserError(f"--samples={_SAMPLES.value} is a folder; name a file.")

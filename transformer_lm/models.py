@@ -22,7 +22,8 @@ from transformer_lm.errors import UserError
 from transformer_lm.fields import LARGEST, Count, Length, Range, Rate, check, check_value
 
 LAYER_NORM_EPSILON = 1e-6
-QUERY_BLOCK = 1024  # queries whose attention is computed at once where dropout is off
+LONG = 1024  # attention of more queries is computed in blocks, where dropout is off
+QUERY_BLOCK = 256  # of so many
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -176,7 +177,7 @@ class Attention(nnx.Module):
             key = jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), start, axis=2)  # [B, H, S, K]
             value = jax.lax.dynamic_update_slice_in_dim(values, value.astype(values.dtype), start, axis=2)
         query = query / np.sqrt(query.shape[-1]).astype(query.dtype)
-        if dropout_key is None and query.shape[2] > QUERY_BLOCK:
+        if dropout_key is None and query.shape[2] > LONG:
             attended = attend_in_blocks(query, key, value, mask)
         else:
             attended = attend(query, key, value, mask, self.dropout_rate, dropout_key)

@@ -1,13 +1,17 @@
 """Models in Python: scores are the original's losses, texts are the command's."""
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
-from conftest import FIXTURE
+from conftest import FIXTURE, init
 
 import transformer_lm
+from transformer_lm import models
 from transformer_lm.data import tokenizer_training
 from transformer_lm.errors import UserError
-from transformer_lm.generation import language_model
+from transformer_lm.generation import language_model, sampler
 from transformer_lm.tokenizer import EOS_ID
 
 
@@ -68,3 +72,90 @@ def test_errors(model, tmp_path, monkeypatch):
     (tmp_path / "sentencepiece_model").write_bytes(other)
     with pytest.raises(UserError, match="do not belong together"):
         transformer_lm.load(tmp_path)
+
+
+def test_long_texts_are_scored_in_bounded_memory(tiny, monkeypatch):
+    """In blocks as at once, alone and beside a shorter one, and the array of all scores is never there."""
+    length, rng = 2080, np.random.default_rng(0)
+    network = dataclasses.replace(tiny, max_len=length)
+    inputs = rng.integers(3, 50, (2, length)).astype(np.int32)
+    segments = np.ones_like(inputs)
+    segments[1, 700:] = 0
+    arguments = network, init(network), inputs, np.roll(inputs, -1), segments
+    scores, bytes_used = {}, {}
+    for blocks in (True, False):
+        if not blocks:
+            monkeypatch.setattr(models, "LONG", length)
+            monkeypatch.setattr(language_model, "LOGITS_BLOCK", length)
+        traced_anew = jax.jit(
+            lambda *arguments: language_model._score_targets.__wrapped__(*arguments), static_argnums=0
+        )
+        compiled = traced_anew.lower(*arguments).compile()
+        bytes_used[blocks] = compiled.memory_analysis().temp_size_in_bytes
+        scores[blocks] = compiled(*arguments[1:])
+    for found, expected in zip(scores[True], scores[False], strict=True):
+        np.testing.assert_allclose(found[segments > 0], expected[segments > 0], atol=1e-5)
+    all_scores = 4 * 2 * network.num_heads * length**2
+    assert bytes_used[True] < all_scores < bytes_used[False]
+
+
+class TestWhatPeoplePass:
+    def test_nothing(self, model):
+        assert model.generate([]) == model.generate("昔々", num_samples=0) == model.score([]) == []
+
+    def test_texts_in_anything(self, model):
+        texts = ["昔々", "吾輩は"]
+        expected = model.generate(texts, max_length=16)
+        assert model.generate(tuple(texts), max_length=16) == expected
+        assert model.generate((text for text in texts), max_length=16) == expected
+        [score] = model.score("昔々あるところに")
+        assert score.log_prob == model.score(["昔々あるところに"])[0].log_prob
+
+    @pytest.mark.parametrize(
+        ("settings", "words"),
+        [
+            ({"temperature": float("nan")}, "temperature=nan must be finite"),
+            ({"temperature": -1}, "temperature=-1 must be at least 0"),
+            ({"temperature": "hot"}, "temperature='hot' must be a number"),
+            ({"top_k": 1.5}, "top_k=1.5 must be a whole number"),
+            ({"top_k": -1}, "top_k=-1 must be at least 0"),
+            ({"top_p": float("inf")}, "top_p=inf must be finite"),
+            ({"max_length": 2**40}, "max_length=1099511627776 must be at most"),
+            ({"max_length": None}, "max_length=None must be a whole number"),
+            ({"seed": -1}, "seed=-1 must be at least 0"),
+            ({"seed": 2**40}, "seed=1099511627776 must be at most"),
+            ({"seed": True}, "seed=True must be a whole number"),
+            ({"num_samples": -1}, "num_samples=-1 must be at least 0"),
+            ({"num_samples": 10**9}, "num_samples=1000000000 must be at most"),
+        ],
+    )
+    def test_impossible_settings(self, model, settings, words):
+        with pytest.raises(UserError, match=words):
+            model.generate("昔々", **settings)
+
+    def test_numpys_numbers_and_large_ones(self, model):
+        expected = model.generate("昔々", temperature=0.5, top_k=3, max_length=12)
+        found = model.generate("昔々", temperature=np.float32(0.5), top_k=np.int64(3), max_length=np.int32(12))
+        assert found == expected
+        assert model.generate("昔々", top_k=2**31 - 1, max_length=12) == model.generate("昔々", top_k=0, max_length=12)
+        greedy = model.generate("昔々", temperature=0, max_length=12)
+        assert model.generate("昔々", temperature=1e-300, max_length=12) == greedy
+
+    @pytest.mark.parametrize("texts", [3, None, [3], [b"bytes"], {"a": 1}.values()])
+    def test_no_texts(self, model, texts):
+        with pytest.raises(UserError, match="must be a text"):
+            model.generate(texts)
+        with pytest.raises(UserError, match="must be a text"):
+            model.score(texts)
+
+    @pytest.mark.parametrize("dtype", ["bf16", "float16", None, np.float32])
+    def test_dtypes(self, dtype):
+        with pytest.raises(UserError, match=r"^dtype="):
+            transformer_lm.load(FIXTURE, dtype=dtype)
+
+
+def test_a_prompt_without_room_is_named(model):
+    sampling = sampler.SamplingConfig(max_length=5)
+    with pytest.raises(UserError, match=r"'夏目漱石は、' of \d+ tokens leaves no room to write: max_predict_length=5"):
+        language_model.check_prompts(model.tokenizer, ["猫", "夏目漱石は、"], sampling)
+    assert language_model.check_prompts(model.tokenizer, ["猫"], sampling) == [model.tokenizer.encode("猫")]
