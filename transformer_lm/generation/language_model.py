@@ -144,7 +144,8 @@ class LanguageModel:
                 segments[row, :size] = 1
             network = dataclasses.replace(self.network, max_len=max(self.network.max_len, length))
             with stage("scoring texts", lower="their length"):
-                log_probs, greedy = map(np.asarray, _score_targets(network, self.params, inputs, targets, segments))
+                scored = jax.block_until_ready(_score_targets(network, self.params, inputs, targets, segments))
+            log_probs, greedy = map(np.asarray, scored)
             for row, number in enumerate(numbers):
                 size = len(sequences[number]) - 1
                 found[number] = log_probs[row, :size], greedy[row, :size]

@@ -102,7 +102,8 @@ def generate(
         dataclasses.replace(network, max_len=max(network.max_len, sampling.max_length)),
         sampling, num_samples, steps, params, inputs, lengths, jax.random.key(seed),
     )  # fmt: skip
-    tokens = np.asarray(tokens)  # [prompts, num_samples, steps]
+    # Waited for, since what memory was exhausted for would abort the process on its way to NumPy.
+    tokens = np.asarray(jax.block_until_ready(tokens))  # [prompts, num_samples, steps]
     return [
         [_cut(sample[:limit].tolist()) for sample in samples] for samples, limit in zip(tokens, limits, strict=True)
     ]
