@@ -94,7 +94,8 @@ class TestModelCard:
         card = (exported / "README.md").read_text()
         recorded = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
         last = [line for line in recorded if "eval_loss" in line][-1]
-        manifests = [json.loads(path.read_text()) for path in (workdir / "prepared").glob("*/manifest.json")]
+        names = json.loads((workdir / "config.json").read_text())["rows"]  # others may lie there, too
+        manifests = [json.loads((workdir / "prepared" / name / "manifest.json").read_text()) for name in names]
         assert len(manifests) == 2
         for words in ("## 使い方", "## How to use"):
             assert words in card
