@@ -228,7 +228,7 @@ def test_the_whole_circle(tmp_path):
     for prompt, ids, mask in zip(prompts, inputs["input_ids"], inputs["attention_mask"], strict=True):
         assert ids[mask > 0].tolist() == [START_ID, *trained.tokenizer.encode(prompt)]
         row = ids[mask > 0].numpy()[None]
-        assert_close(logits_of(model, row), our_logits(trained.config, trained.params, row))
+        assert_close(logits_of(model, row), our_logits(trained.network, trained.params, row))
     length = inputs["input_ids"].shape[1] + 20
     theirs = tokenizer.batch_decode(
         model.generate(**inputs, do_sample=False, max_length=length), skip_special_tokens=True
