@@ -40,7 +40,7 @@ def restore_or_init(
       the state, and how many training rows were read until then.
     """
     _check_wanted(saved, recipe.train)
-    if recipe.train.restore_checkpoints:
+    if recipe.train.restore_checkpoints and saved.steps:
         state = jax.eval_shape(lambda: init_state(network, optimizer, key))
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), state)
         progress = {"step": target.step, "totals": target.totals, "rows": np.zeros((), np.int64)}
