@@ -11,7 +11,6 @@ under `jax.lax.scan`, so that a network of 24 layers compiles as fast as one of 
 
 import dataclasses
 import functools
-import functools
 from typing import Annotated, Any
 
 import jax

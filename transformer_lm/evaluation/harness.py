@@ -4,11 +4,13 @@ Importing this module registers the model `transformer_lm` with lm_eval, whose `
 model_args={"address": ...})` then finds it; `run_tasks` is that with the project's tasks.
 """
 
+import contextlib
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import lm_eval
+import lm_eval.evaluator
 import lm_eval.utils
 import tqdm
 from lm_eval.api.instance import Instance
@@ -206,9 +208,20 @@ def run_tasks(
             f"--tasks: there is no task {unknown[0]!r}; the project has {', '.join(own.all_tasks)}, and lm_eval "
             "its own."
         )
-    return lm_eval.simple_evaluate(
-        HarnessModel(model), tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot, limit=limit
-    )
+    with _no_report_of_the_machine():
+        return lm_eval.simple_evaluate(
+            HarnessModel(model), tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot, limit=limit
+        )
+
+
+@contextlib.contextmanager
+def _no_report_of_the_machine() -> Iterator[None]:
+    """Within, lm_eval does not import PyTorch and start a dozen programs for a report that nobody reads: seconds."""
+    add_env_info, lm_eval.evaluator.add_env_info = lm_eval.evaluator.add_env_info, lambda storage: None
+    try:
+        yield
+    finally:
+        lm_eval.evaluator.add_env_info = add_env_info
 
 
 def plain_metrics(metrics: dict) -> dict[str, float]:
