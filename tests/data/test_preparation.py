@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
-from conftest import command, run
+from conftest import command
 
 from transformer_lm import tokenizer
 from transformer_lm.data import corpora, packing, preparation, rows
@@ -312,15 +312,24 @@ def workers_of(process: subprocess.Popen) -> list[int]:
         return []
 
 
+SMALL_BLOCKS = """
+import runpy
+from transformer_lm.data import rows
+rows.BLOCK_CHARS = 100_000
+runpy.run_module("transformer_lm.prepare_data", run_name="__main__")
+"""
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc, which is Linux's")
 def test_a_killed_worker_is_an_error_in_one_line(tmp_path, tales_tokenizer):
     """As when the system runs out of memory; the same command goes on."""
     (tmp_path / "spm").write_bytes(tales_tokenizer.model)
     tales = "\n\n".join(corpora.mukashi.tale(number) for number in range(1000)) + "\n\n"
-    (tmp_path / "tales.txt").write_text(tales * 20, encoding="utf-8")
+    (tmp_path / "tales.txt").write_text(tales * 4, encoding="utf-8")
     name = f"text:{tmp_path}/tales.txt"
     fields = {"dataset_name": name, "train_split": "train", "eval_dataset_name": name, "eval_split": "train[:9]"}
     arguments = command("prepare_data", tmp_path, **fields, vocab_path=tmp_path / "spm", prepare_processes=2)
+    arguments[1:3] = ["-c", SMALL_BLOCKS]
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and len(workers := workers_of(process)) < 2:
         time.sleep(0.01)
@@ -328,7 +337,8 @@ def test_a_killed_worker_is_an_error_in_one_line(tmp_path, tales_tokenizer):
     errors = process.communicate()[1]
     assert process.returncode == 1
     assert [line for line in errors.splitlines() if line.startswith("error: A process that prepares rows was killed")]
-    assert (done := run(arguments)).returncode == 0, done.stderr
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_padding_of_literature_is_below_3_percent(literature, tmp_path):

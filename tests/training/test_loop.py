@@ -1,6 +1,7 @@
 """A run that may be broken off, fail or be told to stop anywhere."""
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from transformer_lm.checkpoints import store
 from transformer_lm.configs import base
 from transformer_lm.data import input_pipeline, preparation
 from transformer_lm.errors import UserError
-from transformer_lm.training import loop
+from transformer_lm.training import loop, optimizers
 from transformer_lm.training.config import Recipe
 
 
@@ -28,6 +29,15 @@ def prepared(tmp_path_factory):
     """Tokenizer and rows of the small run."""
     folder = tmp_path_factory.mktemp("prepared")
     return preparation.prepare(small_recipe().data, str(folder))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once():
+    """What runs have in common is traced for the first of them."""
+    with pytest.MonkeyPatch.context() as patched:
+        for module, name in ((optimizers, "make_optimizer"), (loop, "make_train_step"), (loop, "make_eval_step")):
+            patched.setattr(module, name, functools.cache(getattr(module, name)))
+        yield
 
 
 def small_recipe(**fields) -> Recipe:
@@ -172,6 +182,8 @@ def test_a_checkpoint_that_does_not_count_rows(tmp_path, prepared):
 
 
 RUN = {
+    "num_layers": 1,
+    "eval_split": "validation[:4]",
     "num_train_steps": 200,
     "log_every_steps": 7,
     "eval_every_steps": 50,

@@ -112,10 +112,11 @@ class HarnessModel(TemplateLM):
             for numbers in groups.values():
                 settings = normalize_gen_kwargs(dict(requests[numbers[0]].args[1]), MAX_NEW_TOKENS)
                 prompts = {number: self._prompt(requests[number].args[0], settings) for number in numbers}
+                most = 1 << (len(prompts) - 1).bit_length()  # rows that few prompts fill
                 order = sorted(prompts, key=lambda number: len(prompts[number]), reverse=True)
                 while order:
                     width = sampler.padded_length(len(prompts[order[0]])) + settings["max_gen_toks"]
-                    rows = max(1, BATCH_TOKENS // width)
+                    rows = max(1, min(most, BATCH_TOKENS // width))
                     batch, order = order[:rows], order[rows:]
                     answers |= self._continue({number: prompts[number] for number in batch}, rows, settings)
                     bar.update(len(batch))
@@ -210,8 +211,9 @@ def run_tasks(
         )
     with _no_report_of_the_machine():
         return lm_eval.simple_evaluate(
-            HarnessModel(model), tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot, limit=limit
-        )
+            HarnessModel(model), tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot, limit=limit,
+            torch_random_seed=None,  # imports PyTorch, too
+        )  # fmt: skip
 
 
 @contextlib.contextmanager
