@@ -198,16 +198,16 @@ def assert_marks_in_another_order(slow, fast, texts: list[str]):
 @pytest.mark.parametrize(
     ("name", "most"), [("byte fallback", 15), ("keeps all", 0), ("nfkc", 15), ("bpe", 0), ("bpe, default", 15)]
 )
-def test_random_strings(pair, name, most):
+def test_random_strings(pair, tenth, name, most):
     slow, fast = pair(name)
-    found = different(slow, fast, random_strings(20_000))
+    found = different(slow, fast, tenth(random_strings(20_000)))
     assert len(found) <= most
     assert_marks_in_another_order(slow, fast, found)
 
 
-def test_random_strings_by_the_originals_model():
+def test_random_strings_by_the_originals_model(tenth):
     slow = tokenizer.Tokenizer.load(FIXTURE / "sentencepiece_model")
-    found = different(slow, fast := fast_of(slow), random_strings(20_000))
+    found = different(slow, fast := fast_of(slow), tenth(random_strings(20_000)))
     assert len(found) <= 15
     assert_marks_in_another_order(slow, fast, found)
 
@@ -254,7 +254,7 @@ def test_the_demos_model():
     )
     slow = tokenizer.Tokenizer(model)
     fast = fast_of(slow)
-    unseen = [mukashi.tale(number) for number in range(40_000, 42_000)]
+    unseen = [mukashi.tale(number) for number in range(40_000, 41_000)]
     assert different(slow, fast, unseen) == []
     assert fast.decode_batch([slow.encode(text) for text in unseen]) == unseen
 

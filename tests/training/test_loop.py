@@ -184,12 +184,12 @@ def test_a_checkpoint_that_does_not_count_rows(tmp_path, prepared):
 RUN = {
     "num_layers": 1,
     "eval_split": "validation[:4]",
-    "num_train_steps": 200,
+    "num_train_steps": 100,
     "log_every_steps": 7,
-    "eval_every_steps": 50,
-    "checkpoint_every_steps": 15,
+    "eval_every_steps": 25,
+    "checkpoint_every_steps": 12,
     "learning_rate": 0.01,
-    "warmup_steps": 50,
+    "warmup_steps": 25,
 }
 
 
@@ -230,24 +230,24 @@ def test_a_broken_run_equals_an_unbroken_one(tmp_path):
     done = run(command("main", unbroken, **RUN))
     assert done.returncode == 0, done.stderr
 
-    status, errors = interrupt(broken, signal.SIGKILL, 20 + random.randrange(20))
+    status, errors = interrupt(broken, signal.SIGKILL, 14 + random.randrange(8))
     assert status == -signal.SIGKILL, errors
     for number in (signal.SIGTERM, signal.SIGINT):
-        status, errors = interrupt(broken, number, last_step(broken) + 10 + random.randrange(10))
+        status, errors = interrupt(broken, number, last_step(broken) + 8 + random.randrange(8))
         assert status == 0, errors
         assert f"Stopped by {number.name} at step" in errors
         assert "a checkpoint is saved" in errors
-    status, errors = interrupt(broken, signal.SIGKILL, 115 + random.randrange(30))
+    status, errors = interrupt(broken, signal.SIGKILL, 62 + random.randrange(15))
     assert status == -signal.SIGKILL, errors
     done = run(command("main", broken, **RUN))
     assert done.returncode == 0, done.stderr
     assert "Resuming at step" in done.stderr
 
     assert metrics_of(broken) == metrics_of(unbroken)
-    for one, other in zip(state_of(unbroken, 200), state_of(broken, 200), strict=True):
+    for one, other in zip(state_of(unbroken, 100), state_of(broken, 100), strict=True):
         np.testing.assert_array_equal(one, other)
     done = run(command("main", broken, **RUN))
-    assert "Already trained to step 200" in done.stderr
+    assert "Already trained to step 100" in done.stderr
 
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path):
