@@ -66,7 +66,7 @@ def _write(
     files.write_json(folder / "generation_config.json", _generation_settings(sampling, positions))
     (folder / TOKENIZER_FILE).write_bytes(tokenizer.model)
     card = model_card.write(name, loaded.config, loaded.step, facts)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_bytes(card.encode(errors="backslashreplace"))  # as in JSON
     for path in folder.iterdir():
         files.sync(path)
 

@@ -1,7 +1,6 @@
 """The contract of a workdir: the names in it, and what its config.json says."""
 
 import dataclasses
-import json
 from typing import Any
 
 from absl import logging
@@ -9,7 +8,7 @@ from etils import epath
 
 from transformer_lm import models
 from transformer_lm.errors import UserError
-from transformer_lm.files import read_json, write_atomically
+from transformer_lm.files import json_bytes, read_json, write_atomically
 from transformer_lm.tokenizer import Tokenizer
 
 CHECKPOINTS_DIR = "checkpoints"
@@ -60,7 +59,7 @@ def claim_workdir(
         "rows": rows,
     }
     write_atomically(workdir / TOKENIZER_FILE, tokenizer.model)
-    write_atomically(workdir / CONFIG_FILE, json.dumps(content, ensure_ascii=False, indent=1).encode())
+    write_atomically(workdir / CONFIG_FILE, json_bytes(content))
 
 
 def _report_changes(workdir: epath.Path, before: Any, recipe: dict, rows_before: Any, rows: list[str]):

@@ -18,7 +18,7 @@ from transformer_lm.data.dataset_preprocessor import Preprocessing
 from transformer_lm.data.launcher import Launcher
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
-from transformer_lm.files import children, write_atomically
+from transformer_lm.files import children, json_bytes, write_atomically
 
 VERSION = 1  # to be raised when a rule comes to mean something else
 REPORT = "report.json"
@@ -137,7 +137,7 @@ def clean(
     if deduplicating:
         _deduplicate(filtered, texts, minhash, logs, examples, launcher)
     report = {"texts": texts.name, **_report(rules, logs, examples)}
-    write_atomically(directory / REPORT, json.dumps(report, ensure_ascii=False, indent=1).encode())
+    write_atomically(directory / REPORT, json_bytes(report))
     for child in children(directory):
         if child not in (texts, logs, examples, directory / REPORT):
             child.rmtree()
