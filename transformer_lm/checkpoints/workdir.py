@@ -1,13 +1,12 @@
 """The contract of a workdir: the names in it, and what its config.json says."""
 
-import json
 from typing import Any
 
 from absl import logging
 from etils import epath
 
 from transformer_lm.errors import UserError
-from transformer_lm.files import read_json, write_atomically
+from transformer_lm.files import json_bytes, read_json, write_atomically
 from transformer_lm.models import TransformerConfig
 from transformer_lm.tokenizer import Tokenizer
 
@@ -52,7 +51,7 @@ def claim_workdir(workdir: epath.Path, recipe: dict, network: TransformerConfig,
         _report_changes(workdir, content.get("recipe"), recipe, content.get("rows"), rows)
     content = {"recipe": recipe, "model": vars(network), "tokenizer_sha256": tokenizer.fingerprint, "rows": rows}
     write_atomically(workdir / TOKENIZER_FILE, tokenizer.model)
-    write_atomically(workdir / CONFIG_FILE, json.dumps(content, ensure_ascii=False, indent=1).encode())
+    write_atomically(workdir / CONFIG_FILE, json_bytes(content))
 
 
 def _report_changes(workdir: epath.Path, before: Any, recipe: dict, rows_before: Any, rows: list[str]):
