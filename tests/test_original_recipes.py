@@ -1,4 +1,4 @@
-"""The original's four recipes run as they stand, shrunk in width, steps and vocabulary, on data in the real formats.
+"""The original's four recipes as they stand, shrunk in width, batch, steps and vocabulary, on data in real formats.
 
 The datasets are small ones made by TFDS and in the hub's cache; nothing asks for a network.
 """
@@ -18,7 +18,8 @@ pytest.importorskip("datasets")
 
 SHRUNK = {
     "num_layers": 1, "emb_dim": 16, "qkv_dim": 16, "mlp_dim": 16, "num_train_steps": 2,
-    "num_heads": 2, "eval_every_steps": 2, "num_eval_steps": 1, "max_predict_length": 40,
+    "num_heads": 2, "eval_every_steps": 2, "num_eval_steps": 1, "max_predict_length": 40, "prepare_processes": 1,
+    "per_device_batch_size": 4, "eval_per_device_batch_size": 2,
 }  # fmt: skip
 
 
@@ -46,7 +47,7 @@ def environment(tmp_path_factory):
     ("name", "source", "preprocessor", "vocab_size"),
     [
         ("lm1b_default", "lm1b", "lm1b", 75),
-        ("japanese_default_v1", "huggingface:cc100/lang=ja", "huggingface:cc100/lang=ja", 1000),
+        ("japanese_default_v1", "huggingface:cc100/lang=ja", "huggingface:cc100/lang=ja", 1200),
         ("japanese_0.1b_v1", "wiki40b/ja", "wiki40b/ja", 1200),
         ("japanese_1.0b_v1", "wiki40b/ja", "wiki40b/ja", 1200),
     ],

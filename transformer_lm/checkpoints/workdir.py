@@ -1,14 +1,13 @@
 """The contract of a workdir: the names in it, and what its config.json says."""
 
-import dataclasses
 from typing import Any
 
 from absl import logging
 from etils import epath
 
-from transformer_lm import models
 from transformer_lm.errors import UserError
 from transformer_lm.files import json_bytes, read_json, write_atomically
+from transformer_lm.models import TransformerConfig
 from transformer_lm.tokenizer import Tokenizer
 
 CHECKPOINTS_DIR = "checkpoints"
@@ -29,9 +28,7 @@ SILENT_FIELDS = {
 TOKENIZER_FIELDS = {"vocab_size", "spm_train_options", "max_corpus_chars"}  # read when it is trained, once
 
 
-def claim_workdir(
-    workdir: epath.Path, recipe: dict, network: models.TransformerConfig, tokenizer: Tokenizer, rows: list[str]
-):
+def claim_workdir(workdir: epath.Path, recipe: dict, network: TransformerConfig, tokenizer: Tokenizer, rows: list[str]):
     """Writes config.json and sentencepiece_model, before a run; says what has changed since the run before.
 
     Args:
@@ -52,12 +49,7 @@ def claim_workdir(
             raise UserError(f"{workdir} holds a model of another tokenizer; restore that, or use another --workdir.")
         content = read_json(workdir / CONFIG_FILE)
         _report_changes(workdir, content.get("recipe"), recipe, content.get("rows"), rows)
-    content = {
-        "recipe": recipe,
-        "model": dataclasses.asdict(network),
-        "tokenizer_sha256": tokenizer.fingerprint,
-        "rows": rows,
-    }
+    content = {"recipe": recipe, "model": vars(network), "tokenizer_sha256": tokenizer.fingerprint, "rows": rows}
     write_atomically(workdir / TOKENIZER_FILE, tokenizer.model)
     write_atomically(workdir / CONFIG_FILE, json_bytes(content))
 
@@ -80,7 +72,7 @@ def _report_changes(workdir: epath.Path, before: Any, recipe: dict, rows_before:
         logging.warning("The rows are others than before: reading goes on in them at the same place.")
 
 
-def check_same_network(place: str, before: models.TransformerConfig, network: models.TransformerConfig):
+def check_same_network(place: str, before: TransformerConfig, network: TransformerConfig):
     """Raises UserError where the model at a place has other parameters than the run's."""
     for name in sorted(vars(network).keys() - FREE_FIELDS):
         old, new = getattr(before, name), getattr(network, name)
@@ -91,8 +83,8 @@ def check_same_network(place: str, before: models.TransformerConfig, network: mo
             )
 
 
-def read_run_config(workdir: epath.Path) -> tuple[models.TransformerConfig, str]:
+def read_run_config(workdir: epath.Path) -> tuple[TransformerConfig, str]:
     """The network and the tokenizer's hash in a workdir's config.json; raises UserError if it is not such a file."""
     path = workdir / CONFIG_FILE
     content = read_json(path)
-    return models.TransformerConfig.from_json(content.get("model"), str(path)), content.get("tokenizer_sha256", "")
+    return TransformerConfig.from_json(content.get("model"), str(path)), content.get("tokenizer_sha256", "")

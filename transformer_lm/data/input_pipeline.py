@@ -11,7 +11,7 @@ import grain
 import numpy as np
 
 from transformer_lm.data.packing import Row, padding_id, read_records
-from transformer_lm.data.rows import PreparedCorpus, PreparedMixture
+from transformer_lm.data.rows import PreparedCorpus, PreparedRows
 from transformer_lm.files import local_copy
 
 READ_THREADS = 4
@@ -31,9 +31,7 @@ def _mix(datasets: list[grain.MapDataset], weights: tuple[float, ...]) -> grain.
     return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, weights)
 
 
-def train_batches(
-    corpus: PreparedCorpus | PreparedMixture, *, batch_size: int, seed: int, first_row: int = 0
-) -> Iterator[Batch]:
+def train_batches(corpus: PreparedRows, *, batch_size: int, seed: int, first_row: int = 0) -> Iterator[Batch]:
     """The endless training batches from row number `first_row` of the shuffled stream on.
 
     Every epoch of a corpus sees all its rows once, in an order of its own; so does each part of a mixture.
@@ -48,7 +46,7 @@ def train_batches(
     return iter(dataset.to_iter_dataset(options))
 
 
-def eval_batches(corpus: PreparedCorpus | PreparedMixture, *, batch_size: int, max_batches: int) -> Iterator[Batch]:
+def eval_batches(corpus: PreparedRows, *, batch_size: int, max_batches: int) -> Iterator[Batch]:
     """The corpus's rows in order, once, at most `max_batches` (-1: all). The last batch is filled up with padding."""
     rows = _mix([_rows(part) for part in corpus.parts], corpus.weights)
     stop = None if max_batches < 0 else max_batches
