@@ -40,7 +40,11 @@ if "TRANSFORMER_LM_TESTS" not in os.environ:  # else, a process of a test has im
 
 TIMEOUT_SECONDS = 300
 # What is read after the fork, by libraries that a command imports when it needs them, and by the package.
-READ_LATE = {"PYTEST_CURRENT_TEST", "HF_HOME", "HF_HUB_OFFLINE", "TFDS_DATA_DIR", "TRANSFORMER_LM_CACHE"}
+READ_LATE = {
+    "PYTEST_CURRENT_TEST", "HF_HOME", "HF_HUB_OFFLINE", "TFDS_DATA_DIR", "TRANSFORMER_LM_CACHE",
+    "STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "GOOGLE_AUTH_TOKEN_FOR_TESTING", "GOOGLE_CLOUD_PROJECT",
+    "FSSPEC_GS_TOKEN", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT",
+}  # fmt: skip
 
 
 class Fork:

@@ -142,16 +142,18 @@ def test_generates_the_same_text(workdir, exported):
 def test_by_its_address_on_the_hub(exported, tmp_path):
     """From the hub's cache, and nothing is fetched of a repository that is none of ours."""
     files = {path.name: path.read_bytes() for path in exported.iterdir()}
-    make_hub_cache(tmp_path / "ours", "someone/mukashi-tiny", files, kind="models")
-    make_hub_cache(tmp_path / "other", "someone/llama", {"config.json": b"{}", "model.safetensors": b""}, kind="models")
-    code = "import sys, transformer_lm; print(transformer_lm.load(sys.argv[1]).score(['昔々'])[0].log_prob)"
-
-    def score(address, home):
-        environment = os.environ | {"HF_HOME": str(tmp_path / home), "HF_HUB_OFFLINE": "1"}
-        return run([sys.executable, "-c", code, str(address)], env=environment)
-
-    assert score("hf://someone/mukashi-tiny", "ours").stdout == score(exported, "ours").stdout != ""
-    done = score("hf://someone/llama", "other")
+    make_hub_cache(tmp_path, "someone/mukashi-tiny", files, kind="models")
+    make_hub_cache(tmp_path, "someone/llama", {"config.json": b"{}", "model.safetensors": b""}, kind="models")
+    code = (
+        "import sys, transformer_lm\n"
+        "for address in sys.argv[1:]:\n"
+        "    print(transformer_lm.load(address).score(['昔々'])[0].log_prob, flush=True)"
+    )
+    addresses = [str(exported), "hf://someone/mukashi-tiny", "hf://someone/llama"]
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = run([sys.executable, "-c", code, *addresses], env=environment)
+    folder, hub = done.stdout.split()
+    assert folder == hub
     assert "hf://someone/llama is no model of this project: it has no sentencepiece_model" in done.stderr
 
 

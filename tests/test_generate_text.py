@@ -48,7 +48,7 @@ def test_greedy_lines_are_the_originals(original):
             "error: The prompt '夏目漱石は、' of 11 tokens leaves no room to write: max_predict_length=6",
         ),
         (
-            ["--config.max_predict_length=1000000", "--num_generated_texts=60000"],
+            ["--config.max_predict_length=100000", "--num_generated_texts=60000"],
             "error: memory is exhausted while generating text; lower the number of prompts, of texts for each,",
         ),
         (["--workdir=/no/such/folder"], "No model at /no/such/folder"),

@@ -338,14 +338,21 @@ def head(config: TransformerConfig, params: Params) -> Params:
 
 def bind(config: TransformerConfig, params: Params) -> TransformerLM:
     """The network with these parameters in it, ready to be called; with `head` alone, to make logits only."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: TransformerLM(config, rngs=nnx.Rngs(0))))
+    graphdef, state = _abstract(config)
+    state = jax.tree.map(lambda x: x, state)
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state)
 
 
+@functools.lru_cache(8)
+def _abstract(config: TransformerConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """The network with shapes and dtypes for parameters, split."""
+    return nnx.split(nnx.eval_shape(lambda: TransformerLM(config, rngs=nnx.Rngs(0))))
+
+
 def abstract_params(config: TransformerConfig) -> Params:
     """Shapes and dtypes of the parameters, without making them."""
-    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    return nnx.to_pure_dict(nnx.filter_state(_abstract(config)[1], nnx.Param))
 
 
 def count_params(config: TransformerConfig) -> int:

@@ -40,9 +40,10 @@ def corpus(tmp_path_factory):
     return corpora.open_documents(f"jsonl:{folder}/*.jsonl", "train")
 
 
-def clean(corpus, rules, folder, **launcher):
+def clean(corpus, rules, folder, tasks=1, workers=1):
     directory = epath.Path(folder)
-    cleaning.clean(corpus, Preprocessing(), cleaning.parse_rules(rules), directory, Launcher("local", **launcher))
+    launcher = Launcher("local", tasks=tasks, workers=workers)
+    cleaning.clean(corpus, Preprocessing(), cleaning.parse_rules(rules), directory, launcher)
     kept = list(corpora.open_documents(f"jsonl:{folder}/texts-*/*.jsonl.gz", "train"))
     return kept, json.loads((directory / cleaning.REPORT).read_text())
 
@@ -85,7 +86,7 @@ def test_interrupted_and_gone_on_with_other_tasks(corpus, tmp_path):
     for folder in left:
         folder.mkdir()
         (folder / "00001.jsonl.gz").write_bytes(b"half a fi")
-    kept, _ = clean(corpus, "length,minhash", tmp_path, tasks=2, workers=1)
+    kept, _ = clean(corpus, "length,minhash", tmp_path, tasks=2)
     assert len(kept) == len(set(kept))
     assert not (tmp_path / "texts-5").exists()
 

@@ -14,6 +14,7 @@ import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from conftest import command
 
+from transformer_lm import tokenizer
 from transformer_lm.data import corpora, packing, preparation, rows
 from transformer_lm.errors import UserError
 from transformer_lm.tokenizer import EOS_ID
@@ -143,20 +144,16 @@ def test_same_bytes_whatever_the_number_of_processes(tmp_path, small_blocks):
 def test_killed_and_started_again(tmp_path):
     """A preparation killed with SIGKILL leaves nothing that counts as whole, and ends with the same bytes."""
     code = (
-        "import sys\n"
+        "import json, sys\n"
         "from transformer_lm.data import preparation, rows\n"
-        "from test_preparation import data_config\n"
-        "rows.BLOCK_CHARS = 20_000\n"
-        "if __name__ == '__main__':\n"
-        "    preparation.prepare(data_config(train_split='train[:4000]', vocab_path=sys.argv[1]), sys.argv[2])\n"
+        "rows.BLOCK_CHARS = 10_000\n"
+        "preparation.prepare(preparation.DataConfig(**json.loads(sys.argv[1])), sys.argv[2])\n"
     )
-    script = tmp_path / "script.py"
-    script.write_text(code)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    config = data_config(train_split="train[:2000]", vocab_path=str(tmp_path / "spm"), prepare_processes=2)
 
     def start(workdir):
-        arguments = [sys.executable, str(script), str(tmp_path / "spm"), str(workdir)]
-        return subprocess.Popen(arguments, env=environment, start_new_session=True)
+        arguments = [sys.executable, "-c", code, json.dumps(dataclasses.asdict(config)), str(workdir)]
+        return subprocess.Popen(arguments, start_new_session=True)
 
     assert start(tmp_path / "unbroken").wait() == 0
     workdir, blocks_seen = tmp_path / "broken", 0
@@ -315,19 +312,28 @@ def workers_of(process: subprocess.Popen) -> list[int]:
         return []
 
 
+SMALL_BLOCKS = """
+import runpy
+from transformer_lm.data import rows
+rows.BLOCK_CHARS = 100_000
+runpy.run_module("transformer_lm.prepare_data", run_name="__main__")
+"""
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc, which is Linux's")
 def test_a_killed_worker_is_an_error_in_one_line(tmp_path, tales_tokenizer):
     """As when the system runs out of memory; the same command goes on."""
     (tmp_path / "spm").write_bytes(tales_tokenizer.model)
     tales = "\n\n".join(corpora.mukashi.tale(number) for number in range(1000)) + "\n\n"
-    (tmp_path / "tales.txt").write_text(tales * 30, encoding="utf-8")
+    (tmp_path / "tales.txt").write_text(tales * 4, encoding="utf-8")
     name = f"text:{tmp_path}/tales.txt"
     fields = {"dataset_name": name, "train_split": "train", "eval_dataset_name": name, "eval_split": "train[:9]"}
     arguments = command("prepare_data", tmp_path, **fields, vocab_path=tmp_path / "spm", prepare_processes=2)
+    arguments[1:3] = ["-c", SMALL_BLOCKS]
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and len(workers_of(process)) < 2:
+    while process.poll() is None and len(workers := workers_of(process)) < 2:
         time.sleep(0.01)
-    os.kill(workers_of(process)[1], signal.SIGKILL)
+    os.kill(workers[1], signal.SIGKILL)
     errors = process.communicate()[1]
     assert process.returncode == 1
     assert [line for line in errors.splitlines() if line.startswith("error: A process that prepares rows was killed")]
@@ -338,10 +344,10 @@ def test_a_killed_worker_is_an_error_in_one_line(tmp_path, tales_tokenizer):
 def test_padding_of_literature_is_below_3_percent(literature, tmp_path):
     config = data_config(
         dataset_name=f"jsonl:{literature}/aozora_validation.jsonl.gz",
-        train_split="train",
+        train_split="train[:20%]",
         eval_split="train[:3]",
         vocab_size=4000,
-        max_corpus_chars=500_000,
+        max_corpus_chars=200_000,
         spm_train_options="--character_coverage=0.9995 --byte_fallback=true",
         max_target_length=256,
     )
@@ -395,10 +401,10 @@ def test_empty_files_and_corpora(tmp_path, tales_tokenizer):
 
 
 def test_a_huge_document(tmp_path, tales_tokenizer):
-    """12 MB in one document: whole, and cut into parts only where its ids stay the same."""
+    """More than is encoded at once in one document: whole, and cut into parts only where its ids stay the same."""
     lines = [corpora.mukashi.tale(number) for number in range(300)]
-    text = "\n".join(lines * (12_000_000 // sum(len(line.encode()) + 1 for line in lines) + 1))
-    assert len(text.encode()) > 12_000_000
+    text = "\n".join(lines * 14)
+    assert len(text) > 1.2 * tokenizer.ENCODE_CHARS
     (tmp_path / "x.txt").write_text(text, encoding="utf-8")
     corpus = prepare_files(tmp_path, tales_tokenizer, dataset_name=f"text:{tmp_path}/x.txt", max_target_length=1024)
     manifest = corpus.manifest

@@ -198,16 +198,16 @@ def assert_marks_in_another_order(slow, fast, texts: list[str]):
 @pytest.mark.parametrize(
     ("name", "most"), [("byte fallback", 15), ("keeps all", 0), ("nfkc", 15), ("bpe", 0), ("bpe, default", 15)]
 )
-def test_random_strings(pair, name, most):
+def test_random_strings(pair, tenth, name, most):
     slow, fast = pair(name)
-    found = different(slow, fast, random_strings(20_000))
+    found = different(slow, fast, tenth(random_strings(20_000)))
     assert len(found) <= most
     assert_marks_in_another_order(slow, fast, found)
 
 
-def test_random_strings_by_the_originals_model():
+def test_random_strings_by_the_originals_model(tenth):
     slow = tokenizer.Tokenizer.load(FIXTURE / "sentencepiece_model")
-    found = different(slow, fast := fast_of(slow), random_strings(20_000))
+    found = different(slow, fast := fast_of(slow), tenth(random_strings(20_000)))
     assert len(found) <= 15
     assert_marks_in_another_order(slow, fast, found)
 
@@ -221,7 +221,7 @@ def lines(literature, tenth) -> list[str]:
 @pytest.mark.parametrize("options", ["--byte_fallback=true", KEEP_ALL, f"--model_type=bpe {KEEP_ALL}"])
 def test_lines_of_the_literature(lines, options):
     model = tokenizer_training.train(
-        [(lines[:40_000], 1.0)], vocab_size=4_000, max_corpus_chars=300_000, options=options
+        [(lines[:40_000], 1.0)], vocab_size=4_000, max_corpus_chars=150_000, options=options
     )
     slow = tokenizer.Tokenizer(model)
     assert different(slow, fast_of(slow), lines) == []
@@ -237,10 +237,12 @@ def test_lines_by_the_originals_model(lines):
 
 
 @pytest.mark.parametrize("name", ["byte fallback", "nfkc"])
-def test_every_character(pair, name):
+def test_every_character(pair, name, tenth):
     """Between others, as what comes before or after may change what becomes of a mark."""
     categories = ("Cn", "Cs", "Co")
     texts = [f"か{c}ﾊ" for c in map(chr, range(0x110000)) if unicodedata.category(c) not in categories]
+    marks = [text for text in texts if unicodedata.combining(text[1]) or unicodedata.decomposition(text[1])]
+    texts = tenth(texts) + marks
     assert different(*pair(name), texts) == []
 
 
@@ -252,7 +254,7 @@ def test_the_demos_model():
     )
     slow = tokenizer.Tokenizer(model)
     fast = fast_of(slow)
-    unseen = [mukashi.tale(number) for number in range(40_000, 42_000)]
+    unseen = [mukashi.tale(number) for number in range(40_000, 41_000)]
     assert different(slow, fast, unseen) == []
     assert fast.decode_batch([slow.encode(text) for text in unseen]) == unseen
 

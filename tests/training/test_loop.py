@@ -1,6 +1,7 @@
 """A run that may be broken off, fail or be told to stop anywhere."""
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from transformer_lm.checkpoints import store
 from transformer_lm.configs import base
 from transformer_lm.data import input_pipeline, preparation
 from transformer_lm.errors import UserError
-from transformer_lm.training import loop
+from transformer_lm.training import loop, optimizers
 from transformer_lm.training.config import Recipe
 
 
@@ -28,6 +29,15 @@ def prepared(tmp_path_factory):
     """Tokenizer and rows of the small run."""
     folder = tmp_path_factory.mktemp("prepared")
     return preparation.prepare(small_recipe().data, str(folder))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once():
+    """What runs have in common is traced for the first of them."""
+    with pytest.MonkeyPatch.context() as patched:
+        for module, name in ((optimizers, "make_optimizer"), (loop, "make_train_step"), (loop, "make_eval_step")):
+            patched.setattr(module, name, functools.cache(getattr(module, name)))
+        yield
 
 
 def small_recipe(**fields) -> Recipe:
@@ -172,12 +182,14 @@ def test_a_checkpoint_that_does_not_count_rows(tmp_path, prepared):
 
 
 RUN = {
-    "num_train_steps": 400,
+    "num_layers": 1,
+    "eval_split": "validation[:4]",
+    "num_train_steps": 100,
     "log_every_steps": 7,
-    "eval_every_steps": 100,
-    "checkpoint_every_steps": 20,
+    "eval_every_steps": 25,
+    "checkpoint_every_steps": 12,
     "learning_rate": 0.01,
-    "warmup_steps": 50,
+    "warmup_steps": 25,
 }
 
 
@@ -218,24 +230,24 @@ def test_a_broken_run_equals_an_unbroken_one(tmp_path):
     done = run(command("main", unbroken, **RUN))
     assert done.returncode == 0, done.stderr
 
-    status, errors = interrupt(broken, signal.SIGKILL, 40 + random.randrange(30))
+    status, errors = interrupt(broken, signal.SIGKILL, 14 + random.randrange(8))
     assert status == -signal.SIGKILL, errors
     for number in (signal.SIGTERM, signal.SIGINT):
-        status, errors = interrupt(broken, number, last_step(broken) + 20 + random.randrange(20))
+        status, errors = interrupt(broken, number, last_step(broken) + 8 + random.randrange(8))
         assert status == 0, errors
         assert f"Stopped by {number.name} at step" in errors
         assert "a checkpoint is saved" in errors
-    status, errors = interrupt(broken, signal.SIGKILL, 230 + random.randrange(60))
+    status, errors = interrupt(broken, signal.SIGKILL, 62 + random.randrange(15))
     assert status == -signal.SIGKILL, errors
     done = run(command("main", broken, **RUN))
     assert done.returncode == 0, done.stderr
     assert "Resuming at step" in done.stderr
 
     assert metrics_of(broken) == metrics_of(unbroken)
-    for one, other in zip(state_of(unbroken, 400), state_of(broken, 400), strict=True):
+    for one, other in zip(state_of(unbroken, 100), state_of(broken, 100), strict=True):
         np.testing.assert_array_equal(one, other)
     done = run(command("main", broken, **RUN))
-    assert "Already trained to step 400" in done.stderr
+    assert "Already trained to step 100" in done.stderr
 
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path):

@@ -99,8 +99,10 @@ class Launcher:
 
     def _make(self, name: str, steps: list, folder: str, tasks: int):
         if self.executor == "local":
+            import multiprocess
             from datatrove.executor import LocalPipelineExecutor
 
+            multiprocess.set_forkserver_preload(["transformer_lm.data.datatrove_steps"])  # once, not for each task
             _end_forks_with(os.getpid())
             steps = [functools.partial(_end_with_executor, os.getpid()), *steps]
             return LocalPipelineExecutor(steps, tasks=tasks, workers=self._workers(tasks), logging_dir=folder)

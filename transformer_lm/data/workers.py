@@ -19,7 +19,10 @@ WATCH_SECONDS = 0.5
 
 
 def make_blocks(plan: RowsPlan, processes: int) -> list[str]:
-    """Does the blocks that are not done yet, in processes, with a progress bar; returns the names of all."""
+    """Does the blocks that are not done yet, with a progress bar; returns the names of all.
+
+    Where one process is enough it is this one.
+    """
     names: list[str] = []
     characters = 0
     waiting: set[concurrent.futures.Future] = set()
@@ -35,6 +38,10 @@ def make_blocks(plan: RowsPlan, processes: int) -> list[str]:
             names.append(f"rows-{number:06d}")
             if (done := read_block(plan.directory, names[-1])) is not None:
                 characters += done["counts"]["characters"]
+                continue
+            if processes == 1:
+                characters += plan.write_block(names[-1], block)["characters"]
+                report(characters)
                 continue
             with _without_main_module():
                 waiting.add(pool.submit(plan.write_block, names[-1], block))

@@ -4,11 +4,13 @@ Importing this module registers the model `transformer_lm` with lm_eval, whose `
 model_args={"address": ...})` then finds it; `run_tasks` is that with the project's tasks.
 """
 
+import contextlib
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import lm_eval
+import lm_eval.evaluator
 import lm_eval.utils
 import tqdm
 from lm_eval.api.instance import Instance
@@ -110,10 +112,11 @@ class HarnessModel(TemplateLM):
             for numbers in groups.values():
                 settings = normalize_gen_kwargs(dict(requests[numbers[0]].args[1]), MAX_NEW_TOKENS)
                 prompts = {number: self._prompt(requests[number].args[0], settings) for number in numbers}
+                most = 1 << (len(prompts) - 1).bit_length()  # rows that few prompts fill
                 order = sorted(prompts, key=lambda number: len(prompts[number]), reverse=True)
                 while order:
                     width = sampler.padded_length(len(prompts[order[0]])) + settings["max_gen_toks"]
-                    rows = max(1, BATCH_TOKENS // width)
+                    rows = max(1, min(most, BATCH_TOKENS // width))
                     batch, order = order[:rows], order[rows:]
                     answers |= self._continue({number: prompts[number] for number in batch}, rows, settings)
                     bar.update(len(batch))
@@ -206,9 +209,21 @@ def run_tasks(
             f"--tasks: there is no task {unknown[0]!r}; the project has {', '.join(own.all_tasks)}, and lm_eval "
             "its own."
         )
-    return lm_eval.simple_evaluate(
-        HarnessModel(model), tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot, limit=limit
-    )
+    with _no_report_of_the_machine():
+        return lm_eval.simple_evaluate(
+            HarnessModel(model), tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot, limit=limit,
+            torch_random_seed=None,  # imports PyTorch, too
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _no_report_of_the_machine() -> Iterator[None]:
+    """Within, lm_eval does not import PyTorch and start a dozen programs for a report that nobody reads: seconds."""
+    add_env_info, lm_eval.evaluator.add_env_info = lm_eval.evaluator.add_env_info, lambda storage: None
+    try:
+        yield
+    finally:
+        lm_eval.evaluator.add_env_info = add_env_info
 
 
 def plain_metrics(metrics: dict) -> dict[str, float]:

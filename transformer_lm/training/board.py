@@ -4,15 +4,23 @@ tensorboardX makes the records; its SummaryWriter would write them in a thread, 
 """
 
 import os
+import sys
 import time
 import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+_HIDDEN = "torch" not in sys.modules
+if _HIDDEN:
+    sys.modules["torch"] = None  # tensorboardX would import it where it is installed: seconds, for nothing used here
+
+from tensorboardX import summary  # noqa: E402
+from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: E402
+from tensorboardX.proto.summary_pb2 import Summary  # noqa: E402
+
+if _HIDDEN:
+    del sys.modules["torch"]
 
 HPARAM_METRICS = {"eval/loss": 0.0, "eval/bits_per_char": 0.0}  # what the HParams tab compares runs by
 

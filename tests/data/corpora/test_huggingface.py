@@ -1,5 +1,6 @@
 """Datasets of the hub, from a cache and from folders, as they lie without a network."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -44,54 +45,63 @@ def home(tmp_path_factory):
     return home
 
 
-def read(home, name, split="train", streaming=False, field="text"):
-    """Documents read in a process of its own, since `datasets` looks at the environment when it is imported."""
-    code = (
-        "import sys, json\n"
-        "from transformer_lm import errors\n"
-        "from transformer_lm.data import corpora\n"
-        "try:\n"
-        "    options = corpora.Options(sys.argv[4], sys.argv[3] == 'True')\n"
-        "    documents = corpora.open_documents(sys.argv[1], sys.argv[2], options)\n"
-        "    print(json.dumps([list(documents), list(documents.read(0, 2)), list(documents.read(1, 2)),\n"
-        "                      documents.source.fingerprint]))\n"
-        "except errors.UserError as error:\n"
-        "    print(json.dumps(str(error)))\n"
-    )
-    environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", code, name, split, str(streaming), field]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.stdout, done.stderr
-    import json
+READER = """
+import json, sys
+from transformer_lm import errors
+from transformer_lm.data import corpora
+for line in sys.stdin:
+    name, split, field, streaming = json.loads(line)
+    try:
+        documents = corpora.open_documents(name, split, corpora.Options(field, streaming))
+        answer = [list(documents), list(documents.read(0, 2)), list(documents.read(1, 2)), documents.source.fingerprint]
+    except errors.UserError as error:
+        answer = str(error)
+    print("answer", json.dumps(answer), flush=True)
+"""
 
-    return json.loads(done.stdout.splitlines()[-1])
+
+@pytest.fixture(scope="module")
+def read(home):
+    """Reads documents in a process of its own, since `datasets` looks at the environment when it is imported."""
+    environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", READER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as reader:
+
+        def ask(name, split="train", streaming=False, field="text"):
+            print(json.dumps([name, split, field, streaming]), file=reader.stdin, flush=True)
+            return json.loads(
+                next(line for line in reader.stdout if line.startswith("answer ")).removeprefix("answer ")
+            )
+
+        yield ask
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_the_originals_name_of_cc100(home, streaming):
-    everything, *shares, fingerprint = read(home, "huggingface:cc100/lang=ja", "train", streaming)
+def test_the_originals_name_of_cc100(read, streaming):
+    everything, *shares, fingerprint = read("huggingface:cc100/lang=ja", "train", streaming)
     assert everything == LINES
     assert sorted(shares[0] + shares[1]) == sorted(LINES)
     assert fingerprint
 
 
-def test_sub_splits(home):
-    assert read(home, "huggingface:cc100/lang=ja", "train[:98%]")[0] == LINES[:59]
-    assert read(home, "huggingface:cc100/lang=ja", "train[98%:]")[0] == LINES[59:]
-    assert read(home, "huggingface:cc100/lang=ja", "train[98%:]", streaming=True)[0] == LINES[59:]
-    assert read(home, "huggingface:range3/cc100-ja", "train[10:12]+train[-1:]")[0] == [LINES[10], LINES[11], LINES[59]]
+def test_sub_splits(read):
+    assert read("huggingface:cc100/lang=ja", "train[:98%]")[0] == LINES[:59]
+    assert read("huggingface:cc100/lang=ja", "train[98%:]")[0] == LINES[59:]
+    assert read("huggingface:cc100/lang=ja", "train[98%:]", streaming=True)[0] == LINES[59:]
+    assert read("huggingface:range3/cc100-ja", "train[10:12]+train[-1:]")[0] == [LINES[10], LINES[11], LINES[59]]
 
 
-def test_configurations_and_splits(home):
+def test_configurations_and_splits(read):
     name = "huggingface:HuggingFaceFW/fineweb-2/jpn_Jpan"
-    assert read(home, name)[0] == ["日本語の文書一", "日本語の文書二"]
-    assert read(home, name, "test")[0] == ["試験の文書"]
-    assert read(home, f"{name}:test", "train")[0] == ["試験の文書"]
-    assert read(home, name, field="id")[0] == ["0", "1"]
-    assert "no split 'validation'; it has train, test" in read(home, name, "validation")
-    assert "no column 'texts'; it has" in read(home, name, field="texts")
-    assert "cannot be opened" in read(home, "huggingface:HuggingFaceFW/fineweb-2/xxx_Xxxx")
-    assert "HF_HUB_OFFLINE" in read(home, "huggingface:nobody/nothing")
+    assert read(name)[0] == ["日本語の文書一", "日本語の文書二"]
+    assert read(name, "test")[0] == ["試験の文書"]
+    assert read(f"{name}:test", "train")[0] == ["試験の文書"]
+    assert read(name, field="id")[0] == ["0", "1"]
+    assert "no split 'validation'; it has train, test" in read(name, "validation")
+    assert "no column 'texts'; it has" in read(name, field="texts")
+    assert "cannot be opened" in read("huggingface:HuggingFaceFW/fineweb-2/xxx_Xxxx")
+    assert "HF_HUB_OFFLINE" in read("huggingface:nobody/nothing")
 
 
 def test_folders(home, tmp_path):
