@@ -156,7 +156,6 @@ class TestNetwork:
             sizes.append(len(str(jax.make_jaxpr(lambda p, c=config: call(c, p, batch_of([[3]], 4)))(params))))
         assert sizes[1] < 1.05 * sizes[0]
 
-
     def test_dropout_only_with_keys(self, tiny):
         params = init(tiny)
         batch = batch_of([[3, 4, 5]], 4)

@@ -43,10 +43,12 @@ SECONDS_TO_LEAVE = 5  # for what libraries do when a process ends
 
 
 class _RecipeParser(flags.ArgumentParser):
-    """Reads the file of --config; whatever is wrong with it is one line."""
+    """Reads the file of --config, also from outside the package's folder; whatever is wrong with it is one line."""
 
     def parse(self, path: str) -> ConfigDict:
-        return recipe.load(path).lock()
+        inside = os.path.join(HERE, path)
+        is_inside = recipe.is_missing(path) and not recipe.is_missing(inside)
+        return recipe.load(inside if is_inside else path).lock()
 
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that holds all that a run is.")
@@ -82,22 +84,16 @@ def run(main: Callable[[ConfigDict, str], None], *, needs_config: bool = True) -
 
 def _config(workdir: str) -> ConfigDict:
     """The recipe of the command line, or else the workdir's with the command line's overrides."""
-    config = _CONFIG.value
-    if hub.is_address(workdir):
-        return config
+    config, flag = _CONFIG.value, flags.FLAGS["config"]
     saved = epath.Path(workdir) / "config.json"
-    if flags.FLAGS["config"].present or not saved.exists():
-        return config
-    overrides = flags.FLAGS["config"].override_values
-    recipe.update(config, recipe.read_saved(saved), str(saved))
-    config.update(overrides)
+    if not flag.present and not hub.is_address(workdir) and saved.exists():
+        recipe.update(config, recipe.read_saved(saved), str(saved))
+        config.update(flag.override_values)
     return config
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
     console.set_up(_debug())  # again, since absl has put its own handler in place
-    argv = [argv[0], *_find_recipe(argv[1:])]
-    sys.argv = argv  # config_flags reads the overrides from here
     for argument in argv:
         if argument.lstrip("-").startswith(("config.", "noconfig.")) and argument.startswith("-"):
             recipe.check_name(argument.partition("=")[0].partition(".")[2], argument)
@@ -108,20 +104,6 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if len(rest) > 1:
         raise UserError(f"Unexpected argument {rest[1]!r}; options begin with --.")
     return rest
-
-
-def _find_recipe(arguments: list[str]) -> list[str]:
-    """--config=PATH and --config PATH as the former; configs/X.py is found from outside the package's folder, too."""
-    found = []
-    rest = iter(arguments)
-    for argument in rest:
-        name, equals, path = argument.partition("=")
-        if name in ("-config", "--config"):
-            path = path if equals else next(rest, "")
-            inside = os.path.join(HERE, path)
-            argument = f"{name}={inside if recipe.is_missing(path) and not recipe.is_missing(inside) else path}"
-        found.append(argument)
-    return found
 
 
 def run_to_exit(command: Callable[[], object]) -> NoReturn:

@@ -30,9 +30,7 @@ def main(demo: Recipe, workdir: Path):
     train_seconds = time.perf_counter() - start
 
     model = language_model.load(workdir)
-    texts = language_model.generate_texts(
-        model.network, model.params, model.tokenizer, demo.prompts, demo.sampling, seed=demo.seed, num_samples=NUM_TALES
-    )
+    texts = model.continue_texts(demo.prompts, demo.sampling, seed=demo.seed, num_samples=NUM_TALES)
     summary = {
         "eval_bits_per_char": metrics.read_last(workdir, "eval_bits_per_char"),
         "source_bits_per_char": mukashi.bits_per_char(),

@@ -43,21 +43,13 @@ from transformer_lm.training.config import Recipe
 from transformer_lm.training.evaluation import evaluate_rows
 from transformer_lm.training.step import make_eval_step
 
-_TASKS = flags.DEFINE_list(
-    "tasks", None, "Tasks of lm-evaluation-harness; jglue: the three of which data are published."
-)
+_TASKS = flags.DEFINE_list("tasks", None, "Tasks of lm-evaluation-harness; jglue: the three whose data are published.")
 _TASKS_DATA = flags.DEFINE_string("tasks_data", None, "Folder with JGLUE's files; JGLUE_DIR says it, too.")
 _INCLUDE_PATH = flags.DEFINE_string("include_path", None, "Folder with task files of your own.")
 _NUM_FEWSHOT = flags.DEFINE_integer(
-    "num_fewshot",
-    None,
-    "Worked examples before each question; unset for the task's own.",
-    lower_bound=0,
-    upper_bound=LARGEST,
+    "num_fewshot", None, "Worked examples before each question; unset for the task's own.", 0, LARGEST
 )
-_LIMIT = flags.DEFINE_integer(
-    "limit", None, "How many questions of each task are asked; unset for all.", lower_bound=1, upper_bound=LARGEST
-)
+_LIMIT = flags.DEFINE_integer("limit", None, "How many questions of each task are asked; unset for all.", 1, LARGEST)
 _SAMPLES = flags.DEFINE_string("samples", None, "File (JSON lines) for every question, answer and score.")
 _OF_TASKS = (_TASKS_DATA, _INCLUDE_PATH, _NUM_FEWSHOT, _LIMIT, _SAMPLES)
 
@@ -138,13 +130,9 @@ def evaluate_tasks(model: language_model.LanguageModel) -> dict[str, dict]:
     from transformer_lm.evaluation import harness
 
     found = harness.run_tasks(
-        model,
-        [name for name in _TASKS.value if name.strip()],
-        data_dir=_TASKS_DATA.value,
-        include_path=_INCLUDE_PATH.value,
-        num_fewshot=_NUM_FEWSHOT.value,
-        limit=_LIMIT.value,
-    )
+        model, [name for name in _TASKS.value if name.strip()], data_dir=_TASKS_DATA.value,
+        include_path=_INCLUDE_PATH.value, num_fewshot=_NUM_FEWSHOT.value, limit=_LIMIT.value,
+    )  # fmt: skip
     if _SAMPLES.value:
         lines = [
             json.dumps({"task": task, **sample}, ensure_ascii=False, default=str) + "\n"

@@ -8,6 +8,7 @@ tokenizer_config.json, generation_config.json, README.md (the model card) and se
 says what is in them. Of the recipe only sampling_* and max_predict_length count, for generation_config.json.
 """
 
+import dataclasses
 import shutil
 import uuid
 from pathlib import Path
@@ -42,10 +43,11 @@ def export(address: str, output: Path, sampling: SamplingConfig):
     loaded = loading.load_model(address)
     tokenizer = Tokenizer.load_for(loaded.tokenizer_path, loaded.config.vocab_size)
     facts = read_facts(address, loaded.step, tokenizer)
+    card = model_card.write(output.name, loaded.config, loaded.step, facts)
     temporary = (output if output.exists() else output.parent) / f".tmp{uuid.uuid4().hex}"
     try:
         temporary.mkdir(parents=True)
-        _write(temporary, output.name, loaded, tokenizer, facts, sampling)
+        _write(temporary, loaded, tokenizer, card, sampling)
         _move(temporary, output)
     except UserError:
         raise
@@ -56,16 +58,13 @@ def export(address: str, output: Path, sampling: SamplingConfig):
     logging.info("Exported the model of step %d to %s.", loaded.step, output)
 
 
-def _write(
-    folder: Path, name: str, loaded: loading.LoadedModel, tokenizer: Tokenizer, facts: dict, sampling: SamplingConfig
-):
+def _write(folder: Path, loaded: loading.LoadedModel, tokenizer: Tokenizer, card: str, sampling: SamplingConfig):
     """Writes all files of an export into a folder, to the disk."""
-    positions = tensor_tables.table_of(loaded.config).sizes(loaded.config).positions
+    positions = tensor_tables.Sizes(loaded.config).positions
     fast_tokenizer.save(folder, tokenizer, positions)  # first, since it may refuse
     exported_model.save(folder, loaded.config, loaded.params, loaded.step)
     files.write_json(folder / "generation_config.json", _generation_settings(sampling, positions))
     (folder / TOKENIZER_FILE).write_bytes(tokenizer.model)
-    card = model_card.write(name, loaded.config, loaded.step, facts)
     (folder / "README.md").write_text(card, encoding="utf-8")
     for path in folder.iterdir():
         files.sync(path)
@@ -88,13 +87,10 @@ def _move(temporary: Path, output: Path):
 
 def _generation_settings(sampling: SamplingConfig, positions: int) -> dict:
     """How transformers' generate() samples unless it is told otherwise."""
-    chosen = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-    return {
-        **tensor_tables.SPECIAL_TOKENS,
-        "do_sample": sampling.temperature > 0,
-        **(chosen if sampling.temperature > 0 else {}),
-        "max_length": min(sampling.max_length, positions),
-    }
+    settings = {**tensor_tables.SPECIAL_TOKENS, "max_length": min(sampling.max_length, positions)}
+    if sampling.temperature == 0:
+        return {**settings, "do_sample": False}
+    return {**dataclasses.asdict(sampling), **settings, "do_sample": True}
 
 
 if __name__ == "__main__":

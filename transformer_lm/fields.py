@@ -9,7 +9,6 @@ class Settings:
         check(self)
 """
 
-import functools
 import math
 import numbers
 import typing
@@ -65,7 +64,7 @@ def check(instance: Any):
 
 def check_values(cls: type, values: Mapping[str, Any], names: Mapping[str, str] | None = None):
     """As `check`, of values by the names of a dataclass's fields; `names` has those that errors say in their place."""
-    types = _types(cls)
+    types = typing.get_type_hints(cls, include_extras=True)
     for name, value in values.items():
         check_value((names or {}).get(name, name), value, types[name])
 
@@ -86,8 +85,3 @@ def _is_a(value: Any, kind: type) -> bool:
     if kind in (int, float):  # NumPy's numbers as well, and 1 where 1.0 is meant
         return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
     return isinstance(value, kind)
-
-
-@functools.cache
-def _types(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls, include_extras=True)

@@ -5,11 +5,11 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -30,13 +30,13 @@ def write_atomically(path: os.PathLike | str, content: bytes):
         write_file_atomically(path, lambda temporary: Path(temporary).write_bytes(content))
 
 
-def write_file_atomically(path: os.PathLike | str, write: Callable[[str], object]):
-    """As `write_atomically`, for a library that writes to the name of a local file."""
+def write_file_atomically(path: os.PathLike | str, write: Callable[[str], Any]) -> Any:
+    """As `write_atomically`, for a library that writes to the name of a local file; returns what `write` does."""
     path = epath.Path(path)
     folder = cache_folder() if is_remote(path) else Path(path).parent
     temporary = folder / f"{path.name}.tmp{uuid.uuid4().hex}"
     try:
-        write(str(temporary))
+        result = write(str(temporary))
         if is_remote(path):
             epath.Path(temporary).copy(path, overwrite=True)
         else:
@@ -44,6 +44,7 @@ def write_file_atomically(path: os.PathLike | str, write: Callable[[str], object
             temporary.replace(path)
             with contextlib.suppress(OSError):  # some file systems do not sync folders
                 sync(folder)
+        return result
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -86,7 +87,7 @@ def local_copy(path: os.PathLike | str) -> Path:
     else:
         _make_room(stat.length)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        write_file_atomically(copy, lambda temporary: _download(path, temporary))
+        write_file_atomically(copy, lambda temporary: path.copy(temporary, overwrite=True))
     return copy
 
 
@@ -110,11 +111,6 @@ def _cache_bytes() -> float:
     if not re.fullmatch(r"\d+(\.\d+)?", value):
         raise UserError(f"TRANSFORMER_LM_CACHE_GB={value!r} must be a number of gigabytes.")
     return float(value) * 1e9
-
-
-def _download(path: epath.Path, target: str):
-    with path.open("rb") as source, open(target, "wb") as file:
-        shutil.copyfileobj(source, file, 1 << 20)
 
 
 def cache_folder() -> Path:

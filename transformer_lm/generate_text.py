@@ -20,11 +20,7 @@ from transformer_lm import cli, recipe
 from transformer_lm.generation import language_model
 
 _NUM_GENERATED_TEXTS = flags.DEFINE_integer(
-    "num_generated_texts",
-    10,
-    "Texts to generate for each prompt.",
-    lower_bound=1,
-    upper_bound=language_model.MAX_SAMPLES,
+    "num_generated_texts", 10, "Texts to generate for each prompt.", 1, language_model.MAX_SAMPLES
 )
 _OUTPUT = flags.DEFINE_enum(
     "output", "log", ["log", "jsonl"], "log: lines 'Sample: ...' in the log; jsonl: one JSON object a text on stdout."
@@ -36,10 +32,8 @@ def main(config: ConfigDict, workdir: str):
     chosen = recipe.read(config)
     model = language_model.load(workdir, dtype=chosen.network.dtype)
     logging.info("Generating text with the model of step %d.", model.step)
-    texts = language_model.generate_texts(
-        model.network, model.params, model.tokenizer, chosen.prompts, chosen.sampling,
-        seed=chosen.seed, num_samples=_NUM_GENERATED_TEXTS.value,
-    )  # fmt: skip
+    number = _NUM_GENERATED_TEXTS.value
+    texts = model.continue_texts(chosen.prompts, chosen.sampling, seed=chosen.seed, num_samples=number)
     for text in texts:
         if _OUTPUT.value == "jsonl":
             print(json.dumps(text, ensure_ascii=False), flush=True)

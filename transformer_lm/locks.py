@@ -29,29 +29,30 @@ RETRY_SECONDS = 0.5
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # file systems without flock
 
 
-@contextlib.contextmanager
-def exclusive(path: os.PathLike | str, what: str) -> Iterator[None]:
+def exclusive(path: os.PathLike | str, what: str) -> contextlib.AbstractContextManager[None]:
     """Holds a lock; raises UserError, which names the holder, where another process has it.
 
     Args:
       path: the lock's file or object, local or remote; its folder is made.
       what: what is locked, for the error.
     """
-    lock = _lock(path)
-    if (holder := lock.acquire()) is not None:
-        raise UserError(f"{what} is in use by {holder}; wait until that has ended, or stop it.")
-    try:
-        yield
-    finally:
-        lock.release()
+    return _hold(path, what, wait=False)
+
+
+def waiting_for(path: os.PathLike | str, what: str) -> contextlib.AbstractContextManager[None]:
+    """Holds a lock, waiting while another process has it; says so in one line of the log."""
+    return _hold(path, what, wait=True)
 
 
 @contextlib.contextmanager
-def waiting_for(path: os.PathLike | str, what: str) -> Iterator[None]:
-    """Holds a lock, waiting while another process has it; says so in one line of the log."""
-    lock = _lock(path)
+def _hold(path: os.PathLike | str, what: str, wait: bool) -> Iterator[None]:
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = _HeartbeatLock(path) if is_remote(path) else _FileLock(path)
     told = False
     while (holder := lock.acquire()) is not None:
+        if not wait:
+            raise UserError(f"{what} is in use by {holder}; wait until that has ended, or stop it.")
         if not told:
             logging.info("%s is in use by %s: waiting.", what, holder)
             told = True
@@ -60,12 +61,6 @@ def waiting_for(path: os.PathLike | str, what: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _lock(path: os.PathLike | str) -> "_FileLock | _HeartbeatLock":
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return _HeartbeatLock(path) if is_remote(path) else _FileLock(path)
 
 
 def _describe(content: str) -> str:
@@ -86,37 +81,29 @@ class _FileLock:
 
     def __init__(self, path: epath.Path):
         self._path = path
-        self._file: int | None = None
         self._instead: _HeartbeatLock | None = None
 
     def acquire(self) -> str | None:
         """None when the lock is held now, else who holds it."""
-        while True:
-            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                content = os.read(file, 4096).decode(errors="replace")
-                os.close(file)
-                if error.errno in NO_LOCKS:
-                    self._instead = _HeartbeatLock(self._path)
-                    return self._instead.acquire()
-                if isinstance(error, BlockingIOError):
-                    return _describe(content)
-                raise
-            if self._is_current(file):
-                break
-            os.close(file)  # the one who held it has removed the file meanwhile
-        os.ftruncate(file, 0)
-        os.write(file, json.dumps(_signature()).encode())
-        self._file = file
-        return None
-
-    def _is_current(self, file: int) -> bool:
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            return os.path.samestat(os.fstat(file), os.stat(self._path))
-        except FileNotFoundError:
-            return False
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            content = os.read(self._file, 4096).decode(errors="replace")
+            os.close(self._file)
+            if error.errno in NO_LOCKS:
+                self._instead = _HeartbeatLock(self._path)
+                return self._instead.acquire()
+            if isinstance(error, BlockingIOError):
+                return _describe(content)
+            raise
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samefile(self._file, self._path):
+                os.ftruncate(self._file, 0)
+                os.write(self._file, json.dumps(_signature()).encode())
+                return None
+        os.close(self._file)  # the one who held it has removed the file meanwhile
+        return self.acquire()
 
     def release(self):
         """Lets others in."""

@@ -310,7 +310,8 @@ class TransformerLM(nnx.Module):
     def _embed(self, inputs, positions, dropout_keys: Keys = None):
         """[B, T] ids and positions -> [B, T, D]."""
         table = jnp.asarray(sinusoidal_positions(self.config.max_len, self.config.emb_dim))
-        x = named(self.embed(inputs), "batch", None, None) + table[positions]
+        embedding = named(self.embed.embedding[...], "vocab_size", None)  # whole rows, where they are looked up
+        x = named(embedding[inputs], "batch", None, None) + table[positions]
         return dropout(x, self.config.dropout_rate, dropout_keys).astype(DTYPES[self.config.dtype])
 
     def to_logits(self, x):

@@ -120,16 +120,12 @@ def read(config: ConfigDict) -> "Recipe":
     check_names(config)
     for name, kind in (("prompts", str), ("use_bfloat16", bool)):
         fields.check_value(name, config[name], kind)
-    data = read_data(config)
-    sampling = _pick(SamplingConfig, config, SAMPLING_NAMES)
+    data, sampling = read_data(config), _pick(SamplingConfig, config, SAMPLING_NAMES)
+    max_len = max(config.max_target_length, config.max_eval_target_length, config.max_predict_length)
+    dtype = "bfloat16" if config.use_bfloat16 else "float32"
     return Recipe(
         data=data,
-        network=_pick(
-            TransformerConfig,
-            config,
-            max_len=max(config.max_target_length, config.max_eval_target_length, config.max_predict_length),
-            dtype="bfloat16" if config.use_bfloat16 else "float32",
-        ),
+        network=_pick(TransformerConfig, config, max_len=max_len, dtype=dtype),
         optimizer=_pick(OptimizerConfig, config),
         train=_pick(TrainConfig, config),
         sampling=sampling,
@@ -156,10 +152,7 @@ def read_saved(path: epath.Path) -> dict:
 def _pick(dataclass, config: ConfigDict, names: dict[str, str] | None = None, **given):
     """A dataclass with the fields that the recipe has under the same names, or those in `names`."""
     names = names or {}
-    values = {
-        field.name: config[names.get(field.name, field.name)]
-        for field in dataclasses.fields(dataclass)
-        if field.name not in given
-    }
+    picked = [field.name for field in dataclasses.fields(dataclass) if field.name not in given]
+    values = {name: config[names.get(name, name)] for name in picked}
     fields.check_values(dataclass, values, names)
     return dataclass(**values, **given)

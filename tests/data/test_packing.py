@@ -107,7 +107,7 @@ def test_records_are_read_as_they_were_packed(texts):
     if not rows:
         return
     records = np.stack([np.frombuffer(row.record(), np.uint8) for row in rows])
-    assert records.shape == (len(rows), packing.record_bytes(40, np.dtype(np.uint16)))
+    assert records.shape == (len(rows), packing.HEADER.itemsize + 40 * 2)
     batch = packing.read_records(records, np.dtype(np.uint16))
     for i, row in enumerate(rows):
         assert (batch["characters"][i], batch["bytes"][i]) == (row.characters, row.bytes)

@@ -201,7 +201,7 @@ def test_sizes_that_agree_with_each_other_but_not_with_the_file(exported):
         huge = models.TransformerConfig(**{**vars(config), field: 2**31 - 1})
 
         def change(content, huge=huge):
-            content |= tensor_tables.GPT2.settings(huge)
+            content |= tensor_tables.settings(huge)
             content["transformer_lm"]["model"] = vars(huge)
 
         change_config(folder, change)

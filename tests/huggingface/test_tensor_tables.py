@@ -32,12 +32,11 @@ def random_params(config: models.TransformerConfig, seed: int = 0) -> models.Par
 
 def theirs(config: models.TransformerConfig, params: models.Params) -> dict[str, np.ndarray]:
     """All tensors by name."""
-    sizes = tensor_tables.GPT2.sizes(config)
-    rows = tensor_tables.GPT2.tensors(config)
+    sizes = tensor_tables.Sizes(config)
     flat = traverse_util.flatten_dict(params, sep=".")
     return {
-        row.name.format(i=i): row.export(sizes, *exported_model.parameters(flat, row, i))
-        for row, i in exported_model.layered(rows, sizes)
+        name: row.export(sizes, *exported_model.parameters(flat, row, i))
+        for name, row, i in exported_model.layered(config)
     }
 
 
@@ -85,39 +84,38 @@ def test_gpt2_computes_our_network(shape):
     params = random_params(config)
     ids = np.append(0, np.random.default_rng(1).integers(3, 50, 29))
     expected = ours(config, params, ids)
-    found = gpt2(tensor_tables.GPT2.settings(config), theirs(config, params), ids)
+    found = gpt2(tensor_tables.settings(config), theirs(config, params), ids)
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_are_as_the_table_says(shape):
     config = config_of(shape)
-    sizes = tensor_tables.GPT2.sizes(config)
+    sizes = tensor_tables.Sizes(config)
     found = theirs(config, random_params(config))
-    for row, i in exported_model.layered(tensor_tables.GPT2.tensors(config), sizes):
-        tensor = found[row.name.format(i=i)]
-        assert (tensor.shape, tensor.dtype) == (row.shape(sizes), np.float32), row.name
+    for name, row, _ in exported_model.layered(config):
+        assert (found[name].shape, found[name].dtype) == (row.shape(sizes), np.float32), name
 
 
 def test_every_parameter_has_a_place():
     """Each of ours is restored from exactly one of theirs."""
     for shape in SHAPES:
         config = config_of(shape)
-        restored = [name for row in tensor_tables.GPT2.tensors(config) if row.restore for name in row.ours]
+        restored = [name for row in tensor_tables.tensors(config) if row.restore for name in row.ours]
         leaves = jax.tree_util.tree_leaves_with_path(models.abstract_params(config))
         assert sorted(restored) == sorted(".".join(key.key for key in path) for path, _ in leaves)
 
 
 def test_width_of_the_published_model():
     config = models.TransformerConfig(30_000, emb_dim=768, num_heads=12, num_layers=12, qkv_dim=768, mlp_dim=3072)
-    sizes = tensor_tables.GPT2.sizes(config)
+    sizes = tensor_tables.Sizes(config)
     assert (sizes.width, sizes.all_heads) == (832, 13)
 
 
 def test_sizes_never_leave_the_ghosts_out():
     for emb, heads, qkv in [(16, 2, 16), (18, 4, 16), (16, 1, 64), (64, 8, 8), (30, 5, 30)]:
         config = models.TransformerConfig(50, emb_dim=emb, num_heads=heads, qkv_dim=qkv)
-        sizes = tensor_tables.GPT2.sizes(config)
+        sizes = tensor_tables.Sizes(config)
         assert sizes.width > emb
         assert sizes.width == sizes.all_heads * sizes.head
         assert sizes.all_heads >= heads

@@ -8,19 +8,15 @@ from etils import epath
 
 from transformer_lm import files
 from transformer_lm.checkpoints import hub
-from transformer_lm.checkpoints.workdir import CONFIG_FILE, METRICS_FILE
+from transformer_lm.checkpoints.workdir import CONFIG_FILE, METRICS_FILE, SILENT_FIELDS
 from transformer_lm.data import rows
 from transformer_lm.tokenizer import Tokenizer
 
 # Fields of a recipe that nobody needs who uses the model: where things lie, how often a run reports, what it is asked
 # for as a sample. All others are shown.
-UNSHOWN_FIELDS = {
-    "vocab_path", "dataset_name", "train_split", "eval_dataset_name", "eval_split", "prepared_dir", "prepare_processes",
-    "streaming", "text_field", "init_from", "eval_per_device_batch_size", "max_eval_target_length", "num_eval_steps",
-    "num_predict_steps", "log_every_steps", "eval_every_steps", "save_checkpoints", "restore_checkpoints",
-    "checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints", "prompts", "max_predict_length",
-    "sampling_temperature",
-    "sampling_top_k", "sampling_top_p",
+UNSHOWN_FIELDS = SILENT_FIELDS | {
+    "vocab_path", "dataset_name", "train_split", "eval_dataset_name", "eval_split", "streaming", "text_field",
+    "eval_per_device_batch_size", "max_eval_target_length", "num_eval_steps",
 }  # fmt: skip
 SCORES = ("eval_loss", "eval_perplexity", "eval_accuracy", "eval_bits_per_char", "eval_bits_per_byte")
 
@@ -50,11 +46,11 @@ def read_facts(address: str, step: int, tokenizer: Tokenizer) -> dict[str, Any]:
 def _manifests(workdir: epath.Path, recipe: dict, names: list[str] | None, tokenizer: Tokenizer) -> list[dict]:
     """The manifests of the rows that the run read, each once; in old workdirs, which name none, of those that fit."""
     prepared = files.absolute(recipe.get("prepared_dir") or workdir / "prepared")
+    folders = files.children(prepared) if names is None else [prepared / name for name in dict.fromkeys(names)]
+    paths = [folder / rows.MANIFEST for folder in folders]
+    manifests = [files.read_json(path) for path in paths if path.exists()]
     if names is not None:
-        paths = [path for name in dict.fromkeys(names) if (path := prepared / name / rows.MANIFEST).exists()]
-        return [files.read_json(path) for path in paths]
-    paths = [path for folder in files.children(prepared) if (path := folder / rows.MANIFEST).exists()]
-    manifests = [files.read_json(path) for path in paths]
+        return manifests
     return [
         manifest
         for split in dict.fromkeys(recipe.get(name) for name in ("train_split", "eval_split"))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 
@@ -12,13 +13,8 @@ from etils import epath
 
 from transformer_lm import files, models
 from transformer_lm.checkpoints import hub, original, store
-from transformer_lm.checkpoints.workdir import (
-    CHECKPOINTS_DIR,
-    CONFIG_FILE,
-    TOKENIZER_FILE,
-    check_same_network,
-    read_run_config,
-)
+from transformer_lm.checkpoints import workdir as contract
+from transformer_lm.checkpoints.workdir import CHECKPOINTS_DIR, CONFIG_FILE, TOKENIZER_FILE
 from transformer_lm.errors import UserError
 from transformer_lm.huggingface import exported_model
 
@@ -47,12 +43,16 @@ class FoundModel:
     Attributes:
       network: what it computes.
       tokenizer_path: the SentencePiece model beside it.
-      load: reads its parameters.
+      read: reads network, parameters and steps, as `LoadedModel` has them.
     """
 
     network: models.TransformerConfig
     tokenizer_path: epath.Path
-    load: Callable[[], LoadedModel]
+    read: Callable[[], tuple[models.TransformerConfig, models.Params, int]]
+
+    def load(self) -> LoadedModel:
+        """Reads its parameters; raises UserError if they cannot be read."""
+        return LoadedModel(*self.read(), self.tokenizer_path)
 
 
 def load_model(address: os.PathLike | str) -> LoadedModel:
@@ -81,26 +81,21 @@ def find_model(address: os.PathLike | str) -> FoundModel:
     if not path.exists():
         raise UserError(f"No model at {path}: no such file or folder.")
     if path.is_file():
-        return _found_original(path)
-    tokenizer_path = path / TOKENIZER_FILE
+        return _found(path, original.describe, original.load, folder=path.parent)
     if (path / CONFIG_FILE).exists() and (path / CHECKPOINTS_DIR).exists():
-        network, _ = read_run_config(path)
-        return FoundModel(network, tokenizer_path, lambda: _load_workdir(path, network))
+        return _found(path, _describe_workdir, _load_workdir, folder=path)
     numbered = [(int(match[1]), child) for child in path.iterdir() if (match := original.NAME.fullmatch(child.name))]
     if numbered:
-        return _found_original(max(numbered)[1])
+        return _found(max(numbered)[1], original.describe, original.load, folder=path)
     if exported_model.is_model(path):
-        network = exported_model.describe(path)
-        return FoundModel(network, tokenizer_path, lambda: LoadedModel(*exported_model.load(path), tokenizer_path))
+        return _found(path, exported_model.describe, exported_model.load, folder=path)
     raise UserError(
         f"No model in {path}: neither a trained workdir ({CONFIG_FILE} and {CHECKPOINTS_DIR}/), nor an original "
         f"checkpoint (checkpoint_N), nor an exported folder ({exported_model.WEIGHTS_FILE})."
     )
 
 
-def find_initial(
-    address: str | None, network: models.TransformerConfig, workdir: os.PathLike | str
-) -> FoundModel | None:
+def find_initial(address: str | None, network: models.TransformerConfig, workdir: str) -> FoundModel | None:
     """The model that a run begins with; None without an address, or where the workdir has checkpoints to go on from.
 
     Raises:
@@ -111,23 +106,23 @@ def find_initial(
         return None
     found = find_model(address)
     wanted = dataclasses.replace(network, vocab_size=found.network.vocab_size)  # which the tokenizer decides
-    check_same_network(f"init_from={address}", found.network, wanted)
+    contract.check_same_network(f"init_from={address}", found.network, wanted)
     return found
 
 
-def _found_original(path: epath.Path) -> FoundModel:
-    tokenizer_path = path.parent / TOKENIZER_FILE
-    return FoundModel(
-        original.describe(path), tokenizer_path, lambda: LoadedModel(*original.load(path), tokenizer_path)
-    )
+def _found(path: epath.Path, describe: Callable, load: Callable, folder: epath.Path) -> FoundModel:
+    return FoundModel(describe(path), folder / TOKENIZER_FILE, functools.partial(load, path))
 
 
-def _load_workdir(workdir: epath.Path, network: models.TransformerConfig) -> LoadedModel:
+def _describe_workdir(workdir: epath.Path) -> models.TransformerConfig:
+    return contract.read_run_config(workdir)[0]
+
+
+def _load_workdir(workdir: epath.Path) -> tuple[models.TransformerConfig, models.Params, int]:
     """The newest checkpoint that can be read; a workdir that is only read stays as it is."""
+    network = _describe_workdir(workdir)
     cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cpu), models.abstract_params(network)
-    )
+    target = jax.tree.map(lambda x: x.update(sharding=cpu), models.abstract_params(network))
     failures: dict[int, str] = {}
     with contextlib.closing(store.Checkpoints(workdir, read_only=True)) as saved:
         for step in saved.steps[::-1]:
@@ -139,7 +134,6 @@ def _load_workdir(workdir: epath.Path, network: models.TransformerConfig) -> Loa
                 failures[step] = store.first_line(error)
                 logging.error("Checkpoint %d cannot be read (%s); trying the one before.", step, failures[step])
                 continue
-            network = dataclasses.replace(network, dtype="float32")
-            return LoadedModel(network, jax.tree.map(np.asarray, params), step, workdir / TOKENIZER_FILE)
+            return dataclasses.replace(network, dtype="float32"), jax.tree.map(np.asarray, params), step
     why = "; ".join(f"step {step}: {error}" for step, error in failures.items()) or "there is none"
     raise UserError(f"No checkpoint in {workdir / CHECKPOINTS_DIR} can be read ({why}).")

@@ -20,12 +20,18 @@ MAX_DIMENSIONS = 8
 ARRAY_EXTENSION = 1
 DTYPES = ("float32", "float16", "float64")
 
-# Big-endian numbers by their first byte, as `struct` has them.
-_NUMBERS = {
-    0xCA: ">f", 0xCB: ">d", 0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q",
-    0xD0: ">b", 0xD1: ">h", 0xD2: ">i", 0xD3: ">q",
+# What a value is by its first byte, and the big-endian number that follows: its length, or a number itself.
+_FORMATS = {
+    0xC4: ("bytes", ">B"), 0xC5: ("bytes", ">H"), 0xC6: ("bytes", ">I"),
+    0xC7: ("extension", ">B"), 0xC8: ("extension", ">H"), 0xC9: ("extension", ">I"),
+    0xCA: ("number", ">f"), 0xCB: ("number", ">d"),
+    0xCC: ("number", ">B"), 0xCD: ("number", ">H"), 0xCE: ("number", ">I"), 0xCF: ("number", ">Q"),
+    0xD0: ("number", ">b"), 0xD1: ("number", ">h"), 0xD2: ("number", ">i"), 0xD3: ("number", ">q"),
+    0xD9: ("text", ">B"), 0xDA: ("text", ">H"), 0xDB: ("text", ">I"),
+    0xDC: ("list", ">H"), 0xDD: ("list", ">I"),
+    0xDE: ("map", ">H"), 0xDF: ("map", ">I"),
 }  # fmt: skip
-_SIZES = {1: ">B", 2: ">H", 4: ">I"}
+_CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 
 
 class MalformedError(ValueError):
@@ -68,16 +74,15 @@ def read_entry(file: BinaryIO, size: int, name: str) -> Any:
       MalformedError: it is no msgpack, or no checkpoint of Flax, or holds no such entry.
     """
     reader = _Reader(file, size)
-    for _ in range(reader.read_map_header()):
+    kind, entries = reader.read_header()
+    if kind != "map":
+        raise MalformedError("it does not begin with a map")
+    for _ in range(entries):
         reader.keeping_arrays = reader.read(0) == name
         value = reader.read(0)
         if reader.keeping_arrays:
             return value
     raise MalformedError(f"it holds no {name}")
-
-
-def _begins_map(first: int) -> bool:
-    return first >> 4 == 0x8 or first in (0xDE, 0xDF)
 
 
 class _Reader:
@@ -89,7 +94,6 @@ class _Reader:
         self.keeping_arrays = False  # else they are skipped, whatever they hold
 
     def _take(self, count: int) -> bytes:
-        self._need(count)
         self._file.seek(self._at)
         self._at += count
         data = self._file.read(count)
@@ -101,18 +105,23 @@ class _Reader:
         if count > self._size - self._at:
             raise TruncatedError(f"the file ends too early: {count} more bytes should follow")
 
-    def _number(self, code: str) -> int | float:
-        return struct.unpack(code, self._take(struct.calcsize(code)))[0]
-
-    def read_map_header(self) -> int:
-        """The number of entries of the map that begins here."""
+    def read_header(self) -> tuple[str, Any]:
+        """What begins here, and its length; of a number (None, True and False count as such) its value."""
         first = self._take(1)[0]
-        if not _begins_map(first):
-            raise MalformedError("it does not begin with a map")
-        return self._map_count(first)
-
-    def _map_count(self, first: int) -> int:
-        return first & 0x0F if first <= 0x8F else self._number(_SIZES[2 << (first - 0xDE)])
+        if first <= 0x7F or first >= 0xE0:
+            return "number", first if first <= 0x7F else first - 0x100
+        if first <= 0x9F:
+            return ("map" if first <= 0x8F else "list"), first & 0x0F
+        if first <= 0xBF:
+            return "text", first & 0x1F
+        if first in _CONSTANTS:
+            return "number", _CONSTANTS[first]
+        if 0xD4 <= first <= 0xD8:
+            return "extension", 1 << (first - 0xD4)
+        if first not in _FORMATS:
+            raise MalformedError(f"byte {first:#x} begins no value")
+        kind, code = _FORMATS[first]
+        return kind, struct.unpack(code, self._take(struct.calcsize(code)))[0]
 
     def read(self, depth: int) -> Any:
         """The value that begins here: dict, list, text, number, StoredArray, or None for other bytes."""
@@ -121,31 +130,22 @@ class _Reader:
         self._values += 1
         if self._values > MAX_VALUES:
             raise MalformedError(f"it has more than {MAX_VALUES} values")
-        first = self._take(1)[0]
-        if first <= 0x7F or first >= 0xE0:
-            return first if first <= 0x7F else first - 0x100
-        if _begins_map(first):
-            return self._map(self._map_count(first), depth)
-        if first <= 0x9F or first in (0xDC, 0xDD):
-            count = first & 0x0F if first <= 0x9F else self._number(_SIZES[2 << (first - 0xDC)])
-            self._need(count)
-            return [self.read(depth + 1) for _ in range(count)]
-        if first <= 0xBF or 0xD9 <= first <= 0xDB:
-            return self._text(first & 0x1F if first <= 0xBF else self._number(_SIZES[1 << (first - 0xD9)]))
-        if first in (0xC0, 0xC2, 0xC3):
-            return None if first == 0xC0 else first == 0xC3
-        if 0xC4 <= first <= 0xC6:
-            return self._skip(self._number(_SIZES[1 << (first - 0xC4)]))
-        if 0xC7 <= first <= 0xC9:
-            return self._extension(self._number(_SIZES[1 << (first - 0xC7)]))
-        if 0xD4 <= first <= 0xD8:
-            return self._extension(1 << (first - 0xD4))
-        if first in _NUMBERS:
-            return self._number(_NUMBERS[first])
-        raise MalformedError(f"byte {first:#x} begins no value")
+        kind, value = self.read_header()
+        if kind == "number":
+            return value
+        self._need(value)  # nothing takes less than a byte for each of its parts
+        if kind == "map":
+            return self._map(value, depth)
+        if kind == "list":
+            return [self.read(depth + 1) for _ in range(value)]
+        if kind == "text":
+            return self._text(value)
+        if kind == "extension":
+            return self._extension(value)
+        self._at += value
+        return None
 
     def _map(self, count: int, depth: int) -> dict:
-        self._need(2 * count)
         result = {}
         for _ in range(count):
             key = self.read(depth + 1)
@@ -156,52 +156,36 @@ class _Reader:
 
     def _text(self, count: int) -> str:
         if count > MAX_NAME_BYTES:
-            self._need(count)
             raise MalformedError(f"a text of {count} bytes")
         try:
             return self._take(count).decode()
         except UnicodeDecodeError as error:
             raise MalformedError("a text that is not UTF-8") from error
 
-    def _skip(self, count: int) -> None:
-        self._need(count)
-        self._at += count
-
     def _extension(self, count: int) -> StoredArray | None:
-        kind = self._number(">b")
+        kind = self._take(1)[0]
         self._need(count)
         end = self._at + count
-        if kind != ARRAY_EXTENSION or not self.keeping_arrays:
-            self._at = end
-            return None
-        if self._take(1) != b"\x93":
-            raise MalformedError("an array that is not (shape, dtype, bytes)")
-        shape, dtype = self.read(MAX_DEPTH - 1), self._read_dtype()
-        first = self._take(1)[0]
-        if not 0xC4 <= first <= 0xC6:
-            raise MalformedError("an array without bytes")
-        length = self._number(_SIZES[1 << (first - 0xC4)])
-        if (
-            not isinstance(shape, list)
-            or len(shape) > MAX_DIMENSIONS
-            or not all(type(n) is int and n >= 0 for n in shape)
-        ):
-            raise MalformedError(f"an array of shape {str(shape)[:100]}")
-        offset = self._at
-        if offset + length != end or length != math.prod(shape) * dtype.itemsize:
-            raise MalformedError(f"an array of shape {tuple(shape)} and dtype {dtype} in {length} bytes")
+        array = self._array(end) if kind == ARRAY_EXTENSION and self.keeping_arrays else None
         self._at = end
-        return StoredArray(offset, tuple(shape), dtype)
+        return array
 
-    def _read_dtype(self) -> np.dtype:
+    def _array(self, end: int) -> StoredArray:
+        if self.read_header() != ("list", 3):
+            raise MalformedError("an array that is not (shape, dtype, bytes)")
+        shape, dtype = self.read(MAX_DEPTH - 1), self._dtype()
+        is_shape = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
+        if not is_shape or len(shape) > MAX_DIMENSIONS:
+            raise MalformedError(f"an array of shape {str(shape)[:100]}")
+        kind, length = self.read_header()
+        if (kind, length) != ("bytes", math.prod(shape) * dtype.itemsize) or self._at + length != end:
+            raise MalformedError(f"an array of shape {tuple(shape)} and dtype {dtype} in {length} {kind}")
+        return StoredArray(self._at, tuple(shape), dtype)
+
+    def _dtype(self) -> np.dtype:
         """The name of a dtype, which Flax packs as a text or, in older versions, as bytes."""
-        first = self._take(1)[0]
-        if first >> 5 == 0b101:
-            name = self._take(first & 0x1F)
-        elif first in (0xC4, 0xD9):
-            name = self._take(self._number(">B"))
-        else:
-            raise MalformedError("an array without a dtype")
-        if name.decode(errors="replace") not in DTYPES:
-            raise MalformedError(f"an array of dtype {name[:30]!r}; {', '.join(DTYPES)} are read")
-        return np.dtype(name.decode())
+        kind, length = self.read_header()
+        name = self._take(min(length, 30)).decode(errors="replace") if kind in ("text", "bytes") else kind
+        if name not in DTYPES:
+            raise MalformedError(f"an array of dtype {name!r}; {', '.join(DTYPES)} are read")
+        return np.dtype(name)

@@ -76,14 +76,17 @@ def _opened(path: epath.Path) -> Iterator[tuple[BinaryIO, dict[str, list[StoredA
             stored = msgpack_arrays.read_entry(file, os.path.getsize(local), "params")
             if not isinstance(stored, dict) or not isinstance(stored.get("decoder"), dict):
                 raise UserError(f"{path} is not a checkpoint of the original: it holds no params.")
-            yield file, _by_our_names(path, _flatten(stored["decoder"]))
+            yield file, _by_our_names(path, traverse_util.flatten_dict(stored["decoder"], sep="."))
     except msgpack_arrays.TruncatedError as error:
         raise UserError(f"{path} is truncated ({error}); copy or download it again.") from error
     except msgpack_arrays.MalformedError as error:
         raise UserError(f"{path} is not a checkpoint of the original: {error}.") from error
 
 
-def _by_our_names(path: epath.Path, arrays: dict[str, StoredArray]) -> dict[str, list[StoredArray]]:
+def _by_our_names(path: epath.Path, arrays: dict[str, Any]) -> dict[str, list[StoredArray]]:
+    for name, value in arrays.items():
+        if not isinstance(value, StoredArray):
+            raise UserError(f"{path}: {name} is a {type(value).__name__}, not an array.")
     layers = len({name.split(".")[0] for name in arrays if name.startswith("encoderdecoderblock_")})
     found: dict[str, list[StoredArray]] = {}
     for ours, theirs in _NAMES.items():
@@ -110,24 +113,10 @@ def _network(path: epath.Path, arrays: dict[str, list[StoredArray]]) -> models.T
     embedding = shapes["embed.embedding"]  # [V, D]
     if (len(query), len(mlp), len(embedding)) == (4, 3, 2):
         network = models.TransformerConfig(
-            vocab_size=embedding[0],
-            emb_dim=embedding[1],
-            num_heads=query[2],
-            num_layers=query[0],
-            qkv_dim=query[2] * query[3],
-            mlp_dim=mlp[2],
-            logits_via_embedding="logits.kernel" not in arrays,
-        )
+            vocab_size=embedding[0], emb_dim=embedding[1], num_layers=query[0], num_heads=query[2],
+            qkv_dim=query[2] * query[3], mlp_dim=mlp[2], logits_via_embedding="logits.kernel" not in arrays,
+        )  # fmt: skip
         expected = traverse_util.flatten_dict(models.abstract_params(network), sep=".")
         if shapes == {name: value.shape for name, value in expected.items()}:
             return network
     raise UserError(f"{path}: the shapes of its arrays do not belong together.")
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, StoredArray]:
-    """{"a": {"b": x}} -> {"a.b": x}."""
-    if isinstance(tree, StoredArray):
-        return {prefix[:-1]: tree}
-    if not isinstance(tree, dict):
-        raise UserError(f"{prefix[:-1] or 'params'} is a {type(tree).__name__}, not an array.")
-    return {name: leaf for key, child in tree.items() for name, leaf in _flatten(child, f"{prefix}{key}.").items()}

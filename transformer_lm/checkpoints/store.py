@@ -114,10 +114,10 @@ class Checkpoints:
                     ) from error
                 logging.error("Checkpoint %d cannot be read (%s).", step, first_line(error))
                 failures[step] = error
-                continue
-            for damaged in failures:
-                self._set_aside(damaged)
-            return restored
+            else:
+                for damaged in failures:
+                    self._set_aside(damaged)
+                return restored
         if failures:
             raise UserError(
                 f"None of the checkpoints {sorted(failures)} in {self._directory} can be read "

@@ -6,9 +6,9 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from transformer_lm import models
 from transformer_lm.errors import UserError
 from transformer_lm.files import read_json, write_atomically
+from transformer_lm.models import MANNER, TransformerConfig
 from transformer_lm.tokenizer import Tokenizer
 
 CHECKPOINTS_DIR = "checkpoints"
@@ -19,7 +19,7 @@ METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = "run.lock"
 # The network's fields that may change between two starts of a run, since its parameters are the same. All others may
 # not, those included that are added to the network later.
-FREE_FIELDS = {"max_len", "dropout_rate", "attention_dropout_rate", "dtype", *models.MANNER}
+FREE_FIELDS = {"max_len", "dropout_rate", "attention_dropout_rate", "dtype", *MANNER}
 # Fields of a recipe of which a change is not worth a word: what is reported, when and where, and samples.
 SILENT_FIELDS = {
     "log_every_steps", "eval_every_steps", "num_predict_steps", "checkpoint_every_steps", "checkpoint_every_minutes",
@@ -33,7 +33,7 @@ TOKENIZER_FIELDS = {"vocab_size", "spm_train_options", "max_corpus_chars"}  # re
 def claim_workdir(
     workdir: epath.Path,
     recipe: dict,
-    network: models.TransformerConfig,
+    network: TransformerConfig,
     tokenizer: Tokenizer,
     rows: list[str],
     batch: dict[str, int],
@@ -61,7 +61,7 @@ def claim_workdir(
         _report_changes(workdir, content.get("recipe"), recipe, content.get("rows"), rows)
     content = {
         "recipe": recipe,
-        "model": {name: value for name, value in vars(network).items() if name not in models.MANNER},
+        "model": {name: value for name, value in vars(network).items() if name not in MANNER},
         "tokenizer_sha256": tokenizer.fingerprint,
         "rows": rows,
         "batch": batch,
@@ -109,7 +109,7 @@ def _report_changes(workdir: epath.Path, before: Any, recipe: dict, rows_before:
         logging.warning("The rows are others than before: reading goes on in them at the same place.")
 
 
-def check_same_network(place: str, before: models.TransformerConfig, network: models.TransformerConfig):
+def check_same_network(place: str, before: TransformerConfig, network: TransformerConfig):
     """Raises UserError where the model at a place has other parameters than the run's."""
     for name in sorted(vars(network).keys() - FREE_FIELDS):
         old, new = getattr(before, name), getattr(network, name)
@@ -120,8 +120,8 @@ def check_same_network(place: str, before: models.TransformerConfig, network: mo
             )
 
 
-def read_run_config(workdir: epath.Path) -> tuple[models.TransformerConfig, str]:
+def read_run_config(workdir: epath.Path) -> tuple[TransformerConfig, str]:
     """The network and the tokenizer's hash in a workdir's config.json; raises UserError if it is not such a file."""
     path = workdir / CONFIG_FILE
     content = read_json(path)
-    return models.TransformerConfig.from_json(content.get("model"), str(path)), content.get("tokenizer_sha256", "")
+    return TransformerConfig.from_json(content.get("model"), str(path)), content.get("tokenizer_sha256", "")

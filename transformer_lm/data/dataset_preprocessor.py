@@ -13,9 +13,9 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 
 from transformer_lm.errors import UserError
+from transformer_lm.tokenizer import SURROGATE
 
 MIN_PARAGRAPH_CHARS = 10
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def plain(document: str) -> list[str]:
@@ -46,12 +46,11 @@ def without_impossible_characters(document: str) -> tuple[str, dict[str, int]]:
     NUL goes, since SentencePiece leaves out the lines that it trains on where one is; half a surrogate pair, which JSON
     can write but UTF-8 cannot, becomes U+FFFD.
     """
-    text, surrogates = _SURROGATE.subn("\ufffd", document)
+    text, surrogates = SURROGATE.subn("\ufffd", document)
     return text.replace("\0", ""), {"nul_characters": text.count("\0"), "lone_surrogates": surrogates}
 
 
-Preprocessor = Callable[[str], list[str]]
-PREPROCESSORS: dict[str, Preprocessor] = {
+PREPROCESSORS: dict[str, Callable[[str], list[str]]] = {
     "plain": plain,
     "lm1b": plain,
     "wiki40b/ja": wiki40b,

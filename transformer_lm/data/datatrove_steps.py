@@ -1,19 +1,20 @@
 """This package's functions as steps of datatrove pipelines. Needs the extra `prep`; imported where it is used."""
 
+import functools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import hojichar
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.utils.word_tokenizers import WordTokenizer
 from etils import epath
 
 from transformer_lm.data import corpora, dataset_preprocessor
 from transformer_lm.data.dataset_preprocessor import Preprocessing
+from transformer_lm.data.launcher import Launcher
 from transformer_lm.data.rows import RowsPlan, blocks_of, read_block
-from transformer_lm.files import write_atomically
+from transformer_lm.files import children, write_atomically
 
 EXAMPLES = 3  # removed texts that each task keeps of each rule, for the report
 EXAMPLE_CHARS = 200
@@ -52,37 +53,38 @@ class ToTexts(PipelineStep):
                 yield Document(text=text, id=f"{document.id}/{number}")
 
 
-class PackRows(PipelineStep):
+def pack_rows(directory: str, write_block: Callable, data: Iterable[Document], rank: int, world_size: int):
     """Tokenizes and packs a task's documents, block by block; blocks that are there already are left as they are."""
-
-    def __init__(self, plan: RowsPlan):
-        super().__init__()
-        named("rows", self)
-        self.directory, self.write_block = str(plan.directory), plan.write_block
-
-    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1):
-        """See PipelineStep."""
-        for number, block in enumerate(blocks_of(document.text for document in data)):
-            name = f"{rows_prefix(world_size)}{rank:05d}-{number:06d}"
-            if read_block(epath.Path(self.directory), name) is None:
-                self.write_block(name, block)
+    for number, block in enumerate(blocks_of(document.text for document in data)):
+        name = f"{_rows_prefix(world_size)}{rank:05d}-{number:06d}"
+        if read_block(epath.Path(directory), name) is None:
+            write_block(name, block)
 
 
-def rows_prefix(tasks: int) -> str:
+def make_blocks(plan: RowsPlan, launcher: Launcher) -> list[str]:
+    """Has a launcher's tasks do the blocks of rows that are not done yet; returns the names of all, in order."""
+
+    def names():
+        pattern = f"{_rows_prefix(launcher.tasks)}*.json"
+        return sorted(path.stem for path in children(plan.directory) if path.match(pattern))
+
+    documents, logs = plan.corpus.documents, plan.directory / f"logs-{launcher.tasks}"
+    documents.count()  # once here, not in every task
+    if not all(read_block(plan.directory, name) for name in names()) and logs.exists():
+        logs.rmtree()  # a task that is marked as done is done again; its whole blocks are left as they are
+    pack = functools.partial(pack_rows, str(plan.directory), plan.write_block)
+    launcher.run("pack", [ReadDocuments(documents), pack], logs)
+    return names()
+
+
+def _rows_prefix(tasks: int) -> str:
     """What the names of all blocks begin with that are made by so many tasks."""
     return f"rows-{tasks:05d}-"
 
 
-class HojicharFilter(BaseFilter):
-    """Keeps the texts that all of some HojiChar filters keep."""
-
-    def __init__(self, filters: list[hojichar.Filter], examples: "KeepExamples"):
-        super().__init__(exclusion_writer=examples)
-        self.filters = filters
-
-    def filter(self, doc: Document) -> bool:
-        """Whether a text is kept."""
-        return not any(one.apply(hojichar.Document(doc.text)).is_rejected for one in self.filters)
+def kept_by(filters: list[hojichar.Filter], document: Document) -> bool:
+    """Whether all of some HojiChar filters keep a text."""
+    return not any(one.apply(hojichar.Document(document.text)).is_rejected for one in filters)
 
 
 def named(name: str, step: PipelineStep) -> PipelineStep:

@@ -11,7 +11,7 @@ import grain
 import numpy as np
 
 from transformer_lm.data.packing import Row, padding_id, read_records
-from transformer_lm.data.rows import PreparedCorpus, PreparedMixture
+from transformer_lm.data.rows import PreparedCorpus, PreparedRows
 from transformer_lm.files import local_copy
 
 READ_THREADS = 4
@@ -32,7 +32,7 @@ def _mix(datasets: list[grain.MapDataset], weights: tuple[float, ...]) -> grain.
 
 
 def train_batches(
-    corpus: PreparedCorpus | PreparedMixture,
+    corpus: PreparedRows,
     *,
     batch_size: int,
     seed: int,
@@ -68,7 +68,7 @@ def train_batches(
 
 
 def eval_batches(
-    corpus: PreparedCorpus | PreparedMixture, *, batch_size: int, max_rows: int, only: Sequence[int] | None = None
+    corpus: PreparedRows, *, batch_size: int, max_rows: int, only: Sequence[int] | None = None
 ) -> Iterator[Batch]:
     """The corpus's rows in order, once, at most `max_rows` (-1: all). The last batch is filled up with padding.
 

@@ -70,7 +70,6 @@ class Launcher:
         Raises:
           UserError: a task failed.
         """
-        optional_import("datatrove", "prep", f"--executor={self.executor}")
         if _PATTERN.search(str(folder)):
             raise UserError(
                 f"{folder}: datatrove takes *, ?, [ and :: in a folder's name for a pattern, and wants UTF-8; choose "
@@ -105,13 +104,15 @@ class Launcher:
             multiprocess.set_forkserver_preload(["transformer_lm.data.datatrove_steps"])  # once, not for each task
             _end_forks_with(os.getpid())
             steps = [functools.partial(_end_with_executor, os.getpid()), *steps]
-            return LocalPipelineExecutor(steps, tasks=tasks, workers=self._workers(tasks), logging_dir=folder)
+            at_once = tasks if self.workers == -1 else min(tasks, self.workers)
+            return LocalPipelineExecutor(steps, tasks=tasks, workers=at_once, logging_dir=folder)
+        memory = self.mem_per_task_gb
         if self.executor == "slurm":
             from datatrove.executor import SlurmPipelineExecutor
 
             return SlurmPipelineExecutor(
                 steps, tasks=tasks, workers=self.workers, logging_dir=folder, job_name=name, qos="",
-                time=self.slurm_time, partition=self.slurm_partition, mem_per_cpu_gb=self.mem_per_task_gb,
+                time=self.slurm_time, partition=self.slurm_partition, mem_per_cpu_gb=memory,
                 env_command=f"export PATH={shlex.quote(os.path.dirname(sys.executable))}:$PATH",
             )  # fmt: skip
         ray = optional_import("ray", "prep", "--executor=ray")
@@ -119,12 +120,7 @@ class Launcher:
 
         if not ray.is_initialized():
             ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
-        return RayPipelineExecutor(
-            steps, tasks=tasks, workers=self.workers, logging_dir=folder, mem_per_cpu_gb=self.mem_per_task_gb
-        )
-
-    def _workers(self, tasks: int) -> int:
-        return min(tasks, self.workers if self.workers > 0 else tasks)
+        return RayPipelineExecutor(steps, tasks=tasks, workers=self.workers, logging_dir=folder, mem_per_cpu_gb=memory)
 
 
 def _end_with_executor(executor: int, data, rank: int, world_size: int):
@@ -146,28 +142,28 @@ def _wait_for_slurm(executor):
     failures = 0
     while incomplete := executor.get_incomplete_ranks(skip_completed=True):
         logging.info("Slurm job %s: %d of %d tasks to go.", executor.job_id, len(incomplete), executor.world_size)
-        queued, problem = _ask_slurm(executor.job_id)
-        failures = failures + 1 if problem else 0
-        if not queued and not problem:
-            return
-        if problem:
-            logging.warning("squeue failed (%d of %d times): %s", failures, MAX_FAILURES, problem)
-        if failures == MAX_FAILURES:
-            raise UserError(
-                f"squeue failed {failures} times, the last time with {problem!r}. Job {executor.job_id} may still run: "
-                f"look with squeue, and start the same command again when the job is over (scancel {executor.job_id} "
-                "ends it), or tasks would run twice."
-            )
+        try:
+            if not _is_queued(executor.job_id):
+                return
+            failures = 0
+        except (OSError, subprocess.SubprocessError) as error:
+            failures += 1
+            logging.warning("squeue failed (%d of %d times): %s", failures, MAX_FAILURES, error)
+            if failures == MAX_FAILURES:
+                raise UserError(
+                    f"squeue failed {failures} times, the last time with {str(error)!r}. Job {executor.job_id} may "
+                    "still run: look with squeue, and start the same command again when the job is over (scancel "
+                    f"{executor.job_id} ends it), or tasks would run twice."
+                ) from error
         time.sleep(POLL_SECONDS)
 
 
-def _ask_slurm(job: str) -> tuple[bool, str]:
-    """Whether Slurm has a job in its queue, and what went wrong where it could not be asked."""
-    try:
-        command = ["squeue", "-h", "-j", str(job)]
-        queue = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120)
-    except (OSError, subprocess.SubprocessError) as error:
-        return False, str(error)
-    if queue.returncode and "invalid job id" not in queue.stderr.lower():  # as it says of a job that is long over
-        return False, " ".join(queue.stderr.split()) or f"exit status {queue.returncode}"
-    return bool(queue.stdout.strip()) and not queue.returncode, ""
+def _is_queued(job: str) -> bool:
+    """Whether Slurm has a job in its queue; raises OSError or SubprocessError where it cannot be asked."""
+    command = ["squeue", "-h", "-j", str(job)]
+    queue = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120)
+    if queue.returncode == 0:
+        return bool(queue.stdout.strip())
+    if "invalid job id" in queue.stderr.lower():  # as it says of a job that is long over
+        return False
+    raise OSError(" ".join(queue.stderr.split()) or f"exit status {queue.returncode}")

@@ -58,11 +58,6 @@ def padding_id(dtype: np.dtype) -> int:
     return int(np.iinfo(dtype).max)
 
 
-def record_bytes(row_length: int, dtype: np.dtype) -> int:
-    """Length of a stored row."""
-    return HEADER.itemsize + row_length * dtype.itemsize
-
-
 class _OpenRow:
     """A row with room for more."""
 
@@ -70,16 +65,12 @@ class _OpenRow:
         self.free = row_length
         self._row_length = row_length
         self._pieces: list[np.ndarray] = []
-        self._continued: list[tuple[int, int]] = []
-
-    def takes(self, previous: int) -> bool:
-        """Whether a piece may stand here that follows a token."""
-        return previous == START_ID or len(self._continued) < MAX_CONTINUED
+        self.continued: list[tuple[int, int]] = []
 
     def add(self, piece: np.ndarray, previous: int):
         """Puts a piece [n, 3] behind what is there."""
         if previous != START_ID:
-            self._continued.append((self._row_length - self.free, previous))
+            self.continued.append((self._row_length - self.free, previous))
         self._pieces.append(piece)
         self.free -= len(piece)
 
@@ -89,7 +80,7 @@ class _OpenRow:
         ids = np.full(self._row_length, padding_id(dtype), dtype)
         ids[: len(tokens)] = tokens[:, 0]
         characters, size = tokens[:, 1:].sum(axis=0)
-        return Row(ids, int(characters), int(size), tuple(self._continued))
+        return Row(ids, int(characters), int(size), tuple(self.continued))
 
 
 def pack(texts: Iterable[np.ndarray], row_length: int, dtype: np.dtype) -> Iterator[Row]:
@@ -126,7 +117,7 @@ def pack(texts: Iterable[np.ndarray], row_length: int, dtype: np.dtype) -> Itera
 
 def _choose(rows: list[_OpenRow], length: int, previous: int, row_length: int) -> _OpenRow:
     """The row for a piece: the fullest that has room for all of it, else a new one, else the fullest of all."""
-    allowed = [row for row in rows if row.takes(previous)]
+    allowed = [row for row in rows if previous == START_ID or len(row.continued) < MAX_CONTINUED]
     fitting = [row for row in allowed if row.free >= length]
     if not fitting and (len(rows) < OPEN_ROWS or not allowed):
         rows.append(_OpenRow(row_length))
@@ -138,7 +129,7 @@ def read_records(records: np.ndarray, dtype: np.dtype) -> dict[str, np.ndarray]:
     """What the network and the loss need of stored rows.
 
     Args:
-      records: [B, `record_bytes`] uint8.
+      records: [B, bytes of a record] uint8.
       dtype: of the rows.
 
     Returns:

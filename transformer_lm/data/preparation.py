@@ -5,9 +5,7 @@ of its own. For many, the same functions are steps of a datatrove pipeline (`dat
 `launcher.Launcher` runs.
 """
 
-import concurrent.futures.process
 import dataclasses
-import functools
 import itertools
 import os
 from typing import Annotated
@@ -16,24 +14,15 @@ from absl import logging
 from etils import epath
 
 from transformer_lm import locks
-from transformer_lm.data import cleaning, corpora, dataset_preprocessor, tokenizer_training
-from transformer_lm.data.dataset_preprocessor import Preprocessing
+from transformer_lm.data import cleaning, corpora, dataset_preprocessor, rows, tokenizer_training
+from transformer_lm.data.dataset_preprocessor import Preprocessing, texts_of
 from transformer_lm.data.launcher import Launcher
-from transformer_lm.data.rows import (
-    MANIFEST,
-    Corpus,
-    PreparedCorpus,
-    PreparedMixture,
-    RowsPlan,
-    digest,
-    finish_rows,
-    read_block,
-)
+from transformer_lm.data.rows import Corpus, PreparedCorpus, PreparedMixture, PreparedRows, RowsPlan
 from transformer_lm.data.workers import make_blocks
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
 from transformer_lm.fields import Count, Range, RowLength, check
-from transformer_lm.files import absolute, children, read_json, write_atomically
+from transformer_lm.files import absolute, read_json, write_atomically
 from transformer_lm.tokenizer import Tokenizer
 
 
@@ -63,19 +52,14 @@ class DataConfig:
         check(self)
         cleaning.parse_rules(self.cleaning_rules)
 
-    @property
-    def options(self) -> corpora.Options:
-        """How sources are read."""
-        return corpora.Options(self.text_field, self.streaming)
-
 
 @dataclasses.dataclass(frozen=True)
 class PreparedData:
     """All that training reads."""
 
     tokenizer: Tokenizer
-    train: PreparedCorpus | PreparedMixture
-    eval: PreparedCorpus | PreparedMixture
+    train: PreparedRows
+    eval: PreparedRows
 
 
 def prepare(
@@ -93,7 +77,7 @@ def prepare(
     Raises:
       UserError: a dataset or split does not exist (before any long work), or its content cannot be used.
     """
-    root = absolute(config.prepared_dir or epath.Path(workdir) / "prepared")
+    work = _Preparation(config, absolute(config.prepared_dir or epath.Path(workdir) / "prepared"), launcher)
     opened: dict[str, corpora.Source] = {}
     train = open_corpora(config.dataset_name, config.train_split, config, opened)
     evaluation = open_corpora(config.eval_dataset_name or config.dataset_name, config.eval_split, config, opened)
@@ -101,14 +85,17 @@ def prepare(
     spm_path = absolute(config.vocab_path or epath.Path(workdir) / "sentencepiece_model")
     if tokenizer_source is None and not spm_path.exists():
         tokenizer_training.check_options(config.spm_train_options)  # before the corpus is read
-    train, evaluation = (_cleaned(part, config, root, launcher) for part in (train, evaluation))
+    train, evaluation = work.cleaned(train), work.cleaned(evaluation)
     spm = _tokenizer(spm_path, tokenizer_source, train, config)
-    rows = functools.partial(_rows_of, config=config, spm=spm, root=root, launcher=launcher)
-    return PreparedData(
-        spm,
-        rows(train, row_length=config.max_target_length),
-        rows(evaluation, row_length=config.max_eval_target_length),
-    )
+    train_rows = work.rows_of(train, spm, config.max_target_length)
+    return PreparedData(spm, train_rows, work.rows_of(evaluation, spm, config.max_eval_target_length))
+
+
+def prepare_evaluation(config: DataConfig, spm: Tokenizer, root: epath.Path) -> PreparedRows:
+    """The evaluation rows of a recipe alone, for a tokenizer read from a file; found or made below `root`."""
+    evaluation = open_corpora(config.eval_dataset_name or config.dataset_name, config.eval_split, config)
+    work = _Preparation(config, root)
+    return work.rows_of(work.cleaned(evaluation), spm, config.max_eval_target_length)
 
 
 def _warn_of_overlaps(train: list[Corpus], evaluation: list[Corpus]):
@@ -122,16 +109,8 @@ def _tokenizer(path: epath.Path, source: epath.Path | None, train: list[Corpus],
     """The tokenizer at a path, copied from a source or trained where there is none yet."""
     if not path.exists():
         with locks.waiting_for(f"{path}.lock", f"The tokenizer {path}"):
-            if source and not path.exists():
-                write_atomically(path, Tokenizer.load(source).model)
-            elif not path.exists():
-                mixture = [(corpus.texts(), corpus.weight) for corpus in train]
-                model = tokenizer_training.train(
-                    mixture,
-                    vocab_size=config.vocab_size,
-                    max_corpus_chars=config.max_corpus_chars,
-                    options=config.spm_train_options,
-                )
+            if not path.exists():
+                model = Tokenizer.load(source).model if source else _train_tokenizer(train, config)
                 write_atomically(path, model)
                 logging.info("Wrote the tokenizer to %s.", path)
     spm = Tokenizer.load(path)
@@ -140,44 +119,12 @@ def _tokenizer(path: epath.Path, source: epath.Path | None, train: list[Corpus],
     return spm
 
 
-def prepare_evaluation(config: DataConfig, spm: Tokenizer, root: epath.Path) -> PreparedCorpus | PreparedMixture:
-    """The evaluation rows of a recipe alone, for a tokenizer read from a file; found or made below `root`."""
-    evaluation = open_corpora(config.eval_dataset_name or config.dataset_name, config.eval_split, config)
-    evaluation = _cleaned(evaluation, config, root, None)
-    return _rows_of(evaluation, config.max_eval_target_length, config, spm, root, None)
+def _train_tokenizer(train: list[Corpus], config: DataConfig) -> bytes:
+    mixture = [(texts_of(corpus.documents, corpus.preprocessing), corpus.weight) for corpus in train]
+    return tokenizer_training.train(mixture, config.vocab_size, config.max_corpus_chars, config.spm_train_options)
 
 
-def _rows_of(
-    mixture: list[Corpus],
-    row_length: int,
-    config: DataConfig,
-    spm: Tokenizer,
-    root: epath.Path,
-    launcher: Launcher | None,
-) -> PreparedCorpus | PreparedMixture:
-    """The rows of a corpus or a mixture, found or made."""
-    parts = []
-    for corpus in mixture:
-        plan = RowsPlan(corpus, spm, row_length, root)
-        if (found := _found_rows(plan)) is None:
-            with locks.waiting_for(f"{plan.directory}.lock", f"The folder of rows {plan.directory}"):
-                found = _found_rows(plan) or prepare_rows(plan, config.prepare_processes, launcher)
-        parts.append(found)
-    return parts[0] if len(parts) == 1 else PreparedMixture(tuple(parts), tuple(part.weight for part in mixture))
-
-
-def _found_rows(plan: RowsPlan) -> PreparedCorpus | None:
-    """The rows of a plan where they are there and whole, else None."""
-    try:
-        found = PreparedCorpus.load(plan.directory)
-        return None if found.damaged_blocks() else found
-    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):  # a manifest that is cut or empty
-        return None
-
-
-def open_corpora(
-    name: str | list, split: str, config: DataConfig, opened: dict[str, corpora.Source] | None = None
-) -> list[Corpus]:
+def open_corpora(name: str | list, split: str, config: DataConfig, opened: dict | None = None) -> list[Corpus]:
     """The corpora of a dataset name or a mixture, their weights summing to 1; sources in `opened` are shared."""
     parts = [(name, 1.0)] if isinstance(name, str) else name
     try:
@@ -186,12 +133,11 @@ def open_corpora(
         if not parts or not all(0 < weight < float("inf") for _, weight in parts):
             raise ValueError
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"dataset_name={name!r} must be a name or a list of (name, weight) with weights above 0."
-        ) from error
+        raise UserError(f"dataset_name={name!r} must be a name or a list of (name, weight), weight above 0.") from error
+    options = corpora.Options(config.text_field, config.streaming)
     return [
         Corpus.open(
-            corpora.open_documents(part, split, config.options, opened),
+            corpora.open_documents(part, split, options, opened),
             dataset_preprocessor.for_dataset(part, config.preprocessor, config.unicode_normalization),
             weight / total,
         )
@@ -199,50 +145,60 @@ def open_corpora(
     ]
 
 
-def _cleaned(mixture: list[Corpus], config: DataConfig, root: epath.Path, launcher: Launcher | None) -> list[Corpus]:
-    """The corpora as they are, or cleaned where the recipe has rules."""
-    if not config.cleaning_rules:
-        return mixture
-    launcher = launcher or cleaning.local_launcher(config.prepare_processes)
-    return [_clean(corpus, config, root, launcher) for corpus in mixture]
+@dataclasses.dataclass(frozen=True)
+class _Preparation:
+    """From corpora to rows.
 
+    Attributes:
+      config: what to prepare.
+      root: the folder below which everything is found or made.
+      launcher: see `prepare`.
+    """
 
-def _clean(corpus: Corpus, config: DataConfig, root: epath.Path, launcher: Launcher) -> Corpus:
-    """The corpus with only the texts that the rules keep, which are written to disk in between."""
-    identity = corpus.identity | {"cleaning_rules": config.cleaning_rules, "cleaning_version": cleaning.VERSION}
-    directory = root / f"cleaned-{digest(identity)}"
-    if not (directory / cleaning.REPORT).exists():
-        with locks.waiting_for(f"{directory}.lock", f"The cleaned corpus {directory}"):
-            rules = cleaning.parse_rules(config.cleaning_rules)
-            if not (directory / cleaning.REPORT).exists():
-                cleaning.clean(corpus.documents, corpus.preprocessing, rules, directory, launcher)
-    report = read_json(directory / cleaning.REPORT)
-    documents = cleaning.open_texts(directory / report["texts"])
-    return Corpus(documents, Preprocessing(), identity | {"cleaning_counts": report["counts"]}, corpus.weight)
+    config: DataConfig
+    root: epath.Path
+    launcher: Launcher | None = None
+
+    def cleaned(self, mixture: list[Corpus]) -> list[Corpus]:
+        """The corpora as they are, or cleaned where the recipe has rules."""
+        return [self._clean(corpus) for corpus in mixture] if self.config.cleaning_rules else mixture
+
+    def _clean(self, corpus: Corpus) -> Corpus:
+        """The corpus with only the texts that the rules keep, which are written to disk in between."""
+        rules = self.config.cleaning_rules
+        identity = corpus.identity | {"cleaning_rules": rules, "cleaning_version": cleaning.VERSION}
+        directory = self.root / f"cleaned-{rows.digest(identity)}"
+        if not (directory / cleaning.REPORT).exists():
+            launcher = self.launcher or cleaning.local_launcher(self.config.prepare_processes)
+            with locks.waiting_for(f"{directory}.lock", f"The cleaned corpus {directory}"):
+                if not (directory / cleaning.REPORT).exists():
+                    names = cleaning.parse_rules(rules)
+                    cleaning.clean(corpus.documents, corpus.preprocessing, names, directory, launcher)
+        report = read_json(directory / cleaning.REPORT)
+        documents = cleaning.open_texts(directory / report["texts"])
+        return Corpus(documents, Preprocessing(), identity | {"cleaning_counts": report["counts"]}, corpus.weight)
+
+    def rows_of(self, mixture: list[Corpus], spm: Tokenizer, row_length: int) -> PreparedRows:
+        """The rows of a corpus or a mixture, found or made."""
+        parts = tuple(self._rows(RowsPlan(corpus, spm, row_length, self.root)) for corpus in mixture)
+        return parts[0] if len(parts) == 1 else PreparedMixture(parts, tuple(corpus.weight for corpus in mixture))
+
+    def _rows(self, plan: RowsPlan) -> PreparedCorpus:
+        if (found := PreparedCorpus.find(plan.directory)) is not None:
+            return found
+        with locks.waiting_for(f"{plan.directory}.lock", f"The folder of rows {plan.directory}"):
+            found = PreparedCorpus.find(plan.directory)
+            return found or prepare_rows(plan, self.config.prepare_processes, self.launcher)
 
 
 def prepare_rows(plan: RowsPlan, processes: int = 0, launcher: Launcher | None = None) -> PreparedCorpus:
     """Tokenizes and packs documents into rows, with processes of this machine (0: one a core) or by a launcher."""
     plan.directory.mkdir(parents=True, exist_ok=True)
-    if (plan.directory / MANIFEST).exists():
+    if (plan.directory / rows.MANIFEST).exists():
         logging.warning("%s: something is damaged, and is made again.", plan.directory)
     if launcher is None:
-        try:
-            return finish_rows(plan, make_blocks(plan, processes or os.cpu_count() or 1))
-        except concurrent.futures.process.BrokenProcessPool as error:
-            raise UserError(
-                "A process that prepares rows was killed, perhaps for want of memory. Run the same command to go on; "
-                "with a smaller prepare_processes it needs less."
-            ) from error
+        return rows.finish_rows(plan, make_blocks(plan, processes or os.cpu_count() or 1))
     optional_import("datatrove", "prep", f"--executor={launcher.executor}")
     from transformer_lm.data import datatrove_steps as steps
 
-    documents = plan.corpus.documents
-    documents.count()  # once here, not in every task
-    logs = plan.directory / f"logs-{launcher.tasks}"
-    prefix = steps.rows_prefix(launcher.tasks)
-    named = [path.stem for path in children(plan.directory) if path.match(f"{prefix}*.json")]
-    if not all(read_block(plan.directory, name) for name in named) and logs.exists():
-        logs.rmtree()  # a task that is marked as done is done again; its whole blocks are left as they are
-    launcher.run("pack", [steps.ReadDocuments(documents), steps.PackRows(plan)], logs)
-    return finish_rows(plan, sorted(path.stem for path in children(plan.directory) if path.match(f"{prefix}*.json")))
+    return rows.finish_rows(plan, steps.make_blocks(plan, launcher))

@@ -35,6 +35,17 @@ RECORDS = ".arrayrecord"
 # Of rows whose checksums are compared at each start, in some seconds; of larger corpora only the lengths are.
 MAX_CHECKED_BYTES = 4 << 30
 MAX_DECODED_TEXTS = 100  # of a block, to see what does not come back
+# What is said of rows where the field of the manifest is not 0.
+REPORTED = {
+    "documents": "%(documents)d documents, %(texts)d texts, %(characters)d characters, %(tokens)d tokens "
+    "(%(characters_per_token).2f characters each), %(rows)d rows of %(row_length)d, %(padding_percent).2f %% padding",
+    "empty_documents": "left out %(empty_documents)d documents without text",
+    "nul_characters": "left out %(nul_characters)d NUL characters",
+    "lone_surrogates": "replaced %(lone_surrogates)d halves of surrogate pairs by U+FFFD",
+    "unknown_tokens": "%(unknown_tokens)d tokens are unknown pieces, which lose what they stand for",
+    "lost_characters": "%(lost_percent).2g %% of the characters do not come back from tokens: bits a character leave "
+    "them out",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +72,7 @@ class Corpus:
             "dataset_name": documents.name,
             "split": documents.split,
             "source_fingerprint": documents.source.fingerprint,
-            "preprocessor": preprocessing.preprocessor,
-            "unicode_normalization": preprocessing.unicode_normalization,
+            **dataclasses.asdict(preprocessing),
             "preprocessing_fingerprint": preprocessing.fingerprint,
         }
         return cls(documents, preprocessing, identity, weight)
@@ -72,13 +82,26 @@ class Corpus:
         """Dataset and split, for messages."""
         return f"{self.identity['dataset_name']} {self.identity['split']}"
 
-    def texts(self) -> Iterator[str]:
-        """All texts, in order."""
-        return dataset_preprocessor.texts_of(self.documents, self.preprocessing)
+
+class PreparedRows:
+    """Rows to train or evaluate on: a `PreparedCorpus`, or a `PreparedMixture` of several with their weights."""
+
+    parts: tuple["PreparedCorpus", ...]
+    weights: tuple[float, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the rows: uint16 or uint32."""
+        return np.dtype(self.parts[0].manifest["dtype"])
+
+    @property
+    def row_length(self) -> int:
+        """T."""
+        return self.parts[0].manifest["row_length"]
 
 
 @dataclasses.dataclass(frozen=True)
-class PreparedCorpus:
+class PreparedCorpus(PreparedRows):
     """Packed rows on disk.
 
     Attributes:
@@ -90,33 +113,21 @@ class PreparedCorpus:
     manifest: dict
 
     @classmethod
-    def load(cls, directory: epath.Path) -> "PreparedCorpus":
-        """Reads the manifest of a folder."""
-        return cls(directory, json.loads((directory / MANIFEST).read_text(encoding="utf-8")))
-
-    def damaged_blocks(self) -> list[str]:
-        """Names of the blocks whose files are missing, of another length, or (see MAX_CHECKED_BYTES) content."""
-        checking = sum(size for size, _ in self.manifest["checksums"].values()) <= MAX_CHECKED_BYTES
-        return [
-            name.removesuffix(RECORDS)
-            for name, (size, checksum) in self.manifest["checksums"].items()
-            if not _is_whole(self.directory / name, size, checksum if checking else None)
-        ]
+    def find(cls, directory: epath.Path) -> "PreparedCorpus | None":
+        """The rows in a folder; None unless every file has its length and (see MAX_CHECKED_BYTES) its checksum."""
+        try:
+            manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+            files = manifest["checksums"]
+            comparing = sum(size for size, _ in files.values()) <= MAX_CHECKED_BYTES
+            whole = all(_is_whole(directory / name, *facts, comparing) for name, facts in files.items())
+        except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):  # a manifest that is cut or empty
+            return None
+        return cls(directory, manifest) if whole else None
 
     @property
     def paths(self) -> list[str]:
         """The ArrayRecord files, in order."""
         return [str(self.directory / name) for name in self.manifest["files"]]
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Of the rows: uint16 or uint32."""
-        return np.dtype(self.manifest["dtype"])
-
-    @property
-    def row_length(self) -> int:
-        """T."""
-        return self.manifest["row_length"]
 
     @property
     def parts(self) -> tuple["PreparedCorpus", ...]:
@@ -130,7 +141,7 @@ class PreparedCorpus:
 
 
 @dataclasses.dataclass(frozen=True)
-class PreparedMixture:
+class PreparedMixture(PreparedRows):
     """Several prepared corpora, each with its share of the rows.
 
     Attributes:
@@ -140,16 +151,6 @@ class PreparedMixture:
 
     parts: tuple[PreparedCorpus, ...]
     weights: tuple[float, ...]
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Of the rows."""
-        return self.parts[0].dtype
-
-    @property
-    def row_length(self) -> int:
-        """T."""
-        return self.parts[0].row_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,10 +187,8 @@ class RowsPlan:
     @property
     def write_block(self) -> Callable[[str, list[str]], dict]:
         """`write_block` with all but the block's name and documents filled in; can be sent to other processes."""
-        preprocessing = self.corpus.preprocessing
-        return functools.partial(
-            write_block, str(self.directory), self.tokenizer.source, self.row_length, preprocessing
-        )
+        arguments = (str(self.directory), self.tokenizer.source, self.row_length, self.corpus.preprocessing)
+        return functools.partial(write_block, *arguments)
 
 
 def digest(identity: dict) -> str:
@@ -208,62 +207,48 @@ def finish_rows(plan: RowsPlan, names: list[str]) -> PreparedCorpus:
     that were tried), rows, and padding (slots without a token).
     """
     directory = plan.directory
-    blocks = [_read_counts(directory, name) for name in names]
-    counts = sum((Counter(block["counts"]) for block in blocks), Counter())
-    if not counts.get("texts"):
+    blocks = {name: _read_json(directory, name) for name in names}
+    counts = Counter()
+    for block in blocks.values():
+        counts.update(block["counts"])
+    if not counts["texts"]:
         directory.rmtree()
-        raise UserError(
-            f"Dataset {plan.corpus.documents.name!r}, split {plan.corpus.documents.split!r}, holds no text."
-        )
-    files = [name + RECORDS for name, block in zip(names, blocks, strict=True) if block["counts"]["rows"]]
+        raise UserError(f"Dataset {plan.corpus.title} holds no text.")
     for path in children(directory):  # of preparations that were killed, or done with other numbers of tasks
-        if path.name not in files and path.stem not in names:
+        if path.stem not in blocks:
             path.rmtree() if path.is_dir() else path.unlink()
+    checksums = {name + RECORDS: block["file"] for name, block in blocks.items() if block["counts"]["rows"]}
     manifest = plan.identity | {
         "dtype": packing.row_dtype(plan.tokenizer.vocab_size).name,
         "transformer_lm_version": __version__,
-        **{name: counts[name] for name in blocks[0]["counts"]},
+        **counts,
         "characters_per_token": round(counts["characters"] / counts["tokens"], 4),
-        "files": files,
-        "checksums": {
-            name + RECORDS: block["file"] for name, block in zip(names, blocks, strict=True) if block["counts"]["rows"]
-        },
+        "files": list(checksums),
+        "checksums": checksums,
     }
     content = json.dumps(manifest, ensure_ascii=False, indent=1)
     write_atomically(directory / MANIFEST, content.encode(errors="backslashreplace"))
-    _report(plan, manifest)
+    _report(plan.corpus.title, manifest)
     return PreparedCorpus(directory, manifest)
 
 
-def _report(plan: RowsPlan, manifest: dict):
+def _report(title: str, manifest: dict):
     """Logs what there is, and what is not as it was in the source."""
-    title = plan.corpus.title
-    logging.info(
-        "%s: %d documents, %d texts, %d characters, %d tokens (%.2f characters each), %d rows of %d, %.2f %% padding.",
-        title, manifest["documents"], manifest["texts"], manifest["characters"], manifest["tokens"],
-        manifest["characters_per_token"], manifest["rows"], plan.row_length,
-        100 * manifest["padding"] / (manifest["rows"] * plan.row_length),
-    )  # fmt: skip
-    for name, what in (
-        ("empty_documents", "left out %d documents without text"),
-        ("nul_characters", "left out %d NUL characters"),
-        ("lone_surrogates", "replaced %d halves of surrogate pairs by U+FFFD"),
-        ("unknown_tokens", "%d tokens are unknown pieces, which lose what they stand for"),
-    ):
+    facts = manifest | {
+        "title": title,
+        "padding_percent": 100 * manifest["padding"] / (manifest["rows"] * manifest["row_length"]),
+        "lost_percent": 100 * manifest["lost_characters"] / manifest["decoded_characters"],
+    }
+    for name, what in REPORTED.items():
         if manifest[name]:
-            logging.info(f"%s: {what}.", title, manifest[name])
-    if manifest["lost_characters"]:
-        share = 100 * manifest["lost_characters"] / manifest["decoded_characters"]
-        logging.info("%s: %.2g %% of the characters do not come back from tokens: bits a character leave them out.",
-                     title, share)  # fmt: skip
+            logging.info(f"%(title)s: {what}.", facts)
 
 
 def read_block(directory: epath.Path, name: str) -> dict | None:
     """What a block's JSON says of it: `counts` and `file` (length and checksum); None where it is not whole."""
     try:
-        block = _read_counts(directory, name)
-        size, checksum = block["file"]
-        whole = not block["counts"]["rows"] or _is_whole(directory / (name + RECORDS), size, checksum)
+        block = _read_json(directory, name)
+        whole = not block["counts"]["rows"] or _is_whole(directory / (name + RECORDS), *block["file"])
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError):
@@ -274,15 +259,15 @@ def read_block(directory: epath.Path, name: str) -> dict | None:
     return None
 
 
-def _read_counts(directory: epath.Path, name: str) -> dict:
+def _read_json(directory: epath.Path, name: str) -> dict:
     return json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def _is_whole(path: epath.Path, size: int, checksum: int | None) -> bool:
-    """Whether a file has a length and, unless None, a checksum, which object stores see to themselves."""
+def _is_whole(path: epath.Path, size: int, checksum: int, comparing: bool = True) -> bool:
+    """Whether a file has a length and, when `comparing`, a checksum, which object stores see to themselves."""
     if not path.exists() or path.stat().length != size:
         return False
-    return checksum is None or is_remote(path) or _checksum(path) == checksum
+    return not comparing or is_remote(path) or _checksum(path) == checksum
 
 
 def _checksum(path: epath.Path) -> int:
@@ -362,9 +347,8 @@ def _with_sizes(ids: np.ndarray, text: str, piece_sizes: np.ndarray) -> np.ndarr
 
 def _write_records(path: epath.Path, records: list[bytes]) -> tuple[int, int]:
     """Writes an ArrayRecord file; returns its length and checksum."""
-    found = []
 
-    def write(temporary: str):
+    def write(temporary: str) -> tuple[int, int]:
         try:
             writer = ArrayRecordWriter(temporary, "group_size:1,uncompressed")
             for record in records:
@@ -372,12 +356,9 @@ def _write_records(path: epath.Path, records: list[bytes]) -> tuple[int, int]:
             writer.close()
         except RuntimeError as error:  # a full disk, say
             raise OSError(f"{path} cannot be written: {error}") from error
-        found.extend((os.path.getsize(temporary), _checksum(epath.Path(temporary))))
+        return os.path.getsize(temporary), _checksum(epath.Path(temporary))
 
-    write_file_atomically(path, write)
-    return found[0], found[1]
+    return write_file_atomically(path, write)
 
 
-@functools.cache
-def _load_tokenizer(path: str) -> Tokenizer:
-    return Tokenizer.load(path)
+_load_tokenizer = functools.cache(Tokenizer.load)

@@ -26,9 +26,7 @@ TIED_TO_CORPUS = dict.fromkeys(("vocab_size", "seed_sentencepiece_size", "minlog
 TRIAL_TEXT = "昔々 ある ところに、 おじいさんと おばあさんが おりました。 A fox jumps over the lazy dog 0123456789."
 
 
-def train(
-    mixture: Iterable[tuple[Iterable[str], float]], *, vocab_size: int, max_corpus_chars: int, options: str
-) -> bytes:
+def train(mixture: list[tuple[Iterable[str], float]], vocab_size: int, max_corpus_chars: int, options: str) -> bytes:
     """Trains a unigram SentencePiece model on at most `max_corpus_chars` characters spread over a corpus.
 
     Args:
@@ -46,17 +44,14 @@ def train(
     """
     given = _parse_options(options)
     with console.progress("Reading texts for the tokenizer") as report:
-        sample = [
-            text for texts, weight in mixture for text in sample_texts(texts, int(max_corpus_chars * weight), report)
-        ]
+        shares = [(texts, int(max_corpus_chars * weight)) for texts, weight in mixture]
+        sample = [run for texts, max_chars in shares for run in sample_texts(texts, max_chars, report)]
     chars = sum(map(len, sample))
     quiet = int(chars < LOUD_CHARS)
     arguments = {"vocab_size": vocab_size, "model_type": "unigram", "minloglevel": quiet} | given
     logging.info("Training a tokenizer of %s pieces on %d characters.", arguments["vocab_size"], chars)
     lines = (line for text in sample for line in text.split("\n") if line)
-    model = _with_round_scores(_train(lines, arguments))
-    Tokenizer(model, f"The tokenizer that spm_train_options={options!r} makes")  # refuses other ids than are needed
-    return model
+    return _with_round_scores(_train(lines, arguments, options))
 
 
 def check_options(options: str):
@@ -67,16 +62,16 @@ def check_options(options: str):
             raise UserError(f"spm_train_options: --{name}={given[name]} is not possible.")
     trial = {"vocab_size": 10_000, "hard_vocab_limit": "false", "minloglevel": 2, "num_threads": 1}
     given = {name: value for name, value in given.items() if name not in TIED_TO_CORPUS}
-    model = _train(TRIAL_TEXT.split() * 5, given | trial)
-    Tokenizer(model, f"The tokenizer that spm_train_options={options!r} makes")
+    _train(TRIAL_TEXT.split() * 5, given | trial, options)
 
 
-def _train(lines: Iterable[str], arguments: dict) -> bytes:
+def _train(lines: Iterable[str], arguments: dict, options: str) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **arguments)
     except Exception as error:  # RuntimeError, OSError and more, by the option
         raise UserError(_explain(str(error), arguments)) from error
+    Tokenizer(model.getvalue(), f"The tokenizer that spm_train_options={options!r} makes")  # refuses other ids
     return model.getvalue()
 
 
@@ -101,8 +96,7 @@ def sample_texts(texts: Iterable[str], max_chars: int, report: Callable[[int], N
     `report` is told from time to time how many characters have been read.
     """
     heap: list[tuple[bytes, int, str]] = []  # (rank, number, run), the lowest rank on top
-    total = 0
-    read = 0
+    total = read = 0
     runs = (run for text in texts for run in split_text(text, SAMPLE_CHARS) if run.strip("\n"))
     for number, run in enumerate(runs):
         read += len(run)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from transformer_lm import console
 from transformer_lm.data.rows import RowsPlan, blocks_of, read_block
+from transformer_lm.errors import UserError
 
 WATCH_SECONDS = 0.5
 
@@ -54,15 +55,18 @@ def make_blocks(plan: RowsPlan, processes: int) -> list[str]:
 @contextlib.contextmanager
 def _pool(processes: int) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
     """Worker processes; spawned, since JAX's threads do not survive a fork. After an error none is waited for."""
-    pool = concurrent.futures.ProcessPoolExecutor(
-        processes, mp_context=multiprocessing.get_context("spawn"), initializer=_begin
-    )
+    spawn = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(processes, spawn, _begin)
     try:
         yield pool
-    except BaseException:
+        pool.shutdown()
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise UserError(
+            "A process that prepares rows was killed, perhaps for want of memory. Run the same command to go on; "
+            "with a smaller prepare_processes it needs less."
+        ) from error
+    finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown()
 
 
 def _begin():
@@ -76,19 +80,13 @@ def end_with(process: int):
     is_child = os.getppid() == process
 
     def watch():
-        while os.getppid() == process if is_child else _exists(process):
-            time.sleep(WATCH_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            while not is_child or os.getppid() == process:
+                os.kill(process, 0)  # does nothing but raise when there is no such process
+                time.sleep(WATCH_SECONDS)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _exists(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from transformer_lm.errors import UserError
 from transformer_lm.generation import language_model, sampler
@@ -39,30 +40,17 @@ class HarnessModel(TemplateLM):
     START_ID, and what is longer than `max_length` loses its beginning, as with lm_eval's model `hf`.
     """
 
+    eot_token_id = EOS_ID  # closes a text
+    prefix_token_id = START_ID  # opens a text
+
     def __init__(
-        self,
-        model: LanguageModel | None = None,
-        *,
-        address: str | None = None,
-        dtype: str = "float32",
-        max_length: int | None = None,
-        **_,
+        self, model: LanguageModel | None = None, *, address: str = "", dtype: str = "float32", max_length: int = 0, **_
     ):
         """Takes a model, or loads the one at an address; **_ is what lm_eval hands to every model, like batch_size."""
         super().__init__()
         self.model = model or language_model.load(address, dtype=dtype)
         network = self.model.network
-        self.max_length = max_length or tensor_tables.table_of(network).sizes(network).positions
-
-    @property
-    def eot_token_id(self) -> int:
-        """Closes a text."""
-        return EOS_ID
-
-    @property
-    def prefix_token_id(self) -> int:
-        """Opens a text."""
-        return START_ID
+        self.max_length = max_length or tensor_tables.Sizes(network).positions
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         """Token ids, with START_ID in front unless told otherwise."""
@@ -84,20 +72,15 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log probabilities of whole texts; of one longer than max_length in windows, each token in one of them."""
-        windows = [
-            [
-                (None, *lm_eval.utils.make_disjoint_window(window))
-                for window in lm_eval.utils.get_rolling_token_windows(
-                    token_list=self.tok_encode(request.args[0], add_special_tokens=False),
-                    prefix_token=self.prefix_token_id,
-                    max_seq_len=self.max_length,
-                    context_len=1,
-                )
-            ]
-            for request in requests
-        ]
-        answers = iter(self._loglikelihood_tokens((window for text in windows for window in text), disable_tqdm))
-        sums = [sum(next(answers)[0] for _ in text) for text in windows]
+        windows, owners = [], []
+        for number, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(number)
+        sums = [0.0] * len(requests)
+        for number, (log_prob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            sums[number] += log_prob
         for request, total in zip(requests, sums, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return sums
@@ -131,11 +114,10 @@ class HarnessModel(TemplateLM):
 
     def _prompt(self, text: str, settings: dict) -> list[int]:
         """Ids of a prompt without START_ID, shortened from the left to leave room for the answer."""
-        room = self.max_length - settings["max_gen_toks"]
+        new = settings["max_gen_toks"]
+        room = self.max_length - new
         if room < 2:
-            raise UserError(
-                f"max_gen_toks={settings['max_gen_toks']} leaves no room for a prompt: max_length={self.max_length}."
-            )
+            raise UserError(f"max_gen_toks={new} leaves no room for a prompt: max_length={self.max_length}.")
         return self.model.tokenizer.encode(text)[1 - room :]
 
     def _continue(self, prompts: dict[int, list[int]], rows: int, settings: dict) -> dict[int, str]:
@@ -146,14 +128,11 @@ class HarnessModel(TemplateLM):
         while tokens:
             so_far = [prompts[number] + written for number, written in tokens.items()]
             length = sampler.padded_length(max(map(len, so_far))) + new
+            so_far += so_far[:1] * (rows - len(so_far))  # always as many, so that few shapes are compiled
             written = sampler.generate(
-                self.model.network,
-                self.model.params,
-                so_far + so_far[:1] * (rows - len(so_far)),  # always as many, so that few shapes are compiled
-                num_samples=1,
-                sampling=_sampling(settings, length),
-                seed=length,
-            )
+                self.model.network, self.model.params, so_far,
+                num_samples=1, sampling=_sampling(settings, length), seed=length,
+            )  # fmt: skip
             for number, [more] in zip(list(tokens), written, strict=False):
                 tokens[number] = (tokens[number] + more.tokens)[:limit]
                 text = self._fast_tokenizer.decode(tokens[number])
@@ -167,11 +146,10 @@ class HarnessModel(TemplateLM):
 
 def _sampling(settings: dict, length: int) -> sampler.SamplingConfig:
     """lm_eval's settings of a generation in our terms; greedy unless it says do_sample."""
-    if not settings.get("do_sample"):
-        return sampler.SamplingConfig(temperature=0.0, max_length=length)
-    return sampler.SamplingConfig(
-        settings.get("temperature", 1.0), settings.get("top_k", 0), settings.get("top_p", 1.0), length
-    )
+    chosen = {"temperature": 0.0}
+    if settings.get("do_sample"):
+        chosen = {name: settings[name] for name in ("temperature", "top_k", "top_p") if name in settings}
+    return sampler.SamplingConfig(**chosen, max_length=length)
 
 
 def run_tasks(

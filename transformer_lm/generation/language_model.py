@@ -89,10 +89,14 @@ class LanguageModel:
           UserError: a setting is impossible, or a prompt leaves no room for a new token.
         """
         sampling = sampler.SamplingConfig(temperature, top_k, top_p, max_length)
-        return generate_texts(
-            self.network, self.params, self.tokenizer, list_of_texts(prompts, "prompts"), sampling,
-            seed=seed, num_samples=num_samples,
-        )  # fmt: skip
+        return self.continue_texts(list_of_texts(prompts, "prompts"), sampling, seed=seed, num_samples=num_samples)
+
+    def continue_texts(
+        self, prompts: Iterable[str], sampling: sampler.SamplingConfig, *, seed: int, num_samples: int
+    ) -> list[dict]:
+        """As `generate`, with the settings in one piece."""
+        parts = (self.network, self.params, self.tokenizer)
+        return generate_texts(*parts, prompts, sampling, seed=seed, num_samples=num_samples)
 
     def score(self, texts: str | Iterable[str], *, with_eos: bool = False) -> list[Score]:
         """How likely each text is as a document's beginning, or with `with_eos` as a whole document.

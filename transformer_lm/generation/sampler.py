@@ -97,16 +97,11 @@ def generate(
     for row, prompt in zip(inputs, prompts, strict=True):
         row[width - len(prompt) :] = prompt
     limits = sampling.max_length - lengths + 1  # how many tokens each prompt may be continued by
-    steps = sampling.max_length
-    tokens = _generate(
-        dataclasses.replace(network, max_len=max(network.max_len, sampling.max_length)),
-        sampling, num_samples, steps, params, inputs, lengths, jax.random.key(seed),
-    )  # fmt: skip
+    network = dataclasses.replace(network, max_len=max(network.max_len, sampling.max_length))
+    tokens = _generate(network, sampling, num_samples, params, inputs, lengths, limits, jax.random.key(seed))
     # Waited for, since what memory was exhausted for would abort the process on its way to NumPy.
-    tokens = np.asarray(jax.block_until_ready(tokens))  # [prompts, num_samples, steps]
-    return [
-        [_cut(sample[:limit].tolist()) for sample in samples] for samples, limit in zip(tokens, limits, strict=True)
-    ]
+    tokens = np.asarray(jax.block_until_ready(tokens))  # [prompts, num_samples, max_length]
+    return [[_cut(text[:limit].tolist()) for text in texts] for texts, limit in zip(tokens, limits, strict=True)]
 
 
 def _cut(tokens: list[int]) -> Continuation:
@@ -115,43 +110,41 @@ def _cut(tokens: list[int]) -> Continuation:
     return Continuation(tokens, False)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _generate(network, sampling, num_samples, steps, params, inputs, lengths, key):
-    """[P, W] left-padded prompts -> [P, num_samples, steps] token ids; ids after EOS mean nothing."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(network, sampling, num_samples, params, inputs, lengths, limits, key):
+    """[P, W] left-padded prompts -> [P, num_samples, max_length] ids; those after EOS or a limit mean nothing."""
     transformer = models.bind(network, params)
     num_prompts, width = inputs.shape
     offset = width - lengths[:, None]  # [P, 1] padding before each prompt
     positions = jnp.arange(width) - offset  # [P, W]
-    cache = models.empty_cache(network, num_prompts, width + steps)
+    cache = models.empty_cache(network, num_prompts, width + sampling.max_length)
     logits, cache = transformer.extend(inputs, jnp.maximum(positions, 0), positions >= 0, cache)
 
     def repeat(x):
         return jnp.repeat(x, num_samples, axis=0) if x.ndim else x
 
     logits, cache = jax.tree.map(repeat, (logits, cache))  # [B, V], B = P * num_samples
-    lengths = repeat(lengths)
+    lengths, limits = repeat(lengths), repeat(limits)
     rows = jnp.arange(num_samples) + jnp.arange(num_prompts)[:, None] * 2**16
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows.reshape(-1))  # [B]
-    remaining = sampling.max_length - lengths + 1
 
     def unfinished(state):
-        step, _, _, _, done = state
-        return (step < steps) & ~jnp.all(done)
+        return ~jnp.all(state[-1])
 
     def write_token(state):
         step, logits, cache, tokens, done = state
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
         token = sample(logits, step_keys, sampling)  # [B]
         tokens = tokens.at[:, step].set(token)
-        done |= (token == EOS_ID) | (step + 1 >= remaining)
+        done |= (token == EOS_ID) | (step + 1 >= limits)
         valid = jnp.ones((len(token), 1), bool)
         logits, cache = transformer.extend(token[:, None], (lengths + step)[:, None], valid, cache)
         return step + 1, logits, cache, tokens, done
 
-    tokens = jnp.zeros((len(keys), steps), jnp.int32)
+    tokens = jnp.zeros((len(keys), sampling.max_length), jnp.int32)
     state = (0, logits, cache, tokens, jnp.zeros(len(keys), bool))
     tokens = jax.lax.while_loop(unfinished, write_token, state)[3]
-    return tokens.reshape(num_prompts, num_samples, steps)
+    return tokens.reshape(num_prompts, num_samples, -1)
 
 
 def sample(logits: jax.Array, keys: jax.Array, sampling: SamplingConfig) -> jax.Array:

@@ -27,12 +27,13 @@ from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
 from transformer_lm.files import local_copy, read_json, write_json
 from transformer_lm.huggingface import tensor_tables
-from transformer_lm.huggingface.tensor_tables import Sizes, Tensor, TensorTable
+from transformer_lm.huggingface.tensor_tables import Sizes, Tensor
 from transformer_lm.models import TransformerConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+PLAIN_NAME = r"[\w-][\w.-]*\.safetensors"  # of a file in the same folder
 MAX_SHARD_BYTES = 5_000_000_000
 OURS = "transformer_lm"  # the key of config.json, and the prefix in the metadata
 TOLERANCE = 1e-5  # of a tensor's greatest value: what is computed again, perhaps by another NumPy, differs less
@@ -58,23 +59,17 @@ def save(folder: Path, network: TransformerConfig, params: models.Params, step: 
     """
     numpy_format = optional_import("safetensors.numpy", "hf", "The export")
     hub = optional_import("huggingface_hub", "hf", "The export")
-    table = tensor_tables.table_of(network)
-    sizes = table.sizes(network)
+    sizes = Sizes(network)
     flat = traverse_util.flatten_dict(params, sep=".")
-    rows = {row.name.format(i=i): (row, i) for row, i in layered(table.tensors(network), sizes)}
+    rows = {name: (row, i) for name, row, i in layered(network)}
     split = hub.split_state_dict_into_shards_factory(
         {name: row.shape(sizes) for name, (row, _) in rows.items()},
         get_storage_size=lambda shape: 4 * int(np.prod(shape)),
         filename_pattern=WEIGHTS_FILE.replace(".safetensors", "{suffix}.safetensors"),
         max_shard_size=max_shard,
     )
-    settings = {
-        "architectures": [table.name],
-        **table.settings(network),
-        "dtype": "float32",
-        OURS: {"model": dataclasses.asdict(network), "step": step},
-    }
-    write_json(folder / CONFIG_FILE, settings)
+    source = {"model": dataclasses.asdict(network), "step": step}
+    write_json(folder / CONFIG_FILE, {**tensor_tables.settings(network), "dtype": "float32", OURS: source})
     for file, names in split.filename_to_tensors.items():
         tensors, metadata = {}, {"format": "pt"}  # which transformers 4 asks for
         for name in names:
@@ -89,11 +84,12 @@ def save(folder: Path, network: TransformerConfig, params: models.Params, step: 
         write_json(folder / INDEX_FILE, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
 
-def layered(rows: tuple[Tensor, ...], sizes: Sizes) -> Iterator[tuple[Tensor, int]]:
-    """Every row with every layer it has."""
-    for row in rows:
+def layered(network: TransformerConfig) -> Iterator[tuple[str, Tensor, int]]:
+    """Every tensor's name, with its row of the table and its layer."""
+    sizes = Sizes(network)
+    for row in tensor_tables.tensors(network):
         for i in range(row.count(sizes)):
-            yield row, i
+            yield row.name.format(i=i), row, i
 
 
 def parameters(flat: dict[str, np.ndarray], row: Tensor, layer: int) -> list[np.ndarray]:
@@ -112,61 +108,58 @@ def load(folder: epath.Path) -> tuple[TransformerConfig, models.Params, int]:
     Raises:
       UserError: it is another architecture, was changed since it was written, or is no model at all.
     """
-    table, network, step = _described(folder)
-    sizes = table.sizes(network)
+    network, step = _described(folder)
+    sizes = Sizes(network)
+    files = _open(folder)
+    _check_shapes(folder, network, files)
     flat: dict[str, np.ndarray] = {}
-    with contextlib.ExitStack() as stack:
-        tensors = _open(folder, stack)
-        for row, i in _checked(folder, table.tensors(network), sizes, tensors):
-            name = row.name.format(i=i)
-            theirs = tensors[name].get_tensor(name)
-            if row.restore is None:
-                ours = parameters(flat, row, i)
-            else:
-                ours = _restored(row, sizes, theirs, (tensors[name].metadata() or {}).get(f"{OURS}:{name}"))
-                _place(flat, row, i, sizes.layers, ours)
-            _check_unchanged(folder, name, theirs, row.export(sizes, *ours))
+    for name, row, i in layered(network):
+        theirs = files[name].get_tensor(name)
+        if row.restore is None:
+            ours = parameters(flat, row, i)
+        else:
+            ours = _restored(row, sizes, theirs, (files[name].metadata() or {}).get(f"{OURS}:{name}"))
+            _place(flat, row, i, sizes.layers, ours)
+        _check_unchanged(folder, name, theirs, row.export(sizes, *ours))
     return dataclasses.replace(network, dtype="float32"), traverse_util.unflatten_dict(flat, sep="."), step
 
 
 def describe(folder: epath.Path) -> TransformerConfig:
     """The network of a folder; reads config.json alone, and raises UserError as `load` does."""
-    return _described(folder)[1]
+    return _described(folder)[0]
 
 
-def _described(folder: epath.Path) -> tuple[TensorTable, TransformerConfig, int]:
-    """What config.json says: the architecture, our network, its steps."""
+def _described(folder: epath.Path) -> tuple[TransformerConfig, int]:
+    """What config.json says: our network, and its steps."""
     path = folder / CONFIG_FILE
     settings = read_json(path)
     names, ours = settings.get("architectures"), settings.get(OURS)
-    name = names[0] if isinstance(names, list) and len(names) == 1 else names
-    if not isinstance(name, str) or name not in tensor_tables.TABLES or not isinstance(ours, dict):
+    if names != [tensor_tables.ARCHITECTURE] or not isinstance(ours, dict):
+        name = names[0] if isinstance(names, list) and len(names) == 1 else names
         raise UserError(
             f"{folder} holds a model of the architecture {str(name)[:80]} that export_huggingface.py has not written; "
-            f"read are its exports ({', '.join(tensor_tables.TABLES)}), workdirs, and the original's "
-            "checkpoint_N."
+            f"read are its exports ({tensor_tables.ARCHITECTURE}), workdirs, and the original's checkpoint_N."
         )
-    table = tensor_tables.TABLES[name]
     network = TransformerConfig.from_json(ours.get("model"), str(path))
     step = ours.get("step")
     if type(step) is not int or step < 0:
         raise UserError(f"{path}: {OURS}.step={str(step)[:80]} is not a number of steps.")
-    for key, value in table.settings(network).items():
+    for key, value in tensor_tables.settings(network).items():
         if settings.get(key, value) != value and not key.endswith("pdrop"):
             raise UserError(
                 f"{path}: {key}={str(settings[key])[:80]}, but the network under {OURS!r} needs {value}: the model was "
                 "changed since it was exported."
             )
-    return table, network, step
+    return network, step
 
 
-def _open(folder: epath.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+def _open(folder: epath.Path) -> dict[str, Any]:
     """For each tensor's name the opened file that it lies in."""
     safetensors = optional_import("safetensors", "hf", f"The model in {folder}")
     files = [WEIGHTS_FILE]
     if not (folder / WEIGHTS_FILE).exists():
         places = read_json(folder / INDEX_FILE).get("weight_map")
-        if not isinstance(places, dict) or not all(map(_is_plain_name, places.values())):
+        if not isinstance(places, dict) or not all(re.fullmatch(PLAIN_NAME, str(name)) for name in places.values()):
             raise UserError(f"{folder / INDEX_FILE}: weight_map is not a map to .safetensors files beside it.")
         files = sorted(set(places.values()))
     found = {}
@@ -175,44 +168,29 @@ def _open(folder: epath.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
         if not path.exists():
             raise UserError(f"{path} is missing; copy or download the model again.")
         try:
-            opened = stack.enter_context(
-                safetensors.safe_open(os.fspath(local_copy(path)), framework="np", backend="pread")
-            )
+            opened = safetensors.safe_open(os.fspath(local_copy(path)), framework="np", backend="pread")
             found |= dict.fromkeys(opened.keys(), opened)
         except (safetensors.SafetensorError, ValueError) as error:
-            raise UserError(f"{path} is damaged or not a safetensors file ({_one_line(error)}).") from error
+            raise UserError(f"{path} is damaged or not a safetensors file ({error}).") from error
     return found
 
 
-def _is_plain_name(name: Any) -> bool:
-    """Whether a name from an index is that of a file in the same folder."""
-    return isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", name) is not None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
-def _checked(
-    folder: epath.Path, rows: tuple[Tensor, ...], sizes: Sizes, tensors: dict[str, Any]
-) -> list[tuple[Tensor, int]]:
-    """The rows of all layers, after every tensor was found in the shape that the network needs."""
-    expected = sum(row.count(sizes) for row in rows)
-    if expected != len(tensors):  # before a list is made that is as long as config.json pleases
-        raise UserError(f"{folder}: the network of {CONFIG_FILE} has {expected} tensors, the files {len(tensors)}.")
-    found = list(layered(rows, sizes))
-    for row, i in found:
-        name = row.name.format(i=i)
-        if name not in tensors:
+def _check_shapes(folder: epath.Path, network: TransformerConfig, files: dict[str, Any]):
+    """Raises UserError unless the files hold every tensor in the shape that the network needs, and no others."""
+    sizes = Sizes(network)
+    expected = sum(row.count(sizes) for row in tensor_tables.tensors(network))
+    if expected != len(files):  # before all are looked for, as many as config.json pleases
+        raise UserError(f"{folder}: the network of {CONFIG_FILE} has {expected} tensors, the files {len(files)}.")
+    for name, row, _ in layered(network):
+        if name not in files:
             raise UserError(f"{folder}: the tensor {name} is missing.")
-        header = tensors[name].get_slice(name)
+        header = files[name].get_slice(name)
         shape, dtype = tuple(header.get_shape()), header.get_dtype()
         if (shape, dtype) != (row.shape(sizes), "F32"):
             raise UserError(
                 f"{folder}: the tensor {name} is {dtype}{list(shape)}, and must be F32{list(row.shape(sizes))}; "
                 "export writes float32 alone."
             )
-    return found
 
 
 def _restored(row: Tensor, sizes: Sizes, theirs: np.ndarray, kept: str | None) -> tuple[np.ndarray, ...]:

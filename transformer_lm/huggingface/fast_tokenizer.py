@@ -12,6 +12,7 @@ The same ids for the same text; docs/huggingface.md counts where the two part. W
   in it, so they get names that no text holds. Tokens that are added later are found under the names they are given.
 """
 
+import itertools
 import random
 import re
 from pathlib import Path
@@ -52,12 +53,10 @@ def save(folder: Path, tokenizer: Tokenizer, max_length: int):
     fast = convert(tokenizer)
     check_same_ids(tokenizer, fast, [*HARD_STRINGS, *_texts_of_pieces(tokenizer)])
     (folder / "tokenizer.json").write_text(fast.to_str(pretty=True), encoding="utf-8")
+    special = SPECIAL_TOKENS | {"unk_token_id": UNK_ID}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{
-            name.replace("_id", ""): fast.id_to_token(number)
-            for name, number in (SPECIAL_TOKENS | {"unk_token_id": UNK_ID}).items()
-        },
+        **{name.removesuffix("_id"): fast.id_to_token(number) for name, number in special.items()},
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": max_length,
         "padding_side": "left",
@@ -140,12 +139,11 @@ def _obstacle(proto: Any) -> str:
 def _changed_overlap(tokenizers: ModuleType, proto: Any) -> str:
     """Why user-defined symbols cannot be protected from normalization, one after the other; nothing where they can."""
     symbols, plain = _symbols(proto), _normalizer(tokenizers, proto.normalizer_spec, [])
-    for one in symbols:
-        if plain.normalize_str(f"。{one}。") != f"。{one}。".replace(" ", SPACE):
-            for other in symbols:
-                ends = range(1, min(len(one), len(other)))
-                if any(one.endswith(other[:k]) or other.endswith(one[:k]) for k in ends):
-                    return f"normalizes its user-defined symbol {one!r}, which may overlap with {other!r} in a text"
+    changed = [text for text in symbols if plain.normalize_str(f"。{text}。") != f"。{text}。".replace(" ", SPACE)]
+    for one, other in itertools.product(changed, symbols):
+        ends = range(1, min(len(one), len(other)))
+        if any(one.endswith(other[:k]) or other.endswith(one[:k]) for k in ends):
+            return f"normalizes its user-defined symbol {one!r}, which may overlap with {other!r} in a text"
     return ""
 
 
@@ -163,13 +161,10 @@ def _model(tokenizers: ModuleType, proto: Any, names: list[str]) -> Any:
             list(zip(names, _scores(proto), strict=True)), unk_id=UNK_ID, byte_fallback=spec.byte_fallback
         )
     return tokenizers.models.BPE(
-        {name: number for number, name in enumerate(names)},
-        _merges(pieces),
-        unk_token=names[UNK_ID],
-        fuse_unk=True,
-        byte_fallback=spec.byte_fallback,
+        {name: number for number, name in enumerate(names)}, _merges(pieces),
+        unk_token=names[UNK_ID], fuse_unk=True, byte_fallback=spec.byte_fallback,
         ignore_merges=bool(_symbols(proto)),  # those are cut off as words, and no merges lead to them
-    )
+    )  # fmt: skip
 
 
 def _symbols(proto: Any) -> list[str]:

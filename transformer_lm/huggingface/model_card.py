@@ -16,50 +16,40 @@ def write(name: str, network: TransformerConfig, step: int, facts: dict[str, Any
     """The card of the model `name`; `facts`, as `read_facts` gives them, may be empty where none are known."""
     code = json.dumps(name, ensure_ascii=not name.isprintable())  # bytes that are not UTF-8 are escaped in Python, too
     title = " ".join(name.encode(errors="replace").decode().split())
-    parts = [_FRONT_MATTER, f"# {title}\n"]
     prompt = json.dumps(facts["prompt"] or PROMPT, ensure_ascii=False)
+    recipe = json.dumps(facts["recipe"], ensure_ascii=False, indent=1)
+    parts = [_FRONT_MATTER, f"# {title}\n"]
     for words in (_JAPANESE, _ENGLISH):
-        parts.append(
-            words["about"].format(
-                project=PROJECT, version=__version__, parameters=f"{models.count_params(network) / 1e6:,.1f}",
-                layers=network.num_layers, emb=network.emb_dim, vocab=f"{network.vocab_size:,}", step=f"{step:,}",
-            )
+        about = words["about"].format(
+            project=PROJECT, version=__version__, parameters=f"{models.count_params(network) / 1e6:,.1f}",
+            layers=network.num_layers, emb=network.emb_dim, vocab=f"{network.vocab_size:,}", step=f"{step:,}",
         )  # fmt: skip
-        if facts["scores"]:
-            parts.append(_section(words["scores"], _table(facts["scores"])))
-        if facts["data"]:
-            parts.append(_section(words["data"], _data_table(facts["data"])))
-        if facts["recipe"]:
-            recipe = json.dumps(facts["recipe"], ensure_ascii=False, indent=1)
-            parts.append(_section(words["recipe"], f"```json\n{recipe}\n```"))
-        parts.append(
-            _section(
-                words["use"],
-                _USE.format(name=code, title=title, where=words["where"], prompt=prompt),
-            )
-        )
+        sections = {
+            "scores": _score_table(facts["scores"]),
+            "data": _data_table(facts["data"]),
+            "recipe": f"```json\n{recipe}\n```",
+            "use": _USE.format(name=code, title=title, where=words["where"], prompt=prompt),
+        }
+        known = {name: content for name, content in sections.items() if name == "use" or facts[name]}
+        parts += [about, *(f"## {words[name]}\n\n{content}\n" for name, content in known.items())]
     return "\n".join(parts)
 
 
-def _section(title: str, content: str) -> str:
-    return f"## {title}\n\n{content}\n"
-
-
-def _table(values: dict[str, Any]) -> str:
-    rows = [
-        f"| {name} | {value:.4g} |" if name != "step" else f"| step | {value:,} |" for name, value in values.items()
-    ]
+def _score_table(scores: dict[str, Any]) -> str:
+    rows = [_row(name, f"{value:,}" if name == "step" else f"{value:.4g}") for name, value in scores.items()]
     return "\n".join(["| | |", "|:-|-:|", *rows])
 
 
 def _data_table(manifests: list[dict]) -> str:
-    rows = [
-        f"| {_public_name(manifest['dataset_name'])} | {manifest['split']} | "
-        + " | ".join(f"{manifest[name]:,}" for name in DATA_FIELDS)
-        + " |"
-        for manifest in manifests
-    ]
-    return "\n".join([f"| dataset | split | {' | '.join(DATA_FIELDS)} |", "|:-|:-|-:|-:|-:|-:|", *rows])
+    rows = [_row("dataset", "split", *DATA_FIELDS), "|:-|:-|-:|-:|-:|-:|"]
+    for manifest in manifests:
+        counts = [f"{manifest[name]:,}" for name in DATA_FIELDS]
+        rows.append(_row(_public_name(manifest["dataset_name"]), manifest["split"], *counts))
+    return "\n".join(rows)
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _public_name(dataset: str) -> str:

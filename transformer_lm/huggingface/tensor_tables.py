@@ -1,6 +1,6 @@
-"""Our networks as Hugging Face architectures: tables from their tensors to our parameters, and back.
+"""Our network as a Hugging Face architecture: a table from its tensors to our parameters, and back.
 
-The original's network is computed by a stock GPT-2 that is a little wider (the proof is in docs/huggingface.md). GPT-2
+The network is computed by a stock GPT-2 that is a little wider (the proof is in docs/huggingface.md). GPT-2
 has no bias on its logits: a dimension that is always 1 must carry it, and must not be seen by anything else. With D our
 width and W that of the GPT-2, there are W - D such "ghost" dimensions, and as many heads as a width of W makes:
 
@@ -13,7 +13,6 @@ width and W that of the GPT-2, there are W - D such "ghost" dimensions, and as m
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from transformer_lm import models
 from transformer_lm.models import TransformerConfig
 from transformer_lm.tokenizer import BOS_ID, EOS_ID, START_ID
 
+ARCHITECTURE = "GPT2LMHeadModel"  # the class in transformers
 POSITIONS = 2048  # least rows of a table of positions: they are computed, not learned, so that more only cost space
 
 # SentencePiece's own BOS, which no text holds, is left for padding: without an attention mask transformers takes every
@@ -28,8 +28,8 @@ POSITIONS = 2048  # least rows of a table of positions: they are computed, not l
 SPECIAL_TOKENS = {"bos_token_id": START_ID, "eos_token_id": EOS_ID, "pad_token_id": BOS_ID}
 
 
-class Sizes(NamedTuple):
-    """The sizes of a GPT-2 and of the network that it computes.
+class Sizes:
+    """The sizes of a network, and of the smallest GPT-2 that computes it.
 
     Attributes:
       vocab: V.
@@ -43,32 +43,13 @@ class Sizes(NamedTuple):
       positions: rows of the table of positions.
     """
 
-    vocab: int
-    emb: int
-    mlp: int
-    layers: int
-    heads: int
-    head: int
-    all_heads: int
-    width: int
-    positions: int
-
-
-def gpt2_sizes(network: TransformerConfig) -> Sizes:
-    """The smallest GPT-2 that computes a network."""
-    head = network.qkv_dim // network.num_heads
-    all_heads = max(network.num_heads, network.emb_dim // head + 1)
-    return Sizes(
-        vocab=network.vocab_size,
-        emb=network.emb_dim,
-        mlp=network.mlp_dim,
-        layers=network.num_layers,
-        heads=network.num_heads,
-        head=head,
-        all_heads=all_heads,
-        width=all_heads * head,
-        positions=max(network.max_len, POSITIONS),
-    )
+    def __init__(self, network: TransformerConfig):
+        self.vocab, self.emb, self.mlp = network.vocab_size, network.emb_dim, network.mlp_dim
+        self.layers, self.heads = network.num_layers, network.num_heads
+        self.head = network.qkv_dim // network.num_heads
+        self.all_heads = max(self.heads, self.emb // self.head + 1)
+        self.width = self.all_heads * self.head
+        self.positions = max(network.max_len, POSITIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,23 +75,6 @@ class Tensor:
     def count(self, sizes: Sizes) -> int:
         """How many tensors the row stands for: one, or one a layer."""
         return sizes.layers if "{i}" in self.name else 1
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorTable:
-    """An architecture that others know, and how our parameters lie in it.
-
-    Attributes:
-      name: the class in transformers.
-      sizes: network -> its sizes there.
-      settings: network -> what its config.json says.
-      tensors: network -> the table.
-    """
-
-    name: str
-    sizes: Callable[[TransformerConfig], Sizes]
-    settings: Callable[[TransformerConfig], dict]
-    tensors: Callable[[TransformerConfig], tuple[Tensor, ...]]
 
 
 def _pad(x: np.ndarray, *shape: int) -> np.ndarray:
@@ -169,7 +133,7 @@ def _norm(theirs: str, ours: str, constant: float = 0.0) -> tuple[Tensor, Tensor
     )  # fmt: skip
 
 
-_GPT2_BODY = (
+_BODY = (
     Tensor(
         "transformer.wte.weight", ("embed.embedding",), lambda s: (s.vocab, s.width),
         lambda s, x: _with_mean(x, s.width), lambda s, x: (x[:, : s.emb],),
@@ -212,24 +176,27 @@ _GPT2_BODY = (
     *_norm("transformer.ln_f", "norm", constant=1.0),
 )  # fmt: skip
 
-_GPT2_LOGITS = Tensor(
+_LOGITS = Tensor(
     "lm_head.weight", ("logits.kernel", "logits.bias"), lambda s: (s.vocab, s.width),
     _logits, lambda s, x: (x[:, : s.emb].T, x[:, s.emb]),
 )  # fmt: skip
 
-_GPT2_LOGITS_VIA_EMBEDDING = Tensor(
+_LOGITS_VIA_EMBEDDING = Tensor(
     "lm_head.weight", ("embed.embedding",), lambda s: (s.vocab, s.width),
     lambda s, x: _pad((x / np.sqrt(s.emb)).astype(np.float32), s.vocab, s.width),
 )  # fmt: skip
 
 
-def _gpt2_tensors(network: TransformerConfig) -> tuple[Tensor, ...]:
-    return (*_GPT2_BODY, _GPT2_LOGITS_VIA_EMBEDDING if network.logits_via_embedding else _GPT2_LOGITS)
+def tensors(network: TransformerConfig) -> tuple[Tensor, ...]:
+    """The table of a network."""
+    return (*_BODY, _LOGITS_VIA_EMBEDDING if network.logits_via_embedding else _LOGITS)
 
 
-def _gpt2_settings(network: TransformerConfig) -> dict:
-    s = gpt2_sizes(network)
+def settings(network: TransformerConfig) -> dict:
+    """What config.json says of a network."""
+    s = Sizes(network)
     return {
+        "architectures": [ARCHITECTURE],
         "model_type": "gpt2",
         "vocab_size": s.vocab,
         "n_positions": s.positions,
@@ -245,13 +212,3 @@ def _gpt2_settings(network: TransformerConfig) -> dict:
         "tie_word_embeddings": False,
         **SPECIAL_TOKENS,
     }
-
-
-GPT2 = TensorTable("GPT2LMHeadModel", gpt2_sizes, _gpt2_settings, _gpt2_tensors)
-
-TABLES = {table.name: table for table in (GPT2,)}
-
-
-def table_of(network: TransformerConfig) -> TensorTable:
-    """The table of the architecture that computes a network."""
-    return GPT2

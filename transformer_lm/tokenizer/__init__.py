@@ -54,10 +54,8 @@ class Tokenizer:
     def load_for(cls, path: os.PathLike | str, vocab_size: int) -> "Tokenizer":
         """Reads the tokenizer of a model with `vocab_size` ids; raises UserError if it has another number of pieces."""
         loaded = cls.load(path)
-        if loaded.vocab_size != vocab_size:
-            raise UserError(
-                f"{path} has {loaded.vocab_size} pieces, but the model {vocab_size}: they do not belong together."
-            )
+        if (pieces := loaded.vocab_size) != vocab_size:
+            raise UserError(f"{path} has {pieces} pieces, but the model {vocab_size}: they do not belong together.")
         return loaded
 
     @property
@@ -86,18 +84,16 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS and EOS."""
-        return self._encode(text)
+        return self._encode([text])[0]
 
-    def _encode(self, texts: str | list[str], **options) -> Any:
-        """What SentencePiece makes of a text or of several; the only way that text goes into it.
+    def _encode(self, texts: list[str], **options) -> list[Any]:
+        """What SentencePiece makes of each text; the only way that text goes into it.
 
         Half a surrogate pair, which a Python string may hold and UTF-8 cannot, becomes U+FFFD.
         """
-        whole = (
-            SURROGATE.sub("\ufffd", texts) if isinstance(texts, str) else [SURROGATE.sub("\ufffd", t) for t in texts]
-        )
+        whole = [SURROGATE.sub("\ufffd", text) for text in texts]
         try:
-            return self._processor.encode(whole, **options)
+            return self._processor.encode(whole, num_threads=1, **options)
         except (RuntimeError, ValueError, MemoryError) as error:
             raise UserError(f"{self.source} cannot encode a text: {' '.join(str(error).split())}") from error
 
@@ -108,15 +104,12 @@ class Tokenizer:
         whole, since pieces do not cross white space, unless a single line is that long and must be cut elsewhere.
         """
         if any(len(text) > ENCODE_CHARS for text in texts):
-            return [self._encodesplit_text(text) for text in texts]
-        return self._encode_batch(texts)
+            return [self._encode_long(text) for text in texts]
+        return self._encode(texts, add_eos=True, return_type="numpy")
 
-    def _encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        return self._encode(texts, add_eos=True, return_type="numpy", num_threads=1)
-
-    def _encodesplit_text(self, text: str) -> np.ndarray:
-        ids = self._encode_batch(list(split_text(text, ENCODE_CHARS)))
-        return np.concatenate([*(part[:-1] for part in ids[:-1]), *ids[-1:]])  # the last one's EOS closes the text
+    def _encode_long(self, text: str) -> np.ndarray:
+        parts = self._encode(list(split_text(text, ENCODE_CHARS)), return_type="numpy")
+        return np.concatenate([*parts, [EOS_ID]], dtype=np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; control ids such as EOS leave no trace. Raises UserError if one is no piece's."""
@@ -127,7 +120,7 @@ class Tokenizer:
 
     def pieces(self, text: str) -> list[str]:
         """The pieces that a text is cut into."""
-        return self._encode(text, out_type=str)
+        return self._encode([text], out_type=str)[0]
 
 
 def split_text(text: str, max_chars: int) -> Iterator[str]:

@@ -30,9 +30,7 @@ def inspect(path: epath.Path, text: str):
 def main():
     """The command."""
     parser = argparse.ArgumentParser(description="Shows how a tokenizer cuts a text.")
-    parser.add_argument(
-        "--workdir", default="logs/demo", help="a workdir, or a SentencePiece model (default: the demo's)"
-    )
+    parser.add_argument("--workdir", default="logs/demo", help="a workdir or SentencePiece model (default: the demo's)")
     parser.add_argument("--inspect", required=True, metavar="TEXT", help="the text whose pieces and ids are shown")
     parser.add_argument("--debug", action="store_true", help="show stack traces")
     arguments = parser.parse_args()

@@ -9,7 +9,6 @@ import jax
 
 from transformer_lm import models
 from transformer_lm.data import input_pipeline
-from transformer_lm.data.rows import PreparedCorpus, PreparedMixture
 from transformer_lm.training import batching
 from transformer_lm.training.loss import perplexity
 from transformer_lm.training.sharding import Layout
@@ -20,7 +19,7 @@ LN2 = math.log(2)
 def evaluate_rows(
     eval_step: Callable,
     params: models.Params,
-    rows: PreparedCorpus | PreparedMixture,
+    rows: PreparedRows,
     layout: Layout,
     *,
     batch_size: int,

@@ -67,12 +67,9 @@ class Documents:
         if self.name != other.name:
             return False
         for one, two in itertools.product(self.slices, other.slices):
-            bounds = [splits.resolve(part, self.source.size) for part in (one, two)]
-            first, end = (
-                max(start for start, _ in bounds),
-                min(math.inf if stop is None else stop for _, stop in bounds),
-            )
-            if one.name == two.name and first < end:
+            starts, stops = zip(*(splits.resolve(part, self.source.size) for part in (one, two)), strict=True)
+            end = min((stop for stop in stops if stop is not None), default=math.inf)
+            if one.name == two.name and max(starts) < end:
                 return True
         return False
 
@@ -84,9 +81,7 @@ class Documents:
                     self.source.size(part.name)
 
 
-def open_documents(
-    name: str, split: str, options: Options = Options(), opened: dict[str, Source] | None = None
-) -> Documents:
+def open_documents(name: str, split: str, options: Options = Options(), opened: dict | None = None) -> Documents:
     """Finds a dataset and checks its split, without reading any document yet.
 
     Args:

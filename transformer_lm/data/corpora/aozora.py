@@ -62,8 +62,7 @@ def _body(text: str) -> str:
 
 def unzip(data: bytes, path: str) -> bytes:
     """The .txt in a .zip as Aozora Bunko publishes it; data of another kind as they are. At most MAX_BYTES."""
-    size = len(data)
-    if data.startswith((b"PK\x03\x04", b"PK\x05\x06")) and size <= MAX_BYTES:
+    if data.startswith((b"PK\x03\x04", b"PK\x05\x06")) and len(data) <= MAX_BYTES:
         with (
             library_errors(lambda: f"{path} cannot be unpacked; unpack it and name its .txt"),
             zipfile.ZipFile(io.BytesIO(data)) as archive,
@@ -71,8 +70,7 @@ def unzip(data: bytes, path: str) -> bytes:
             infos = [info for info in archive.infolist() if info.filename.lower().endswith(".txt")]
             if len(infos) != 1:
                 raise UserError(f"{path} holds {len(infos)} .txt files and not one; unpack it and name them.")
-            size = infos[0].file_size
-            data = archive.read(infos[0]) if size <= MAX_BYTES else b""
-    if size > MAX_BYTES:
+            data = archive.open(infos[0]).read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
         raise UserError(f"{path} holds more than {MAX_BYTES >> 20} MB, as no work of Aozora Bunko does.")
     return data

@@ -95,9 +95,7 @@ class Source(abc.ABC):
         """Number of documents in a split."""
         return sum(self.shard_size(split, shard) for shard in range(self.num_shards(split)))
 
-    def read(
-        self, split: str, start: int = 0, stop: int | None = None, task: int = 0, num_tasks: int = 1
-    ) -> Iterator[str]:
+    def read(self, split: str, start: int, stop: int | None, task: int, num_tasks: int) -> Iterator[str]:
         """The documents numbered start <= n < stop of a split, to its end where stop is None.
 
         Of many tasks that share the work, each reads the shards whose number modulo `num_tasks` is its own.

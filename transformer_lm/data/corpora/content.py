@@ -8,7 +8,6 @@ import lzma
 import os
 import re
 import sys
-import tarfile
 from typing import BinaryIO
 
 from transformer_lm.errors import UserError
@@ -31,6 +30,7 @@ COMPRESSIONS = {
 }
 NOT_TEXT = {
     "a zip archive": rb"PK(\x03\x04|\x05\x06|\x07\x08)",
+    "a tar archive": rb"(?s).{257}ustar[ \0]",
     "a 7z archive": rb"7z\xbc\xaf'\x1c",
     "a rar archive": rb"Rar!\x1a\x07",
     "a Parquet file": rb"PAR1",
@@ -68,17 +68,7 @@ def check_text(head: bytes, path: str):
     """Raises UserError where a file begins as an archive or another binary file, whose bytes would become documents."""
     head = head[:HEAD_BYTES]
     kind = next((kind for kind, magic in NOT_TEXT.items() if re.match(magic, head)), None)
-    if kind is None and _is_tar(head):
-        kind = "a tar archive"
     if kind is None and head.count(0) > MAX_NULS * len(head):
         kind = "a binary file"
     if kind:
         raise UserError(f"{path} holds {kind}, where text is expected; unpack or convert it first.")
-
-
-def _is_tar(head: bytes) -> bool:
-    try:
-        tarfile.TarInfo.frombuf(head[: tarfile.BLOCKSIZE], "utf-8", "surrogateescape")  # compares a checksum
-    except tarfile.HeaderError:
-        return False
-    return True

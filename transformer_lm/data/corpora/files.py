@@ -9,7 +9,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import fsspec
 
@@ -79,9 +79,8 @@ def _lines(file: io.BufferedReader, path: str) -> Iterator[tuple[int, bytes]]:
 
 def _check_size(size: int, path: str) -> int:
     if size > MAX_DOCUMENT_BYTES:
-        raise UserError(
-            f"{path} holds a document of more than {MAX_DOCUMENT_BYTES >> 20} MB; cut it, in text: by blank lines."
-        )
+        most = f"{MAX_DOCUMENT_BYTES >> 20} MB"
+        raise UserError(f"{path} holds a document of more than {most}; cut it, in text: by blank lines.")
     return size
 
 
@@ -95,9 +94,7 @@ def parquet_column(file: io.BufferedReader, path: str, name: str) -> Iterator:
     parquet = optional_import("pyarrow.parquet", "hf", "Reading Parquet")
     with library_errors(lambda: f"{path} cannot be read as Parquet"):
         table = parquet.ParquetFile(file)
-        if name not in table.schema_arrow.names:
-            names = ", ".join(table.schema_arrow.names)
-            raise UserError(f"{path} has no column {name!r}; it has {names}: set text_field.")
+        check_field(name, table.schema_arrow.names, f"{path} has no column")
         for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[name]):
             yield from batch.column(0).to_pylist()
 
@@ -110,13 +107,7 @@ def read_aozora(file: io.BufferedReader, path: str, options: Options) -> Iterato
     yield aozora.plain_text(data, path)
 
 
-Reader = Callable[[io.BufferedReader, str, Options], Iterator[str]]
-READERS: dict[str, Reader] = {
-    "text": read_text,
-    "jsonl": read_jsonl,
-    "parquet": read_parquet,
-    "aozora": read_aozora,
-}
+READERS = {"text": read_text, "jsonl": read_jsonl, "parquet": read_parquet, "aozora": read_aozora}
 
 
 def read_file(kind: str, files: fsspec.AbstractFileSystem, path: str, options: Options) -> Iterator[str]:
@@ -158,11 +149,16 @@ class Files(Source):
     def fingerprint(self) -> str:
         """A hash of the files' names and sizes, and of their versions or times of change."""
         versions = ("mtime", "etag", "ETag", "md5Hash", "generation", "LastModified", "Last-Modified")
-        facts = [
-            (info["name"], info["size"], *(str(info[name]) for name in versions if name in info))
-            for info in self._infos
-        ]
+        facts = []
+        for info in self._infos:
+            facts.append([info["name"], info["size"], *(str(info[name]) for name in versions if name in info)])
         return hashlib.sha256(json.dumps([facts, self._options.text_field]).encode()).hexdigest()
+
+
+def check_field(name: str, names: Collection[str], complaint: str):
+    """Raises UserError, which begins with `complaint`, where a name is not among a source's."""
+    if name not in names:
+        raise UserError(f"{complaint} {name!r}; it has {', '.join(names)}: set text_field.")
 
 
 def check_text_value(text, where: str, field: str) -> str:

@@ -41,20 +41,11 @@ def list_files(pattern: str) -> tuple[fsspec.AbstractFileSystem, list[dict]]:
     except (ImportError, ValueError) as error:
         if protocol not in EXTRAS:
             raise UserError(f"{pattern}: {error}") from error
-        raise UserError(
-            f"Reading {pattern} needs another package: pip install 'transformer-lm-japanese[{EXTRAS[protocol]}]'."
-        ) from error
-    found = _itself(files, path) or files.glob(pattern, detail=True)
+        package = f"transformer-lm-japanese[{EXTRAS[protocol]}]"
+        raise UserError(f"Reading {pattern} needs another package: pip install '{package}'.") from error
+    # The full name of a file may look like a pattern.
+    found = {path: files.info(path)} if files.isfile(path) else files.glob(pattern, detail=True)
     return files, [found[path] for path in sorted(found) if found[path]["type"] != "directory"]
-
-
-def _itself(files: fsspec.AbstractFileSystem, path: str) -> dict[str, dict]:
-    """The file whose full name looks like a pattern; nothing where there is none."""
-    try:
-        info = files.info(path)
-    except Exception:  # not every pattern can be a name, and each file system says so in its own way
-        return {}
-    return {} if info["type"] == "directory" else {path: info}
 
 
 def _matching(pattern: str) -> Iterator[str]:

@@ -79,11 +79,6 @@ class Plot:
         """Characters of its tales, on average over all ways: the mean of a sum is the sum of the means."""
         return sum(len(literal) + sum(options) / len(options) for literal, options in self._lengths())
 
-    def length_bounds(self) -> tuple[int, int]:
-        """No tale of the plot has fewer characters than the first number, or more than the second."""
-        lengths = list(self._lengths())
-        return tuple(sum(len(literal) + pick(options) for literal, options in lengths) for pick in (min, max))
-
     def _lengths(self) -> Iterator[tuple[str, list[int]]]:
         """Each literal with the lengths that the words after it may have."""
         for literal, name, index in self.parts:
@@ -116,11 +111,6 @@ def _permute(index: int, size: int, seed: int) -> int:
         index = left * side + right
         if index < size:
             return index
-
-
-def count_tales() -> int:
-    """How many different tales there are."""
-    return sum(plot.ways for plot in PLOTS)
 
 
 def bits_per_tale() -> float:

@@ -15,8 +15,8 @@ from typing import BinaryIO
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 
-from transformer_lm.data.corpora.base import Options, Source, library_errors
-from transformer_lm.data.corpora.files import check_text_value, parquet_column
+from transformer_lm.data.corpora.base import Options, Source
+from transformer_lm.data.corpora.files import check_field, check_text_value, parquet_column
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
 from transformer_lm.files import cache_folder, is_remote, local_copy
@@ -30,9 +30,7 @@ class Tfds(Source):
     def __init__(self, name: str, options: Options = Options(), data_dir: str | None = None):
         """`data_dir` takes the place of TFDS_DATA_DIR."""
         super().__init__()
-        tfds = optional_import(
-            "tensorflow_datasets", "tfds", f"dataset_name={name!r} is one of TensorFlow Datasets: it"
-        )
+        tfds = optional_import("tensorflow_datasets", "tfds", f"dataset_name={name!r}, of TensorFlow Datasets,")
         self._options = options
         data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
         self._arguments = (name, options, data_dir)
@@ -46,16 +44,10 @@ class Tfds(Source):
                 "pip install 'transformer-lm-japanese[tfds-prepare]', then "
                 f"TFDS_DATA_DIR={data_dir} tfds build {name} --file_format=array_record"
             ) from error
-        self._info = builder.info
+        self._builder, self._info = builder, builder.info
         self.splits = tuple(self._info.splits)
-        if options.text_field not in self._info.features:
-            raise UserError(
-                f"Dataset {name!r} has no feature {options.text_field!r}; it has {', '.join(self._info.features)}: "
-                "set text_field."
-            )
+        check_field(options.text_field, self._info.features, f"Dataset {name!r} has no feature")
         self._paths = {split: list(info.filepaths) for split, info in self._info.splits.items()}
-        metadata = [(builder.data_path / file).read_bytes() for file in ("dataset_info.json", "features.json")]
-        self._fingerprint = hashlib.sha256(b"".join(metadata) + options.text_field.encode()).hexdigest()
 
     def __reduce__(self):  # opened again in another process
         return type(self), self._arguments
@@ -63,7 +55,9 @@ class Tfds(Source):
     @property
     def fingerprint(self) -> str:
         """A hash of TFDS's own description, which counts examples and bytes."""
-        return self._fingerprint
+        files = [self._builder.data_path / name for name in ("dataset_info.json", "features.json")]
+        content = b"".join(file.read_bytes() for file in files)
+        return hashlib.sha256(content + self._options.text_field.encode()).hexdigest()
 
     def num_shards(self, split: str) -> int:
         """See Source."""
@@ -79,16 +73,15 @@ class Tfds(Source):
 
     def read_shard(self, split: str, shard: int, start: int = 0) -> Iterator[str]:
         """See Source."""
-        path, kind, count = self._paths[split][shard], self._info.file_format.value, start
-        for text in self._read_file(path, kind, start):
+        path, count, size = self._paths[split][shard], start, self.known_size(split, shard)
+        for text in self._read_file(path, start):
             count += 1
             yield text
-        if count != self.known_size(split, shard):
-            raise UserError(
-                f"{path} holds {count} examples, but TFDS wrote {self.known_size(split, shard)}: the file is damaged."
-            )
+        if count != size:
+            raise UserError(f"{path} holds {count} examples, but TFDS wrote {size}: the file is damaged.")
 
-    def _read_file(self, path: epath.Path, kind: str, start: int) -> Iterator[str]:
+    def _read_file(self, path: epath.Path, start: int) -> Iterator[str]:
+        kind = self._info.file_format.value
         if kind not in RECORD_READERS:
             raise UserError(
                 f"{path}: files of the format {kind} cannot be read; convert them: tfds convert_format "
@@ -112,16 +105,13 @@ def _utf8_name(folder: str) -> str:
 
 
 def _array_records(path: epath.Path, start: int) -> Iterator[bytes]:
-    with (
-        library_errors(lambda: f"{path} cannot be read, or is damaged"),
-        ArrayRecordDataSource([str(local_copy(path))]) as records,
-    ):
+    with ArrayRecordDataSource([str(local_copy(path))]) as records:
         for first in range(start, len(records), READ_RECORDS):
             yield from records.__getitems__(range(first, min(first + READ_RECORDS, len(records))))
 
 
 def _tf_records(path: epath.Path, start: int) -> Iterator[bytes]:
-    with library_errors(lambda: f"{path} cannot be read, or is damaged"), path.open("rb") as file:
+    with path.open("rb") as file:
         yield from itertools.islice(read_tf_records(file), start, None)
 
 

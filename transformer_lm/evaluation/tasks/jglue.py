@@ -21,12 +21,8 @@ from transformer_lm.errors import UserError
 
 def jcommonsenseqa(data_dir: str | None = None, **_) -> dict[str, datasets.Dataset]:
     """Fields question, choices (five), label (which of them)."""
-    return _validation(
-        {
-            "question": line["question"],
-            "choices": [line[f"choice{i}"] for i in range(5)],
-            "label": line["label"],
-        }
+    return _dataset(
+        {"question": line["question"], "choices": [line[f"choice{i}"] for i in range(5)], "label": line["label"]}
         for line in _lines("jcommonsenseqa", data_dir)
     )
 
@@ -34,12 +30,8 @@ def jcommonsenseqa(data_dir: str | None = None, **_) -> dict[str, datasets.Datas
 def jnli(data_dir: str | None = None, **_) -> dict[str, datasets.Dataset]:
     """Fields sentence1, sentence2, label (entailment 0, contradiction 1, neutral 2)."""
     labels = ("entailment", "contradiction", "neutral")
-    return _validation(
-        {
-            "sentence1": line["sentence1"],
-            "sentence2": line["sentence2"],
-            "label": labels.index(line["label"]),
-        }
+    return _dataset(
+        {"sentence1": line["sentence1"], "sentence2": line["sentence2"], "label": labels.index(line["label"])}
         for line in _lines("jnli", data_dir)
     )
 
@@ -47,7 +39,7 @@ def jnli(data_dir: str | None = None, **_) -> dict[str, datasets.Dataset]:
 def marc_ja(data_dir: str | None = None, **_) -> dict[str, datasets.Dataset]:
     """Fields text, label (positive 0, negative 1). The data are not published any more; who has them can use them."""
     labels = ("positive", "negative")
-    return _validation(
+    return _dataset(
         {"text": line["text"], "label": labels.index(line["label"])} for line in _lines("marc_ja", data_dir)
     )
 
@@ -57,7 +49,7 @@ def jsquad(data_dir: str | None = None, **_) -> dict[str, datasets.Dataset]:
     path = _find("jsquad", data_dir)
     with _open(path) as file:
         articles = json.load(file)["data"]
-    return _validation(
+    return _dataset(
         {
             "id": qa["id"],
             "context": paragraph["context"].split("[SEP]")[-1].strip(),
@@ -91,7 +83,7 @@ def _f1(answer: str, gold: str) -> float:
     return 2 * common / (len(answer) + len(gold))
 
 
-def _validation(documents: Iterator[dict]) -> dict[str, datasets.Dataset]:
+def _dataset(documents: Iterator[dict]) -> dict[str, datasets.Dataset]:
     return {"validation": datasets.Dataset.from_list(list(documents))}
 
 
