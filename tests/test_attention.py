@@ -114,5 +114,5 @@ def test_choice(monkeypatch, backend, dtype, rate, chosen):
 
 def test_a_fused_kernel_has_no_dropout():
     keys = jax.random.split(jax.random.key(0), 1)
-    with pytest.raises(UserError, match="attention='cudnn' has no dropout; set attention_dropout_rate=0.0"):
+    with pytest.raises(UserError, match="attention='cudnn' has no dropout; set attention_dropout_rate"):
         attention.attend_in_rows(*inputs(8), kind="cudnn", dropout_rate=0.1, dropout_keys=keys)

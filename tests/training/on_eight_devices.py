@@ -20,13 +20,8 @@ CASES = {
     "data": (8, 1, 1, 1, {}),
     "fsdp": (8, 8, 1, 1, {}),
     "tensor": (4, 1, 4, 1, {}),
-    "mixed": (8, 2, 2, 1, {}),
-    "accumulation": (8, 2, 2, 4, {}),
-    "remat": (8, 4, 1, 2, {"remat": "block"}),
-    "tied": (8, 2, 2, 2, {"logits_via_embedding": True}),
-    "single tied": (1, 1, 1, 1, {"logits_via_embedding": True}),
+    "mixed in parts": (8, 2, 2, 4, {"remat": "block"}),
 }
-BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1, "bf16": 2}
 
 
 def batch_of(step: int) -> dict[str, np.ndarray]:

@@ -106,7 +106,7 @@ def test_told_to_stop_while_it_evaluates(tmp_path, prepared, monkeypatch, what):
 def test_told_to_stop_while_it_compiles(tmp_path, prepared, monkeypatch):
     """Nothing has been done yet, and nothing is saved."""
 
-    def slow_step(*arguments):
+    def slow_step(*_, **__):
         def step(state, batch, key):
             jax.debug.callback(lambda: None)
             os.kill(os.getpid(), signal.SIGTERM)

@@ -9,6 +9,7 @@ import jax
 
 from transformer_lm import models
 from transformer_lm.data import input_pipeline
+from transformer_lm.data.rows import PreparedRows
 from transformer_lm.training import batching
 from transformer_lm.training.loss import perplexity
 from transformer_lm.training.sharding import Layout
