@@ -47,7 +47,7 @@ def environment(tmp_path_factory):
     ("name", "source", "preprocessor", "vocab_size"),
     [
         ("lm1b_default", "lm1b", "lm1b", 75),
-        ("japanese_default_v1", "huggingface:cc100/lang=ja", "huggingface:cc100/lang=ja", 1000),
+        ("japanese_default_v1", "huggingface:cc100/lang=ja", "huggingface:cc100/lang=ja", 1200),
         ("japanese_0.1b_v1", "wiki40b/ja", "wiki40b/ja", 1200),
         ("japanese_1.0b_v1", "wiki40b/ja", "wiki40b/ja", 1200),
     ],

@@ -215,7 +215,7 @@ def test_random_strings_by_the_originals_model(tenth):
 @pytest.fixture(scope="module")
 def lines(literature, tenth) -> list[str]:
     names = ["wikipedia_leads", "aozora_validation", "aozora_train"]
-    return tenth([line for name in names for line in lines_of(literature / f"{name}.jsonl.gz")])
+    return tenth(tenth([line for name in names for line in lines_of(literature / f"{name}.jsonl.gz")]))
 
 
 @pytest.mark.parametrize("options", ["--byte_fallback=true", KEEP_ALL, f"--model_type=bpe {KEEP_ALL}"])

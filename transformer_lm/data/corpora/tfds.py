@@ -15,7 +15,7 @@ from typing import BinaryIO
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 
-from transformer_lm.data.corpora.base import Options, Source
+from transformer_lm.data.corpora.base import Options, Source, library_errors
 from transformer_lm.data.corpora.files import check_field, check_text_value, parquet_column
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
@@ -88,9 +88,10 @@ class Tfds(Source):
                 f"--dataset_version_dir={path.parent} --out_file_format=array_record --out_dir=FOLDER"
             )
         field, records = self._options.text_field, RECORD_READERS[kind](path, start)
-        for record in records:
-            value = self._info.features.deserialize_example_np(record)[field]
-            yield value.decode() if isinstance(value, bytes) else check_text_value(value, str(path), field)
+        with library_errors(lambda: f"{path} cannot be read, or is damaged"):
+            for record in records:
+                value = self._info.features.deserialize_example_np(record)[field]
+                yield value.decode() if isinstance(value, bytes) else check_text_value(value, str(path), field)
 
 
 def _utf8_name(folder: str) -> str:
