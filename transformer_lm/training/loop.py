@@ -24,6 +24,7 @@ from transformer_lm.training import batching, distributed, metrics, optimizers, 
 from transformer_lm.training.config import Recipe
 from transformer_lm.training.evaluation import evaluate_rows
 from transformer_lm.training.flops import flops_per_token
+from transformer_lm.training.profile import Profile
 from transformer_lm.training.reporter import Reporter
 from transformer_lm.training.signals import Signals, Stopped, signals_caught
 from transformer_lm.training.start import find_initial, restore_or_init
@@ -32,13 +33,16 @@ from transformer_lm.training.step import make_eval_step, make_train_step
 from transformer_lm.training.stop import Stop
 
 
-def train_and_evaluate(recipe: Recipe, data: preparation.PreparedData, workdir: str):
+def train_and_evaluate(
+    recipe: Recipe, data: preparation.PreparedData, workdir: str, *, profiled: tuple[int, int] | None = None
+):
     """Runs a recipe to its last step, or until it is told to stop, going on from the workdir's newest checkpoint.
 
     Args:
       recipe: what to train, and how.
       data: what it trains and evaluates on.
       workdir: the folder of the run.
+      profiled: the steps of which a trace is written, from the first to before the second.
 
     Raises:
       UserError: another process uses the workdir, it holds another model, init_from names one that does not fit, a
@@ -53,7 +57,7 @@ def train_and_evaluate(recipe: Recipe, data: preparation.PreparedData, workdir: 
         stack.enter_context(contextlib.closing(run.saved))
         writer = stack.enter_context(contextlib.closing(_make_writer(stack, workdir, run)))
         signals = stack.enter_context(signals_caught())
-        _Loop(run, writer, signals).run()
+        _Loop(run, writer, signals, Profile(workdir, profiled)).run()
 
 
 def _make_writer(stack: contextlib.ExitStack, workdir: str, run: "_Run") -> metrics.MetricWriter | metrics.SilentWriter:
@@ -139,8 +143,8 @@ def _keys(seed: int, layout: sharding.Layout) -> tuple[jax.Array, jax.Array]:
 class _Loop:
     """The steps of a run, and what is done between them."""
 
-    def __init__(self, run: _Run, writer: metrics.MetricWriter, signals: Signals):
-        self._run, self._writer, self._signals = run, writer, signals
+    def __init__(self, run: _Run, writer: metrics.MetricWriter, signals: Signals, profile: Profile):
+        self._run, self._writer, self._signals, self._profile = run, writer, signals, profile
         self._config = run.recipe.train
         self._saved_step = run.step
         self._saved_at = time.monotonic()
@@ -194,11 +198,14 @@ class _Loop:
         )  # fmt: skip
         first = True
         while run.step < config.num_train_steps and not self._stop():
-            batch = batching.place(run.layout, rows, next(batches))
+            with self._reporter.waiting_for_data():
+                batch = batching.place(run.layout, rows, next(batches))
+            self._profile.before(run.step)
             step = self._compiling_step if first else self._train_step
             run.state, step_metrics = step(run.state, batch, run.key)
             first = False
             run.step, run.rows_read = run.step + 1, run.rows_read + rows
+            self._profile.after(run.step, step_metrics)
             self._reporter.flush()
             self._reporter.pending = (run.step, step_metrics, self._totals_to_log(), config.log_every_steps)
             saving, evaluating = self._saves(run.step), self._evaluates(run.step)
