@@ -104,6 +104,11 @@ def trouble(failure: str, *arguments, **environment) -> subprocess.CompletedProc
         ("raise MemoryError", 1, "error: memory is exhausted while failing; lower its size (MemoryError)."),
         ("command()", 1, "error: "),
         ("open('/no/such')", 1, "error: [Errno 2] No such file or directory: '/no/such' while failing"),
+        (
+            "import os; os.mkdir('/dev/null')",
+            1,
+            "error: /dev/null: a file or a broken link is where a folder must be while failing",
+        ),
         ("raise errors.UserError('mend \\ud83d it')", 1, "error: mend \\ud83d it"),
         ("raise KeyboardInterrupt", 130, "Interrupted; run the same command to go on."),
         ("sys.exit('a library gives up')", 1, "error: a library gives up"),

@@ -115,16 +115,22 @@ class TestModelCard:
         assert yaml.safe_load(head)["language"] == "ja"
 
     def test_tells_no_paths(self, tmp_path):
-        """A corpus in somebody's home is named without its folder."""
+        """A corpus in somebody's home is named without its folder; bytes that are not UTF-8, as in JSON."""
         texts = [mukashi.tale(number) for number in range(60)]
-        write_jsonl(tmp_path / "tales.jsonl", texts)
-        corpus = f"jsonl:{tmp_path}/tales.jsonl"
-        changes = {"dataset_name": corpus, "eval_dataset_name": corpus, "train_split": "train", "eval_split": "train"}
-        done = run(command("main", tmp_path / "run", num_train_steps=1, **changes))
+        write_jsonl(tmp_path / "tales\udcff.jsonl", texts)
+        corpus = f"jsonl:{tmp_path}/tales\udcff.jsonl"
+        changes = {"prompts": "昔々\udce3"} | {
+            "dataset_name": corpus,
+            "eval_dataset_name": corpus,
+            "train_split": "train",
+            "eval_split": "train",
+        }
+        done = run(command("main", tmp_path / "run\udcff", num_train_steps=1, **changes))
         assert done.returncode == 0, done.stderr
-        assert export(tmp_path / "run", tmp_path / "out").returncode == 0
+        assert export(tmp_path / "run\udcff", tmp_path / "out").returncode == 0
         card = (tmp_path / "out" / "README.md").read_text()
-        assert "| jsonl:tales.jsonl | train | 60 |" in card
+        assert r"| jsonl:tales\udcff.jsonl | train | 60 |" in card
+        assert card.count(r"昔々\udce3") == 4
         assert str(tmp_path) not in card
 
 
@@ -222,7 +228,7 @@ class TestOutput:
 
     def test_below_a_file(self, tmp_path):
         (tmp_path / "file").touch()
-        with pytest.raises(UserError, match=r"cannot be written: .*Not a directory"):
+        with pytest.raises(UserError, match=r"cannot be written: .*where a folder must be"):
             export_huggingface.export(str(FIXTURE), tmp_path / "file" / "out", SamplingConfig())
 
     @pytest.mark.parametrize("existing", [True, False])

@@ -104,6 +104,7 @@ def test_everything_is_read_when_it_fits():
         ({"options": '--user_defined_symbols="「'}, "cannot be read: No closing quotation"),
         ({"options": "--input=corpus.txt"}, "--input is not yours to set"),
         ({"options": "--model_prefix=m"}, "--model_prefix is not yours to set"),
+        ({"options": "--seed_sentencepieces_file=/none"}, "--seed_sentencepieces_file=/none: no such file"),
         ({"options": "--character_coverage=99.95"}, "SentencePiece cannot train"),
         ({"options": "--no_such_option=1"}, "no_such_option"),
         ({"mixture": [([], 1.0)]}, "holds no text"),
@@ -128,6 +129,12 @@ def test_other_special_ids_are_refused(options):
         tokenizer_training.train([(TALES, 1.0)], **ARGUMENTS | {"options": options})
     with pytest.raises(UserError, match=r"ids \(unk, bos, eos\)|cannot train"):
         tokenizer_training.check_options(options)
+
+
+@pytest.mark.parametrize("option", ["vocab_size=0", "num_threads=0", "seed_sentencepiece_size=-1", "minloglevel=x"])
+def test_sizes_are_refused_before_the_corpus_is_read(option):
+    with pytest.raises(UserError, match=f"--{option} is not possible"):
+        tokenizer_training.check_options(f"--{option}")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 python -m transformer_lm.demo
 """
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from transformer_lm import cli, models, recipe
 from transformer_lm.configs import mukashi as config
 from transformer_lm.data import preparation
 from transformer_lm.data.corpora import mukashi
-from transformer_lm.files import write_atomically
+from transformer_lm.files import json_bytes, write_atomically
 from transformer_lm.generation import language_model
 from transformer_lm.training import loop, metrics
 from transformer_lm.training.config import Recipe
@@ -38,7 +37,7 @@ def main(demo: Recipe, workdir: Path):
         "samples": [text["text"] for text in texts],
         "params": models.count_params(model.network),
     }
-    write_atomically(workdir / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1).encode())
+    write_atomically(workdir / "summary.json", json_bytes(summary))
 
     print(f"\n{NUM_TALES} tales from {demo.prompts[0]}:\n")
     print("\n\n".join(summary["samples"]))

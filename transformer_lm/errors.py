@@ -37,6 +37,8 @@ def one_line(error: BaseException) -> str:
     if is_out_of_memory(error):
         lower = getattr(error, "lower", "")
         return f"memory is exhausted{doing}{f'; lower {lower}' if lower else ''} ({text or type(error).__name__})."
+    if isinstance(error, FileExistsError | NotADirectoryError) and error.filename:  # from making a folder
+        return f"{error.filename}: a file or a broken link is where a folder must be{doing}"
     if isinstance(error, OSError) and text:  # a full disk, a missing permission, a lost network: nothing to debug
         return f"{text}{doing}"
     text = f": {text}" if text else ""

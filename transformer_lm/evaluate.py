@@ -139,7 +139,7 @@ def evaluate_tasks(model: language_model.LanguageModel) -> dict[str, dict]:
             for task, samples in found["samples"].items()
             for sample in samples
         ]
-        files.write_atomically(files.absolute(_SAMPLES.value), "".join(lines).encode())
+        files.write_atomically(files.absolute(_SAMPLES.value), "".join(lines).encode(errors="backslashreplace"))
     return {"tasks": {task: harness.plain_metrics(metrics) for task, metrics in found["results"].items()}}
 
 

@@ -65,7 +65,7 @@ def _write(folder: Path, loaded: loading.LoadedModel, tokenizer: Tokenizer, card
     exported_model.save(folder, loaded.config, loaded.params, loaded.step)
     files.write_json(folder / "generation_config.json", _generation_settings(sampling, positions))
     (folder / TOKENIZER_FILE).write_bytes(tokenizer.model)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_bytes(card.encode(errors="backslashreplace"))  # as in JSON
     for path in folder.iterdir():
         files.sync(path)
 

@@ -69,9 +69,14 @@ def read_json(path: epath.Path) -> dict:
     return content
 
 
+def json_bytes(content: Any, indent: int | None = 1) -> bytes:
+    """JSON that people read, in UTF-8; half a surrogate pair, which UTF-8 cannot hold, is escaped."""
+    return json.dumps(content, ensure_ascii=False, indent=indent).encode(errors="backslashreplace")
+
+
 def write_json(path: Path, content: dict):
     """A JSON file that people read."""
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    path.write_bytes(json_bytes(content, indent=2) + b"\n")
 
 
 def local_copy(path: os.PathLike | str) -> Path:
@@ -119,6 +124,18 @@ def cache_folder() -> Path:
     folder = Path(os.environ.get("TRANSFORMER_LM_CACHE", default)).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def utf8_name(folder: os.PathLike | str) -> str:
+    """A folder by a name in UTF-8, as ArrayRecord needs it: its own, or where that is not, that of a link to it."""
+    folder = os.fspath(folder)
+    if folder == folder.encode(errors="replace").decode():
+        return folder
+    folder = os.path.abspath(folder)
+    link = cache_folder() / f"folder-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}"
+    with contextlib.suppress(FileExistsError):
+        link.symlink_to(folder)
+    return str(link)
 
 
 def children(folder: epath.Path) -> list[epath.Path]:

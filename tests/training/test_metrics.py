@@ -37,6 +37,8 @@ def test_lines_scalars_texts_and_recipe(tmp_path):
     writer.close()
     assert lines(tmp_path) == [{"step": 10, "train_loss": 2.5}]
     assert metrics.read_last(tmp_path, "train_loss") == 2.5
+    with pytest.raises(UserError, match="no eval_loss yet"):
+        metrics.read_last(tmp_path, "eval_loss")
     assert shown == [(10, "loss 2.5")]
     values = {value.tag: (event.step, value) for event in events(tmp_path) for value in event.summary.value}
     assert values["train/loss"][0] == 10

@@ -1,13 +1,12 @@
 """The contract of a workdir: the names in it, and what its config.json says."""
 
-import json
 from typing import Any
 
 from absl import logging
 from etils import epath
 
 from transformer_lm.errors import UserError
-from transformer_lm.files import read_json, write_atomically
+from transformer_lm.files import json_bytes, read_json, write_atomically
 from transformer_lm.models import MANNER, TransformerConfig
 from transformer_lm.tokenizer import Tokenizer
 
@@ -67,7 +66,7 @@ def claim_workdir(
         "batch": batch,
     }
     write_atomically(workdir / TOKENIZER_FILE, tokenizer.model)
-    write_atomically(workdir / CONFIG_FILE, json.dumps(content, ensure_ascii=False, indent=1).encode())
+    write_atomically(workdir / CONFIG_FILE, json_bytes(content))
 
 
 def _has_run(workdir: epath.Path) -> bool:

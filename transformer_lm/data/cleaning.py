@@ -20,7 +20,7 @@ from transformer_lm.data.dataset_preprocessor import Preprocessing
 from transformer_lm.data.launcher import Launcher
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
-from transformer_lm.files import children, write_atomically
+from transformer_lm.files import children, json_bytes, write_atomically
 
 VERSION = 1  # to be raised when a rule comes to mean something else
 REPORT = "report.json"
@@ -87,7 +87,7 @@ def clean(
     if MINHASH in rules:
         _deduplicate(filtered, texts, work)
     report = {"texts": texts.name, **_report(rules, work)}
-    write_atomically(folder / REPORT, json.dumps(report, ensure_ascii=False, indent=1).encode())
+    write_atomically(folder / REPORT, json_bytes(report))
     for child in children(folder):
         if child not in (texts, examples, work.folder("logs"), folder / REPORT):
             child.rmtree()

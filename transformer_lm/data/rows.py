@@ -24,7 +24,7 @@ from etils import epath
 from transformer_lm.data import corpora, dataset_preprocessor, packing
 from transformer_lm.data.dataset_preprocessor import Preprocessing
 from transformer_lm.errors import UserError
-from transformer_lm.files import children, is_remote, write_atomically, write_file_atomically
+from transformer_lm.files import children, is_remote, json_bytes, utf8_name, write_atomically, write_file_atomically
 from transformer_lm.tokenizer import UNK_ID, Tokenizer
 from transformer_lm.version import __version__
 
@@ -127,7 +127,8 @@ class PreparedCorpus(PreparedRows):
     @property
     def paths(self) -> list[str]:
         """The ArrayRecord files, in order."""
-        return [str(self.directory / name) for name in self.manifest["files"]]
+        folder = epath.Path(utf8_name(self.directory))
+        return [str(folder / name) for name in self.manifest["files"]]
 
     @property
     def parts(self) -> tuple["PreparedCorpus", ...]:
@@ -226,8 +227,7 @@ def finish_rows(plan: RowsPlan, names: list[str]) -> PreparedCorpus:
         "files": list(checksums),
         "checksums": checksums,
     }
-    content = json.dumps(manifest, ensure_ascii=False, indent=1)
-    write_atomically(directory / MANIFEST, content.encode(errors="backslashreplace"))
+    write_atomically(directory / MANIFEST, json_bytes(manifest))
     _report(plan.corpus.title, manifest)
     return PreparedCorpus(directory, manifest)
 
@@ -350,7 +350,8 @@ def _write_records(path: epath.Path, records: list[bytes]) -> tuple[int, int]:
 
     def write(temporary: str) -> tuple[int, int]:
         try:
-            writer = ArrayRecordWriter(temporary, "group_size:1,uncompressed")
+            folder, name = os.path.split(temporary)
+            writer = ArrayRecordWriter(os.path.join(utf8_name(folder), name), "group_size:1,uncompressed")
             for record in records:
                 writer.write(record)
             writer.close()

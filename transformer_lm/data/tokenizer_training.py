@@ -3,6 +3,7 @@
 import hashlib
 import heapq
 import io
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterable
@@ -20,8 +21,10 @@ LOUD_CHARS = 20_000_000  # with more of them training takes minutes, and Sentenc
 SCORE_STEP = 2**-8
 OURS = ("input", "model_prefix", "sentence_iterator", "model_writer")
 # Options that the trial has of its own, and what they look like.
-TIED_TO_CORPUS = dict.fromkeys(("vocab_size", "seed_sentencepiece_size", "minloglevel", "num_threads"), r"\d{1,9}") | {
-    "hard_vocab_limit": "1|t|true|y|yes|0|f|false|n|no"
+TIED_TO_CORPUS = dict.fromkeys(("vocab_size", "seed_sentencepiece_size"), r"[1-9]\d{0,8}") | {
+    "num_threads": r"[1-9]\d{0,2}",
+    "minloglevel": r"\d",
+    "hard_vocab_limit": "1|t|true|y|yes|0|f|false|n|no",
 }
 TRIAL_TEXT = "昔々 ある ところに、 おじいさんと おばあさんが おりました。 A fox jumps over the lazy dog 0123456789."
 
@@ -58,7 +61,7 @@ def check_options(options: str):
     """Raises UserError where SentencePiece, or this project, refuses the options, without any corpus."""
     given = _parse_options(options)
     for name, pattern in TIED_TO_CORPUS.items():
-        if not re.fullmatch(pattern, given.get(name, "0").lower()):
+        if not re.fullmatch(pattern, given.get(name, "1").lower()):
             raise UserError(f"spm_train_options: --{name}={given[name]} is not possible.")
     trial = {"vocab_size": 10_000, "hard_vocab_limit": "false", "minloglevel": 2, "num_threads": 1}
     given = {name: value for name, value in given.items() if name not in TIED_TO_CORPUS}
@@ -123,6 +126,8 @@ def _parse_options(options: str) -> dict[str, str]:
             raise UserError(f"spm_train_options: {option!r} is not of the form --name=value.")
         if match[1] in OURS:
             raise UserError(f"spm_train_options: --{match[1]} is not yours to set: the corpus is the recipe's.")
+        if match[1].endswith(("_file", "_tsv")) and not os.path.isfile(match[2] or ""):  # SentencePiece says nothing
+            raise UserError(f"spm_train_options: {option}: no such file.")
         parsed[match[1]] = "true" if match[2] is None else match[2]
     return parsed
 

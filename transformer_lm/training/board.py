@@ -46,7 +46,9 @@ class Board:
 
     def add_hyperparameters(self, fields: Mapping[str, Any]):
         """Adds the run to the HParams tab."""
-        shown = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in fields.items()}
+        shown = {
+            name: value if isinstance(value, bool | int | float) else _text(value) for name, value in fields.items()
+        }
         for content in summary.hparams(shown, HPARAM_METRICS):
             self._add(0, content)
 
@@ -61,3 +63,8 @@ class Board:
     def close(self):
         """Closes the file."""
         self._writer.close()
+
+
+def _text(value: Any) -> str:
+    """What a value is written as; half a surrogate pair, which UTF-8 cannot hold, is escaped."""
+    return str(value).encode(errors="backslashreplace").decode()

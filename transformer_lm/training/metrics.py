@@ -103,9 +103,12 @@ class SilentWriter:
 
 
 def read_last(workdir: os.PathLike | str, name: str) -> float:
-    """The last value of a metric in a workdir's metrics.jsonl."""
+    """The last value of a metric in a workdir's metrics.jsonl; raises UserError where there is none yet."""
     lines = (epath.Path(workdir) / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-    return [values[name] for values in map(json.loads, lines) if name in values][-1]
+    found = [values[name] for values in map(json.loads, lines) if name in values]
+    if not found:
+        raise UserError(f"{workdir} has no {name} yet: its run was stopped before.")
+    return found[-1]
 
 
 def _lines_until(path: epath.Path, step: int) -> list[str]:

@@ -111,6 +111,15 @@ def test_folders(home, tmp_path):
     assert list(pickle.loads(pickle.dumps(documents))) == LINES
 
 
+def test_columns_that_differ(home, tmp_path):
+    """The file is named that has others than the first one."""
+    (tmp_path / "a.csv").write_text("text\n昔々\n昔\n")
+    (tmp_path / "b.csv").write_text("text,url\n昔々,x\n昔,y\n")
+    message = read(home, f"huggingface:{tmp_path}")
+    assert f"{tmp_path}/b.csv" in message
+    assert "1 new columns ({'url'})" in message
+
+
 @pytest.mark.parametrize("address", ["cc100", "a//b", "", ":train"])
 def test_impossible_names(address):
     with pytest.raises(UserError, match="must be"):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from transformer_lm.errors import UserError, is_out_of_memory
 
-CAUSE_CHARS = 300
+CAUSE_CHARS = 400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ def library_errors(what: Callable[[], str]) -> Iterator[None]:
         if isinstance(error, UserError) or is_out_of_memory(error):
             raise
         cause = error
-        while cause.__cause__ is not None and not isinstance(cause, OSError):
+        while cause.__cause__ is not None and not isinstance(cause, OSError) and "/" not in str(cause):  # names a file
             cause = cause.__cause__
         words = textwrap.shorten(f"{type(cause).__name__}: {cause}", CAUSE_CHARS, placeholder=" ...")
         raise UserError(f"{what()}: {words}") from error

@@ -4,7 +4,6 @@ The data must lie prepared in TFDS_DATA_DIR (a folder or gs://bucket/folder; ~/t
 as ArrayRecord, TFRecord or Parquet. What prepares them is TFDS itself, see docs/corpora.md.
 """
 
-import contextlib
 import hashlib
 import itertools
 import os
@@ -19,7 +18,7 @@ from transformer_lm.data.corpora.base import Options, Source, library_errors
 from transformer_lm.data.corpora.files import check_field, check_text_value, parquet_column
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
-from transformer_lm.files import cache_folder, is_remote, local_copy
+from transformer_lm.files import is_remote, local_copy, utf8_name
 
 READ_RECORDS = 256  # read at once from an ArrayRecord file
 
@@ -34,7 +33,7 @@ class Tfds(Source):
         self._options = options
         data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
         self._arguments = (name, options, data_dir)
-        folder = data_dir if is_remote(data_dir) else _utf8_name(os.path.expanduser(data_dir))
+        folder = data_dir if is_remote(data_dir) else utf8_name(os.path.expanduser(data_dir))
         try:
             parsed, arguments = tfds.core.naming.parse_builder_name_kwargs(name)
             builder = tfds.core.read_only_builder.builder_from_files(str(parsed), data_dir=folder, **arguments)
@@ -92,17 +91,6 @@ class Tfds(Source):
             for record in records:
                 value = self._info.features.deserialize_example_np(record)[field]
                 yield value.decode() if isinstance(value, bytes) else check_text_value(value, str(path), field)
-
-
-def _utf8_name(folder: str) -> str:
-    """A folder by a name in UTF-8, as the readers of ArrayRecord files need it: its own, or that of a link to it."""
-    if folder == folder.encode(errors="replace").decode():
-        return folder
-    folder = os.path.abspath(folder)
-    link = cache_folder() / f"folder-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}"
-    with contextlib.suppress(FileExistsError):
-        link.symlink_to(folder)
-    return str(link)
 
 
 def _array_records(path: epath.Path, start: int) -> Iterator[bytes]:
