@@ -2,14 +2,16 @@
 
 import json
 import re
-import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 
-from transformer_lm import models
+from transformer_lm import models, recipe
+from transformer_lm.configs import base
 from transformer_lm.training import batching, optimizers, sharding
 from transformer_lm.training.state import init_state
+from transformer_lm.training.step import ROWS as ROW_ARRAYS
 from transformer_lm.training.step import make_eval_step, make_train_step
 
 ROWS, LENGTH = 16, 12
@@ -71,5 +73,25 @@ def run(devices: int, fsdp: int, tensor: int, accumulation: int, fields: dict) -
     }
 
 
+def bytes_of_the_largest_recipe() -> int:
+    """What a step of japanese_1.0b_v1 takes on each of eight devices in fsdp; compiled, not run."""
+    config = recipe.load(str(Path(base.__file__).with_name("japanese_1.0b_v1.py"))).unlock()
+    config.update({"mesh_fsdp": 8, "remat": "block"})
+    chosen = recipe.read(config)
+    layout = sharding.make_layout(chosen.train.mesh_fsdp, chosen.train.mesh_tensor)
+    batches = batching.plan(chosen.train, layout)
+    optimizer = optimizers.make_optimizer(chosen.optimizer)
+    state = jax.eval_shape(lambda: init_state(chosen.network, optimizer, jax.random.key(0)))
+    placement = layout.of_state(state)
+    state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, placement)
+    shape = (batches.rows, chosen.data.max_target_length)
+    batch = {name: jax.ShapeDtypeStruct(shape, np.int32, sharding=layout.sharding("batch")) for name in ROW_ARRAYS}
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=layout.sharding())
+    step = make_train_step(chosen.network, optimizer, 0.0, layout=layout, accumulation=batches.accumulation)
+    step = jax.jit(step, donate_argnums=0, out_shardings=(placement, layout.sharding()))
+    memory = step.lower(state, batch, key).compile().memory_analysis()
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+
 if __name__ == "__main__":
-    print(json.dumps({name: run(*CASES[name]) for name in sys.argv[1:] or CASES}))
+    print(json.dumps({name: run(*case) for name, case in CASES.items()} | {"bytes": bytes_of_the_largest_recipe()}))
