@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import command, one_line_error
+from conftest import command, one_line_error, run
 
 from transformer_lm.checkpoints import loading
 from transformer_lm.training.reporter import SPEEDS
@@ -30,8 +30,9 @@ def start(workdir, *, processes: int, devices: int, **fields) -> list[subprocess
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     started = []
     for number in range(processes):
+        place = workdir[number] if isinstance(workdir, list) else workdir
         own = [f"--coordinator_address=localhost:{port}", f"--num_processes={processes}", f"--process_id={number}"]
-        line = command("main", workdir, *own * (processes > 1), **FIELDS | fields)
+        line = command("main", place, *own * (processes > 1), **FIELDS | fields)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(line, env=os.environ | {"XLA_FLAGS": flags}, **pipes))
     return started
@@ -136,6 +137,19 @@ def test_started_again_it_is_the_unbroken_run(killed, tmp_path):
     ours, theirs = (loading.load_model(folder).params for folder in (workdir, tmp_path))
     for one, other in zip(_leaves(ours), _leaves(theirs), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_folder_that_is_not_shared(tmp_path):
+    """Said by the process that does not see it; the other does not wait for ever."""
+    first, second = finish(start([tmp_path / "here", tmp_path / "there"], processes=2, devices=1))
+    assert f"{tmp_path / 'there'} is not the folder that the first process" in one_line_error(second)
+    assert "Another process of this run has gone" in one_line_error(first)
+    assert not (tmp_path / "here" / "checkpoints").exists()
+
+
+def test_flags_that_do_not_suffice(tmp_path):
+    done = run(command("main", tmp_path, "--num_processes=2"))
+    assert "--coordinator_address=HOST:PORT --num_processes=N --process_id=0..N-1" in one_line_error(done)
 
 
 def _leaves(tree) -> list[np.ndarray]:

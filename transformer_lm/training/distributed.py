@@ -26,6 +26,7 @@ from transformer_lm.files import write_atomically
 HEARTBEAT_SECONDS = 30  # a process that was not heard of for so long has gone
 POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 20  # until a folder shows what another machine has written
+LONGEST_WAIT_MS = 24 * 3600 * 1000  # for the others' rows to be checked; one that has gone is missed long before
 SHARED_FILE = ".shared"
 GONE = "error: Another process of this run has gone; run the same command in all of them again to go on.\n"
 # What libraries say when a process they talk to has gone. They tell by words alone.
@@ -131,7 +132,7 @@ def _wait_for(file: epath.Path, token: str):
 def together(name: str):
     """Waits for all processes; each name once in a run."""
     if global_state.num_processes > 1:
-        global_state.client.wait_at_barrier(f"transformer_lm/{name}", PATIENCE_SECONDS * 1000)
+        global_state.client.wait_at_barrier(f"transformer_lm/{name}", LONGEST_WAIT_MS)
 
 
 def leave():
