@@ -200,7 +200,7 @@ def test_compilations_are_kept_and_damaged_ones_do_no_harm(tmp_path):
     """The second start compiles nothing that takes long; entries cut short are compiled again, without a word."""
     environment = os.environ | {"TRANSFORMER_LM_CACHE": str(tmp_path / "cache")}
     del environment["JAX_COMPILATION_CACHE_DIR"]
-    arguments = command("generate_text", FIXTURE, "--prompt=昔", "--num_samples=1", "--seed=1")
+    arguments = command("generate_text", FIXTURE, prompts="昔")
     texts = []
     for _ in range(3):
         done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
@@ -213,4 +213,4 @@ def test_compilations_are_kept_and_damaged_ones_do_no_harm(tmp_path):
             for path in entries:
                 path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert texts[0] == texts[1] == texts[2]
-    assert done.stderr.count("\n") <= 3
+    assert "cache" not in done.stderr

@@ -28,6 +28,7 @@ import locale  # noqa: E402
 import select  # noqa: E402
 import threading  # noqa: E402
 import traceback  # noqa: E402
+import warnings  # noqa: E402
 import zlib  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from typing import NoReturn  # noqa: E402
@@ -49,6 +50,7 @@ def _keep_compilations():
             processor = next((line for line in file if line.startswith(("flags", "Features"))), "")
         name = f"xla-{zlib.crc32(processor.encode()):08x}"
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / name))
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # it is compiled again
 
 
 _keep_compilations()
