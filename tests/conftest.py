@@ -99,10 +99,10 @@ def init(config: models.TransformerConfig) -> models.Params:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def call(config: models.TransformerConfig, params: models.Params, batch, dropout_key=None) -> jax.Array:
+def call(config: models.TransformerConfig, params: models.Params, batch, dropout_keys=None) -> jax.Array:
     """Logits [B, T, V] of a batch."""
     network = models.bind(config, params)
-    return network(batch["inputs"], batch["positions"], batch["segments"], dropout_key=dropout_key)
+    return network(batch["inputs"], batch["positions"], batch["segments"], dropout_keys=dropout_keys)
 
 
 def batch_of(texts: list[list[int]], row_length: int) -> dict[str, np.ndarray]:

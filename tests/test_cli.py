@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, command, run
+from conftest import FIXTURE, ROOT, command, run
 
 PACKAGE = ROOT / "transformer_lm"
 
@@ -194,3 +194,23 @@ def test_the_originals_commands_from_inside_the_folder(tmp_path):
     done = run(generate, cwd=PACKAGE, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Sample: 昔々あるところに") == 3
+
+
+def test_compilations_are_kept_and_damaged_ones_do_no_harm(tmp_path):
+    """The second start compiles nothing that takes long; entries cut short are compiled again, without a word."""
+    environment = os.environ | {"TRANSFORMER_LM_CACHE": str(tmp_path / "cache")}
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+    arguments = command("generate_text", FIXTURE, prompts="昔")
+    texts = []
+    for _ in range(3):
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        texts.append(done.stdout)
+        [folder] = (tmp_path / "cache").glob("xla-*")
+        entries = [path for path in folder.iterdir() if path.is_file()]
+        assert entries
+        if len(texts) == 2:
+            for path in entries:
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert texts[0] == texts[1] == texts[2]
+    assert "cache" not in done.stderr

@@ -156,33 +156,31 @@ class TestNetwork:
             sizes.append(len(str(jax.make_jaxpr(lambda p, c=config: call(c, p, batch_of([[3]], 4)))(params))))
         assert sizes[1] < 1.05 * sizes[0]
 
-
-class TestDropout:
-    @pytest.mark.parametrize("rate", [0.1, 0.5])
-    def test_statistics(self, rate):
-        x = jnp.ones((400, 500))
-        kept = np.asarray(models.dropout(x, rate, jax.random.key(1)))
-        assert set(np.unique(kept)) == {0.0, np.float32(1 / (1 - rate))}
-        deviation = np.sqrt(rate * (1 - rate) / x.size)
-        assert np.mean(kept == 0) == pytest.approx(rate, abs=5 * deviation)
-        dropped = (kept == 0) - rate
-        for shifted in (np.roll(dropped, 1, axis=0), np.roll(dropped, 1, axis=1), np.roll(dropped, 256, axis=1)):
-            assert abs(np.mean(dropped * shifted)) < 5 * rate * (1 - rate) / np.sqrt(x.size)
-
-    def test_keys_are_independent(self):
-        masks = [np.asarray(models.dropout(jnp.ones(100_000), 0.5, jax.random.key(seed))) == 0 for seed in range(8)]
-        for i in range(8):
-            for j in range(i):
-                assert np.mean(masks[i] == masks[j]) == pytest.approx(0.5, abs=0.01)
-
-    def test_only_with_a_key(self, tiny):
+    def test_dropout_only_with_keys(self, tiny):
         params = init(tiny)
         batch = batch_of([[3, 4, 5]], 4)
         quiet = call(tiny, params, batch)
-        noisy = [call(tiny, params, batch, jax.random.key(seed)) for seed in (1, 1, 2)]
+        noisy = [call(tiny, params, batch, jax.random.split(jax.random.key(seed), 1)) for seed in (1, 1, 2)]
         np.testing.assert_array_equal(noisy[0], noisy[1])
         assert not np.allclose(noisy[0], noisy[2])
         assert not np.allclose(noisy[0], quiet)
+
+    def test_a_row_does_not_depend_on_its_neighbours(self, tiny):
+        """Nor do its dropout masks: a batch may be computed in parts."""
+        params, keys = init(tiny), jax.random.split(jax.random.key(1), 2)
+        rows = [batch_of([[3, 4, 5]], 6), batch_of([[7, 8], [9]], 6)]
+        both = call(tiny, params, jax.tree.map(lambda *parts: np.concatenate(parts), *rows), keys)
+        for i, row in enumerate(rows):
+            np.testing.assert_allclose(call(tiny, params, row, keys[i : i + 1])[0], both[i], atol=1e-6)
+
+    def test_remat_changes_nothing_but_memory(self, tiny):
+        batch, keys = batch_of([[3, 4, 5], [6, 7]], 8), jax.random.split(jax.random.key(1), 1)
+
+        def gradient(config):
+            return jax.grad(lambda params: jnp.sum(call(config, params, batch, keys) ** 2))(init(tiny))
+
+        plain, again = gradient(tiny), gradient(dataclasses.replace(tiny, remat="block"))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), plain, again)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +191,8 @@ class TestDropout:
         ({"dropout_rate": 1.0}, "dropout_rate=1.0 must be below 1"),
         ({"num_layers": 0}, "num_layers=0 must be at least 1"),
         ({"dtype": "float16"}, "dtype='float16'"),
+        ({"remat": "all"}, "remat='all' must be one of none, block"),
+        ({"attention": "flash"}, "attention='flash' must be one of auto, xla, cudnn, tpu"),
     ],
 )
 def test_impossible_networks(tiny, wrong, words):

@@ -28,6 +28,8 @@ import locale  # noqa: E402
 import select  # noqa: E402
 import threading  # noqa: E402
 import traceback  # noqa: E402
+import warnings  # noqa: E402
+import zlib  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from typing import NoReturn  # noqa: E402
 
@@ -38,7 +40,20 @@ from ml_collections import ConfigDict, config_flags  # noqa: E402
 from transformer_lm import console, errors, recipe  # noqa: E402
 from transformer_lm.checkpoints import hub  # noqa: E402
 from transformer_lm.errors import UserError  # noqa: E402
+from transformer_lm.files import cache_folder  # noqa: E402
 
+
+def _keep_compilations():
+    """Lets JAX, which is imported after this, keep what it compiles in the user's cache, by kind of processor."""
+    with contextlib.suppress(OSError):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            processor = next((line for line in file if line.startswith(("flags", "Features"))), "")
+        name = f"xla-{zlib.crc32(processor.encode()):08x}"
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / name))
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # it is compiled again
+
+
+_keep_compilations()
 SECONDS_TO_LEAVE = 5  # for what libraries do when a process ends
 
 

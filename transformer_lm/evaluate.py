@@ -38,7 +38,7 @@ from transformer_lm.extras import optional_import
 from transformer_lm.fields import LARGEST
 from transformer_lm.generation import language_model
 from transformer_lm.tokenizer import Tokenizer
-from transformer_lm.training import sharding
+from transformer_lm.training import batching, sharding
 from transformer_lm.training.config import Recipe
 from transformer_lm.training.evaluation import evaluate_rows
 from transformer_lm.training.step import make_eval_step
@@ -98,10 +98,15 @@ def _without_nan(values):
 def evaluate_corpus(model: language_model.LanguageModel, chosen: Recipe, workdir: str) -> dict[str, float]:
     """Prepares the rows, unless they are there, and evaluates on them."""
     rows = _rows(model.tokenizer, chosen.data, workdir)
-    mesh = sharding.make_mesh()
+    layout = sharding.make_layout(chosen.train.mesh_fsdp, chosen.train.mesh_tensor)
     network = dataclasses.replace(model.network, max_len=max(model.network.max_len, rows.row_length))
-    params = jax.device_put(model.params, sharding.replicated(mesh))
-    return evaluate_rows(jax.jit(make_eval_step(network)), params, rows, chosen.train, mesh)
+    layout.check(network)
+    params = jax.device_put(model.params, layout.of_state(model.params))
+    batches = batching.plan(chosen.train, layout)
+    return evaluate_rows(
+        jax.jit(make_eval_step(network, layout)), params, rows, layout,
+        batch_size=batches.eval_rows, max_rows=batches.max_eval_rows,
+    )  # fmt: skip
 
 
 def _rows(tokenizer: Tokenizer, data: preparation.DataConfig, workdir: str):

@@ -3,23 +3,41 @@
 python3 main.py --workdir=logs/japanese_0.1b_v1 --config=configs/japanese_0.1b_v1.py [--config.field=value ...]
 """
 
+from absl import flags
 from ml_collections import ConfigDict
 
 from transformer_lm import cli, recipe
 from transformer_lm.checkpoints import loading
 from transformer_lm.data import preparation
 from transformer_lm.errors import stage
-from transformer_lm.training import loop
+from transformer_lm.training import distributed, loop
+from transformer_lm.training.profile import parse_span
+
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of the run's first process, if not found.")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run, if not found.", lower_bound=1)
+_PROFILE = flags.DEFINE_string("profile", None, "START:STOP: write a trace of these steps for TensorBoard's profiler.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, from 0, if not found.", lower_bound=0)
 
 
 def main(config: ConfigDict, workdir: str):
     """Runs the recipe in the workdir."""
     chosen = recipe.read(config)
+    profiled = parse_span(_PROFILE.value)
+    distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     initial = loading.find_initial(chosen.init_from, chosen.network, workdir)
+
+    def prepare() -> preparation.PreparedData:
+        return preparation.prepare(chosen.data, workdir, tokenizer_source=initial and initial.tokenizer_path)
+
     with stage("preparing data", lower="prepare_processes or max_corpus_chars"):
-        data = preparation.prepare(chosen.data, workdir, tokenizer_source=initial and initial.tokenizer_path)
-    with stage("training", lower="per_device_batch_size, max_target_length or the size of the network"):
-        loop.train_and_evaluate(chosen, data, workdir)
+        folders = [workdir] + [chosen.data.prepared_dir] * bool(chosen.data.prepared_dir)
+        data = distributed.first_alone(prepare, folders)
+    with (
+        stage("training", lower="per_device_batch_size, max_target_length or the size of the network"),
+        distributed.losses_explained(),
+    ):
+        loop.train_and_evaluate(chosen, data, workdir, profiled=profiled)
+    distributed.leave()
 
 
 if __name__ == "__main__":

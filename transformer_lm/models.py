@@ -18,13 +18,31 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from transformer_lm.attention import attend, attend_in_rows, check_kind
+from transformer_lm.axes import named
+from transformer_lm.dropout import Keys, dropout, split
 from transformer_lm.errors import UserError
 from transformer_lm.fields import LARGEST, Count, Length, Range, Rate, check, check_value
 
 LAYER_NORM_EPSILON = 1e-6
-LONG = 1024  # attention of more queries is computed in blocks, where dropout is off
-QUERY_BLOCK = 256  # of so many
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+REMATS = ("none", "block")
+# Fields that say how the network is computed, not what: a run may change them, and a model does not keep them.
+MANNER = ("attention", "remat")
+# Names of the parameters' axes, by the end of a parameter's path; in front of a block's stands that of the layers.
+# Parameters that are not here, vectors as long as the residual stream, are never cut.
+PARAMETER_AXES = {
+    ("embed", "embedding"): ("vocab_size", "emb_dim"),
+    ("query", "kernel"): ("emb_dim", "num_heads", None),
+    ("key", "kernel"): ("emb_dim", "num_heads", None),
+    ("value", "kernel"): ("emb_dim", "num_heads", None),
+    ("out", "kernel"): ("num_heads", None, "emb_dim"),
+    ("wi", "kernel"): ("emb_dim", "mlp_dim"),
+    ("wi", "bias"): ("mlp_dim",),
+    ("wo", "kernel"): ("mlp_dim", "emb_dim"),
+    ("logits", "kernel"): ("emb_dim", "vocab_size"),
+    ("logits", "bias"): ("vocab_size",),
+}
 
 
 def check_dtype(dtype: str):
@@ -49,6 +67,8 @@ class TransformerConfig:
     attention_dropout_rate: Rate = 0.1  # on attention weights; in training only
     logits_via_embedding: bool = False  # logits by the transposed embedding, divided by sqrt(D)
     dtype: str = "float32"  # what the blocks compute in; parameters, logits and softmax are always float32
+    attention: str = "auto"  # a kind of attention in attention.py; "auto" for the fastest that there is
+    remat: str = "none"  # "block" keeps of each layer its input alone and computes the rest again going backwards
 
     def __post_init__(self):
         check(self)
@@ -59,6 +79,9 @@ class TransformerConfig:
         if self.emb_dim % 2:
             raise UserError(f"emb_dim={self.emb_dim} must be even: sinusoidal positions need pairs.")
         check_dtype(self.dtype)
+        check_kind(self.attention)
+        if self.remat not in REMATS:
+            raise UserError(f"remat={self.remat!r} must be one of {', '.join(REMATS)}.")
 
     @classmethod
     def from_json(cls, values: Any, source: str) -> "TransformerConfig":
@@ -116,34 +139,6 @@ def sinusoidal_positions(max_len: int, emb_dim: int) -> np.ndarray:
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
 
-def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """uint32 bits for dropout: each element's index, mixed with the key by an integer hash.
-
-    Where `jax.random.bits` costs a sixth of a training step on CPU, this fuses into the multiplication that uses it,
-    and the result does not depend on how the array is sharded. The mixer is lowbias32 of Chris Wellons' hash
-    prospector (https://github.com/skeeto/hash-prospector): plenty for dropout, not for anything secret.
-    """
-    seed = jax.random.key_data(key)
-    x = jax.lax.iota(jnp.uint32, int(np.prod(shape))).reshape(shape)
-    x = (x ^ seed[0]) * np.uint32(0x9E3779B1) + seed[-1]
-    x = (x ^ (x >> 16)) * np.uint32(0x21F0AAAD)
-    x = (x ^ (x >> 15)) * np.uint32(0x735A2D97)
-    return x ^ (x >> 15)
-
-
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes each element of x with probability `rate` and scales the rest; without a key, x as it is."""
-    if key is None or rate == 0.0:
-        return x
-    drop = random_bits(key, x.shape) < np.uint32(rate * 2**32)
-    return jnp.where(drop, jnp.zeros((), x.dtype), x / (1.0 - rate))
-
-
-def split_key(key: jax.Array | None, num: int):
-    """`jax.random.split` that passes None (no dropout) through."""
-    return [None] * num if key is None else jax.random.split(key, num)
-
-
 class Attention(nnx.Module):
     """Multi-head self-attention without biases (Vaswani et al. 2017, section 3.2)."""
 
@@ -162,45 +157,28 @@ class Attention(nnx.Module):
         self.value = dense(config.emb_dim, heads)
         self.out = dense(heads, config.emb_dim, axis=(-2, -1))
 
-    def __call__(self, x, mask, *, dropout_key=None, cache=None):
-        """x [B, T, D], mask [B, T, S] (S = T without a cache) -> [B, T, D] and the (keys, values) attended to.
+    def __call__(self, x, attend, *, dropout_keys: Keys = None, cache=None):
+        """x [B, T, D] -> [B, T, D] and the (keys, values) attended to.
 
-        `cache` is (keys, values, start): keys and values [B, H, S, K], into which this call's are written from slot
-        `start` on.
+        Args:
+          x: [B, T, D].
+          attend: (query, key, value, dropout_rate, dropout_keys) -> [B, H, T, K]; knows which tokens are seen.
+          dropout_keys: one a row [B].
+          cache: (keys, values, start): keys and values [B, H, S, K], into which this call's are written from slot
+            `start` on.
         """
-        # Heads before tokens: as plain matrix products the two below are a fifth faster on CPU.
+        # Heads before tokens: as plain matrix products attention is a fifth faster on CPU.
         query, key, value = (
-            project(x).swapaxes(1, 2) for project in (self.query, self.key, self.value)
+            named(project(x).swapaxes(1, 2), "batch", "num_heads", None, None)
+            for project in (self.query, self.key, self.value)
         )  # [B, H, T, K]
         if cache is not None:
             keys, values, start = cache
             key = jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), start, axis=2)  # [B, H, S, K]
             value = jax.lax.dynamic_update_slice_in_dim(values, value.astype(values.dtype), start, axis=2)
         query = query / np.sqrt(query.shape[-1]).astype(query.dtype)
-        if dropout_key is None and query.shape[2] > LONG:
-            attended = attend_in_blocks(query, key, value, mask)
-        else:
-            attended = attend(query, key, value, mask, self.dropout_rate, dropout_key)
+        attended = attend(query, key, value, dropout_rate=self.dropout_rate, dropout_keys=dropout_keys)
         return self.out(attended.swapaxes(1, 2)), (key, value)
-
-
-def attend(query, key, value, mask, dropout_rate=0.0, dropout_key=None):
-    """query [B, H, T, K], key and value [B, H, S, K], mask [B, T, S] -> [B, H, T, K]."""
-    scores = jnp.einsum("bhtk,bhsk->bhts", query, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)  # [B, H, T, S]
-    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    return jnp.einsum("bhts,bhsk->bhtk", dropout(weights, dropout_rate, dropout_key), value)
-
-
-def attend_in_blocks(query, key, value, mask):
-    """As `attend`, without dropout: the scores of QUERY_BLOCK queries are all that there are at a time."""
-
-    def attend_one(query_and_mask):
-        query, mask = query_and_mask  # [B, H, K], [B, S]
-        return attend(query[:, :, None], key, value, mask[:, None])[:, :, 0]
-
-    queries = jnp.moveaxis(query, 2, 0), jnp.moveaxis(mask, 1, 0)  # [T, B, H, K], [T, B, S]
-    return jnp.moveaxis(jax.lax.map(attend_one, queries, batch_size=QUERY_BLOCK), 0, 2)
 
 
 class MlpBlock(nnx.Module):
@@ -218,10 +196,10 @@ class MlpBlock(nnx.Module):
         self.wi = dense(config.emb_dim, config.mlp_dim)
         self.wo = dense(config.mlp_dim, config.emb_dim)
 
-    def __call__(self, x, *, dropout_key=None):
+    def __call__(self, x, *, dropout_keys: Keys = None):
         """x [B, T, D] -> [B, T, D]."""
-        hidden = jax.nn.relu(self.wi(x))  # [B, T, F]
-        return self.wo(dropout(hidden, self.dropout_rate, dropout_key))
+        hidden = named(jax.nn.relu(self.wi(x)), "batch", None, "mlp_dim")  # [B, T, F]
+        return self.wo(dropout(hidden, self.dropout_rate, dropout_keys))
 
 
 def layer_norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -239,13 +217,13 @@ class Block(nnx.Module):
         self.mlp_norm = layer_norm(config, rngs)
         self.mlp = MlpBlock(config, rngs=rngs)
 
-    def __call__(self, x, mask, *, dropout_key=None, cache=None):
-        """x [B, T, D], mask [B, T, S] -> x [B, T, D] and the keys and values, as in `Attention`."""
-        keys = split_key(dropout_key, 4)
-        attended, keys_values = self.attention(self.attention_norm(x), mask, dropout_key=keys[0], cache=cache)
+    def __call__(self, x, attend, *, dropout_keys: Keys = None, cache=None):
+        """x [B, T, D] -> x [B, T, D] and the keys and values, as in `Attention`."""
+        keys = split(dropout_keys, 4)
+        attended, keys_values = self.attention(self.attention_norm(x), attend, dropout_keys=keys[0], cache=cache)
         x = x + dropout(attended, self.dropout_rate, keys[1])
-        x = x + dropout(self.mlp(self.mlp_norm(x), dropout_key=keys[2]), self.dropout_rate, keys[3])
-        return x, keys_values
+        x = x + dropout(self.mlp(self.mlp_norm(x), dropout_keys=keys[2]), self.dropout_rate, keys[3])
+        return named(x, "batch", None, None), keys_values
 
 
 class TransformerLM(nnx.Module):
@@ -270,33 +248,34 @@ class TransformerLM(nnx.Module):
                 rngs=rngs,
             )
 
-    def __call__(self, inputs, positions, segments, *, dropout_key=None):
+    def __call__(self, inputs, positions, segments, *, dropout_keys: Keys = None):
         """Logits for every position of packed rows.
 
         Args:
           inputs: [B, T] int32, the targets shifted right within their segment; id 0 begins a segment.
           positions: [B, T] int32, position within the segment, from 0.
           segments: [B, T] int32, which text of the row a token belongs to, from 1; 0 is padding.
-          dropout_key: a PRNG key in training; None switches dropout off.
+          dropout_keys: one PRNG key a row [B] in training; None switches dropout off.
 
         Returns:
           logits [B, T, V] float32. A token sees itself and what stands before it in its own segment.
         """
-        return self.to_logits(self.read(inputs, positions, segments, dropout_key=dropout_key))
+        return self.to_logits(self.read(inputs, positions, segments, dropout_keys=dropout_keys))
 
-    def read(self, inputs, positions, segments, *, dropout_key=None):
+    def read(self, inputs, positions, segments, *, dropout_keys: Keys = None):
         """As a call, but what logits are made of: [B, T, D]."""
-        embed_key, blocks_key = split_key(dropout_key, 2)
-        x = self._embed(inputs, positions, embed_key)
-        causal = jnp.tril(jnp.ones((inputs.shape[1],) * 2, bool))
-        mask = causal & (segments[:, :, None] == segments[:, None, :])  # [B, T, T]
+        embed_keys, blocks_keys = split(dropout_keys, 2)
+        x = self._embed(inputs, positions, embed_keys)
+        attend = functools.partial(attend_in_rows, segments=segments, kind=self.config.attention)
         graphdef, stacked = nnx.split(self.blocks)
 
         def run_layer(x, layer):
-            params, key = layer
-            return nnx.merge(graphdef, params)(x, mask, dropout_key=key)[0], None
+            params, keys = layer
+            return nnx.merge(graphdef, params)(x, attend, dropout_keys=keys)[0], None
 
-        keys = None if blocks_key is None else jax.random.split(blocks_key, self.config.num_layers)
+        if self.config.remat == "block":
+            run_layer = jax.checkpoint(run_layer, prevent_cse=False)
+        keys = None if blocks_keys is None else split(blocks_keys, self.config.num_layers)  # [L, B]
         return jax.lax.scan(run_layer, x, (stacked, keys))[0]
 
     def extend(self, inputs, positions, valid, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -317,21 +296,23 @@ class TransformerLM(nnx.Module):
         valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, valid, cache.length, axis=1)  # [B, S]
         slots = jnp.arange(valid.shape[1])
         mask = (slots <= cache.length + jnp.arange(length)[:, None]) & valid[:, None, :]  # [B, T, S]
+        seen = functools.partial(attend, mask=mask)
         x = self._embed(inputs, positions)
         graphdef, stacked = nnx.split(self.blocks)
         keys_values = []
         for i, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
             block = nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], stacked))
-            x, layer_keys_values = block(x, mask, cache=(keys, values, cache.length))
+            x, layer_keys_values = block(x, seen, cache=(keys, values, cache.length))
             keys_values.append(layer_keys_values)
         keys, values = zip(*keys_values, strict=True)
         return self.to_logits(x[:, -1]), Cache(keys, values, valid, cache.length + length)
 
-    def _embed(self, inputs, positions, dropout_key=None):
+    def _embed(self, inputs, positions, dropout_keys: Keys = None):
         """[B, T] ids and positions -> [B, T, D]."""
         table = jnp.asarray(sinusoidal_positions(self.config.max_len, self.config.emb_dim))
-        x = self.embed(inputs) + table[positions]
-        return dropout(x, self.config.dropout_rate, dropout_key).astype(DTYPES[self.config.dtype])
+        embedding = named(self.embed.embedding[...], "vocab_size", None)  # whole rows, where they are looked up
+        x = named(embedding[inputs], "batch", None, None) + table[positions]
+        return dropout(x, self.config.dropout_rate, dropout_keys).astype(DTYPES[self.config.dtype])
 
     def to_logits(self, x):
         """What `read` returns, or some of it: [..., D] -> logits [..., V] float32."""
@@ -351,8 +332,13 @@ def init(config: TransformerConfig, key: jax.Array) -> Params:
     return nnx.to_pure_dict(nnx.state(TransformerLM(config, rngs=nnx.Rngs(key)), nnx.Param))
 
 
+def head(config: TransformerConfig, params: Params) -> Params:
+    """Those of the parameters that `to_logits` reads."""
+    return {name: params[name] for name in ("norm", "embed" if config.logits_via_embedding else "logits")}
+
+
 def bind(config: TransformerConfig, params: Params) -> TransformerLM:
-    """The network with these parameters in it, ready to be called."""
+    """The network with these parameters in it, ready to be called; with `head` alone, to make logits only."""
     graphdef, state = _abstract(config)
     state = jax.tree.map(lambda x: x, state)
     nnx.replace_by_pure_dict(state, params)

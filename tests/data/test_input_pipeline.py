@@ -53,11 +53,11 @@ def test_seeds_differ(corpus):
 
 def test_evaluation_reads_every_row_once_in_order(corpus):
     rows = batch_of_all(corpus)
-    read = list(input_pipeline.eval_batches(corpus, batch_size=50, max_batches=-1))
+    read = list(input_pipeline.eval_batches(corpus, batch_size=50, max_rows=-1))
     assert {len(batch["targets"]) for batch in read} == {50}
     for name in ("inputs", "targets", "positions", "segments", "characters", "bytes"):
         joined = np.concatenate([batch[name] for batch in read])
         real = len(rows[name])
         np.testing.assert_array_equal(joined[:real], rows[name])
     assert not np.concatenate([batch["segments"] for batch in read])[real:].any()
-    assert len(list(input_pipeline.eval_batches(corpus, batch_size=50, max_batches=2))) == 2
+    assert len(list(input_pipeline.eval_batches(corpus, batch_size=50, max_rows=100))) == 2

@@ -49,7 +49,7 @@ def test_order_is_a_function_of_the_step(mixed):
 
 
 def test_evaluation_sees_the_shares(mixed):
-    letters = letter_rows(mixed, input_pipeline.eval_batches(mixed.eval, batch_size=1, max_batches=12))
+    letters = letter_rows(mixed, input_pipeline.eval_batches(mixed.eval, batch_size=1, max_rows=12))
     assert letters.mean() == pytest.approx(0.25, abs=0.1)
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 importlib.import_module("processes")  # commands compile quickly, as in the tests
+SPEEDS = importlib.import_module("transformer_lm.training.reporter").SPEEDS
 
 # Of what a killed process has left half written the next would read nothing.
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
@@ -113,7 +114,7 @@ def digest(workdir: Path) -> dict[str, str]:
     found["sentencepiece_model"] = hashlib.sha256((workdir / "sentencepiece_model").read_bytes()).hexdigest()
     if (workdir / "metrics.jsonl").exists():
         lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-        kept = [{name: line[name] for name in line if name not in ("tokens_per_second", "mfu")} for line in lines]
+        kept = [{name: line[name] for name in line if name not in SPEEDS} for line in lines]
         found["metrics.jsonl"] = json.dumps(kept)
         found["parameters"] = parameters(workdir)
     return found

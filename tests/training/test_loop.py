@@ -22,6 +22,7 @@ from transformer_lm.data import input_pipeline, preparation
 from transformer_lm.errors import UserError
 from transformer_lm.training import loop, optimizers
 from transformer_lm.training.config import Recipe
+from transformer_lm.training.reporter import SPEEDS
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def test_told_to_stop_while_it_evaluates(tmp_path, prepared, monkeypatch, what):
 def test_told_to_stop_while_it_compiles(tmp_path, prepared, monkeypatch):
     """Nothing has been done yet, and nothing is saved."""
 
-    def slow_step(*arguments):
+    def slow_step(*_, **__):
         def step(state, batch, key):
             jax.debug.callback(lambda: None)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -196,7 +197,7 @@ RUN = {
 def metrics_of(workdir) -> list[dict]:
     """Lines of metrics.jsonl, without the speeds."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in ("tokens_per_second", "mfu")} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in SPEEDS} for line in lines]
 
 
 def state_of(workdir, step) -> list[np.ndarray]:

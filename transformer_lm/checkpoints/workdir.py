@@ -7,7 +7,7 @@ from etils import epath
 
 from transformer_lm.errors import UserError
 from transformer_lm.files import json_bytes, read_json, write_atomically
-from transformer_lm.models import TransformerConfig
+from transformer_lm.models import MANNER, TransformerConfig
 from transformer_lm.tokenizer import Tokenizer
 
 CHECKPOINTS_DIR = "checkpoints"
@@ -18,17 +18,25 @@ METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = "run.lock"
 # The network's fields that may change between two starts of a run, since its parameters are the same. All others may
 # not, those included that are added to the network later.
-FREE_FIELDS = {"max_len", "dropout_rate", "attention_dropout_rate", "dtype"}
+FREE_FIELDS = {"max_len", "dropout_rate", "attention_dropout_rate", "dtype", *MANNER}
 # Fields of a recipe of which a change is not worth a word: what is reported, when and where, and samples.
 SILENT_FIELDS = {
     "log_every_steps", "eval_every_steps", "num_predict_steps", "checkpoint_every_steps", "checkpoint_every_minutes",
     "keep_checkpoints", "prompts", "max_predict_length", "sampling_temperature", "sampling_top_k", "sampling_top_p",
-    "prepare_processes", "prepared_dir", "save_checkpoints", "restore_checkpoints", "init_from",
+    "prepare_processes", "prepared_dir", "save_checkpoints", "restore_checkpoints", "init_from", "mesh_fsdp",
+    "mesh_tensor", "gradient_accumulation_steps", "attention", "remat",
 }  # fmt: skip
 TOKENIZER_FIELDS = {"vocab_size", "spm_train_options", "max_corpus_chars"}  # read when it is trained, once
 
 
-def claim_workdir(workdir: epath.Path, recipe: dict, network: TransformerConfig, tokenizer: Tokenizer, rows: list[str]):
+def claim_workdir(
+    workdir: epath.Path,
+    recipe: dict,
+    network: TransformerConfig,
+    tokenizer: Tokenizer,
+    rows: list[str],
+    batch: dict[str, int],
+):
     """Writes config.json and sentencepiece_model, before a run; says what has changed since the run before.
 
     Args:
@@ -37,21 +45,49 @@ def claim_workdir(workdir: epath.Path, recipe: dict, network: TransformerConfig,
       network: the network as it is.
       tokenizer: the tokenizer of its rows.
       rows: names of the folders of prepared rows that it reads.
+      batch: its rows a step, which `remembered_batch` finds at the next start.
 
     Raises:
       UserError: the workdir holds checkpoints of another network or tokenizer, which a run would spoil, or a change
         can have no effect.
     """
-    if (workdir / CHECKPOINTS_DIR).exists() and (workdir / CONFIG_FILE).exists():
+    if _has_run(workdir):
         before, fingerprint = read_run_config(workdir)
         check_same_network(str(workdir), before, network)
         if fingerprint != tokenizer.fingerprint:
             raise UserError(f"{workdir} holds a model of another tokenizer; restore that, or use another --workdir.")
         content = read_json(workdir / CONFIG_FILE)
         _report_changes(workdir, content.get("recipe"), recipe, content.get("rows"), rows)
-    content = {"recipe": recipe, "model": vars(network), "tokenizer_sha256": tokenizer.fingerprint, "rows": rows}
+    content = {
+        "recipe": recipe,
+        "model": {name: value for name, value in vars(network).items() if name not in MANNER},
+        "tokenizer_sha256": tokenizer.fingerprint,
+        "rows": rows,
+        "batch": batch,
+    }
     write_atomically(workdir / TOKENIZER_FILE, tokenizer.model)
     write_atomically(workdir / CONFIG_FILE, json_bytes(content))
+
+
+def _has_run(workdir: epath.Path) -> bool:
+    return (workdir / CHECKPOINTS_DIR).exists() and (workdir / CONFIG_FILE).exists()
+
+
+def remembered_batch(workdir: epath.Path, recipe: dict) -> dict[str, int]:
+    """The rows a step that a run had before, {} for a new run; those alone that the recipe has not changed since."""
+    content = read_json(workdir / CONFIG_FILE) if _has_run(workdir) else {}
+    batch, before = content.get("batch"), content.get("recipe")
+    if not isinstance(batch, dict) or not isinstance(before, dict):
+        return {}
+    depends = {
+        "rows": ("per_device_batch_size",),
+        "eval_rows": ("per_device_batch_size", "eval_per_device_batch_size"),
+    }
+    return {
+        name: batch[name]
+        for name, fields in depends.items()
+        if isinstance(batch.get(name), int) and all(before.get(field) == recipe[field] for field in fields)
+    }
 
 
 def _report_changes(workdir: epath.Path, before: Any, recipe: dict, rows_before: Any, rows: list[str]):

@@ -57,6 +57,15 @@ def _set_network_and_run(config: ml_collections.ConfigDict):
     # Rows of a batch on each device.
     config.per_device_batch_size = 32
     config.eval_per_device_batch_size = 32
+    # Rows of a training step over all devices; 0 for per_device_batch_size x devices, as counted when the run began.
+    config.global_batch_size = 0
+    # Parts in which a step's rows are computed, one after the other; 0 for as many as keep a device's rows at
+    # per_device_batch_size.
+    config.gradient_accumulation_steps = 0
+    # Devices over which parameters and optimizer are spread ("fsdp"), and over which each matrix product is ("tensor");
+    # the others have copies and rows of their own.
+    config.mesh_fsdp = 1
+    config.mesh_tensor = 1
     # Tokens of a row.
     config.max_target_length = 128
     config.max_eval_target_length = 512
@@ -71,6 +80,10 @@ def _set_network_and_run(config: ml_collections.ConfigDict):
     config.logits_via_embedding = False
     config.dropout_rate = 0.1
     config.attention_dropout_rate = 0.1
+    # "auto", or "xla", "cudnn", "tpu": which attention is computed with.
+    config.attention = "auto"
+    # "block": keep less of each layer for the way back and compute it again, for longer rows and larger networks.
+    config.remat = "none"
     # Compute in bfloat16 rather than float32; parameters, logits and loss are float32 either way.
     config.use_bfloat16 = True
 

@@ -4,8 +4,8 @@ The training batch of step n is a pure function of (rows, seed, batch size, n): 
 many restarts, gets the same rows.
 """
 
-import itertools
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
@@ -31,27 +31,53 @@ def _mix(datasets: list[grain.MapDataset], weights: tuple[float, ...]) -> grain.
     return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, weights)
 
 
-def train_batches(corpus: PreparedRows, *, batch_size: int, seed: int, first_row: int = 0) -> Iterator[Batch]:
+def train_batches(
+    corpus: PreparedRows,
+    *,
+    batch_size: int,
+    seed: int,
+    first_row: int = 0,
+    only: Sequence[int] | None = None,
+) -> Iterator[Batch]:
     """The endless training batches from row number `first_row` of the shuffled stream on.
 
     Every epoch of a corpus sees all its rows once, in an order of its own; so does each part of a mixture.
 
+    Args:
+      corpus: prepared rows.
+      batch_size: rows a step.
+      seed: of the order.
+      first_row: rows read before.
+      only: the rows of each batch, by number, that are read here; None for all.
+
     Yields:
-      what `packing.read_records` makes of batch_size rows.
+      what `packing.read_records` makes of these rows.
     """
+    only = range(batch_size) if only is None else only
     parts = [_rows(part).shuffle(seed=seed).repeat() for part in corpus.parts]
-    rows = _mix(parts, corpus.weights).slice(slice(first_row, None))
-    dataset = rows.batch(batch_size, drop_remainder=True).map(lambda records: read_records(records, corpus.dtype))
+    rows = _mix(parts, corpus.weights)
+
+    def read(number: int) -> np.ndarray:
+        batch, place = divmod(number, len(only))
+        return rows[first_row + batch * batch_size + int(only[place])]
+
+    dataset = grain.MapDataset.range(sys.maxsize).map(read).batch(len(only), drop_remainder=True)
+    dataset = dataset.map(lambda records: read_records(records, corpus.dtype))
     options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCH_BATCHES * READ_THREADS)
     return iter(dataset.to_iter_dataset(options))
 
 
-def eval_batches(corpus: PreparedRows, *, batch_size: int, max_batches: int) -> Iterator[Batch]:
-    """The corpus's rows in order, once, at most `max_batches` (-1: all). The last batch is filled up with padding."""
+def eval_batches(
+    corpus: PreparedRows, *, batch_size: int, max_rows: int, only: Sequence[int] | None = None
+) -> Iterator[Batch]:
+    """The corpus's rows in order, once, at most `max_rows` (-1: all). The last batch is filled up with padding.
+
+    `only` is as in `train_batches`.
+    """
+    only = range(batch_size) if only is None else only
     rows = _mix([_rows(part) for part in corpus.parts], corpus.weights)
-    stop = None if max_batches < 0 else max_batches
-    empty = Row(np.full(corpus.row_length, padding_id(corpus.dtype), corpus.dtype)).record()
-    for start in itertools.islice(range(0, len(rows), batch_size), stop):
-        records = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-        records += [np.frombuffer(empty, np.uint8)] * (batch_size - len(records))
-        yield read_records(np.stack(records), corpus.dtype)
+    stop = len(rows) if max_rows < 0 else min(max_rows, len(rows))
+    empty = np.frombuffer(Row(np.full(corpus.row_length, padding_id(corpus.dtype), corpus.dtype)).record(), np.uint8)
+    for start in range(0, stop, batch_size):
+        numbers = [start + number for number in only]
+        yield read_records(np.stack([rows[i] if i < stop else empty for i in numbers]), corpus.dtype)

@@ -5,7 +5,18 @@ from typing import Annotated
 
 from transformer_lm.data.preparation import DataConfig
 from transformer_lm.errors import UserError
-from transformer_lm.fields import BatchSize, Count, CountOrAll, NotNegative, Range, Rate, Seed, check, check_value
+from transformer_lm.fields import (
+    BatchSize,
+    Count,
+    CountOrAll,
+    CountOrZero,
+    NotNegative,
+    Range,
+    Rate,
+    Seed,
+    check,
+    check_value,
+)
 from transformer_lm.generation.sampler import SamplingConfig
 from transformer_lm.models import TransformerConfig
 from transformer_lm.training.optimizers import OptimizerConfig
@@ -17,6 +28,10 @@ class TrainConfig:
 
     per_device_batch_size: BatchSize
     eval_per_device_batch_size: Annotated[int, Range(least=0, most=2**16)]  # 0 for the same as in training
+    global_batch_size: CountOrZero  # rows a step; 0 for what the run had before, or per_device_batch_size x devices
+    gradient_accumulation_steps: CountOrZero  # 0 for so many that a device has per_device_batch_size rows at a time
+    mesh_fsdp: Count
+    mesh_tensor: Count
     num_train_steps: Count
     num_eval_steps: CountOrAll
     label_smoothing: Rate  # probability mass spread over the other tokens (Szegedy et al. 2016, section 7)

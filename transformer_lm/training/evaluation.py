@@ -6,14 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 import jax
-from jax.sharding import Mesh
 
 from transformer_lm import models
 from transformer_lm.data import input_pipeline
-from transformer_lm.data.rows import PreparedCorpus, PreparedMixture
-from transformer_lm.training import sharding
-from transformer_lm.training.config import TrainConfig
+from transformer_lm.data.rows import PreparedRows
+from transformer_lm.training import batching
 from transformer_lm.training.loss import perplexity
+from transformer_lm.training.sharding import Layout
 
 LN2 = math.log(2)
 
@@ -21,17 +20,18 @@ LN2 = math.log(2)
 def evaluate_rows(
     eval_step: Callable,
     params: models.Params,
-    rows: PreparedCorpus | PreparedMixture,
-    config: TrainConfig,
-    mesh: Mesh,
+    rows: PreparedRows,
+    layout: Layout,
+    *,
+    batch_size: int,
+    max_rows: int,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """`mean_metrics` of prepared rows, spread over the mesh; of no use when `stopped` has ended it early."""
-    batch_size = (config.eval_per_device_batch_size or config.per_device_batch_size) * mesh.size
-    batches = input_pipeline.eval_batches(rows, batch_size=batch_size, max_batches=config.num_eval_steps)
+    """`mean_metrics` of at most `max_rows` (-1: all) prepared rows; of no use when `stopped` has ended it early."""
+    only = batching.rows_here(layout, batch_size)
+    batches = input_pipeline.eval_batches(rows, batch_size=batch_size, max_rows=max_rows, only=only)
     batches = itertools.takewhile(lambda _: not stopped(), batches)
-    placed = (jax.device_put(batch, sharding.batch_sharding(mesh)) for batch in batches)
-    return mean_metrics(eval_step(params, batch) for batch in placed)
+    return mean_metrics(eval_step(params, batching.place(layout, batch_size, batch)) for batch in batches)
 
 
 def mean_metrics(sums: Iterable[dict[str, jax.Array]]) -> dict[str, float]:

@@ -1,6 +1,11 @@
 """How much a step computes, and how much a device could."""
 
+import functools
+import time
+
 import jax
+import jax.numpy as jnp
+from absl import logging
 
 from transformer_lm import models
 
@@ -32,6 +37,23 @@ def flops_per_token(network: models.TransformerConfig, length: int) -> float:
     return 6.0 * multiplied + 12.0 * network.num_layers * network.qkv_dim * length
 
 
-def peak_flops(device: jax.Device) -> float | None:
-    """Peak bfloat16 FLOP/s of a device, None where it is not known (a CPU)."""
-    return PEAK_FLOPS.get(device.device_kind)
+def peak_flops(device: jax.Device) -> float:
+    """Peak FLOP/s of a device: bfloat16 by its maker's data sheet, else those of a measured product in float32."""
+    if device.device_kind in PEAK_FLOPS:
+        return PEAK_FLOPS[device.device_kind]
+    return measured_flops()
+
+
+@functools.cache
+def measured_flops(size: int = 1024, times: int = 5) -> float:
+    """FLOP/s of the fastest of some products of float32 matrices [size, size], on the default device."""
+    a = jnp.ones((size, size), jnp.float32)
+    multiply = jax.jit(jnp.matmul)
+    multiply(a, a).block_until_ready()
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        multiply(a, a).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    logging.info("mfu is a share of a matrix product's speed here: %.0f GFLOP/s.", 2e-9 * size**3 / min(seconds))
+    return 2.0 * size**3 / min(seconds)

@@ -14,46 +14,57 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
-from jax.sharding import Mesh
 
 from transformer_lm import console, locks, models
 from transformer_lm.checkpoints import store
 from transformer_lm.checkpoints import workdir as run_folder
 from transformer_lm.data import input_pipeline, preparation
 from transformer_lm.generation import language_model
-from transformer_lm.training import metrics, optimizers, sharding
+from transformer_lm.training import batching, distributed, metrics, optimizers, sharding
 from transformer_lm.training.config import Recipe
 from transformer_lm.training.evaluation import evaluate_rows
 from transformer_lm.training.flops import flops_per_token
+from transformer_lm.training.profile import Profile
 from transformer_lm.training.reporter import Reporter
 from transformer_lm.training.signals import Signals, Stopped, signals_caught
 from transformer_lm.training.start import find_initial, restore_or_init
 from transformer_lm.training.state import TrainState, zero_totals
 from transformer_lm.training.step import make_eval_step, make_train_step
+from transformer_lm.training.stop import Stop
 
 
-def train_and_evaluate(recipe: Recipe, data: preparation.PreparedData, workdir: str):
+def train_and_evaluate(
+    recipe: Recipe, data: preparation.PreparedData, workdir: str, *, profiled: tuple[int, int] | None = None
+):
     """Runs a recipe to its last step, or until it is told to stop, going on from the workdir's newest checkpoint.
 
     Args:
       recipe: what to train, and how.
       data: what it trains and evaluates on.
       workdir: the folder of the run.
+      profiled: the steps of which a trace is written, from the first to before the second.
 
     Raises:
       UserError: another process uses the workdir, it holds another model, init_from names one that does not fit, a
         prompt is too long, the loss is not finite, or something cannot be read or written.
     """
     language_model.check_prompts(data.tokenizer, recipe.prompts, recipe.sampling)
-    with locks.exclusive(epath.Path(workdir) / run_folder.LOCK_FILE, f"--workdir={workdir}"):
+    with contextlib.ExitStack() as stack:
+        if distributed.is_first():
+            lock = epath.Path(workdir) / run_folder.LOCK_FILE
+            stack.enter_context(locks.exclusive(lock, f"--workdir={workdir}"))
         run = _prepare_run(recipe, data, workdir)
-        with (
-            contextlib.closing(run.saved),
-            console.training_progress(run.step, recipe.train.num_train_steps) as show,
-            contextlib.closing(metrics.MetricWriter(workdir, run.step, show)) as writer,
-            signals_caught() as signals,
-        ):
-            _Loop(run, writer, signals).run()
+        stack.enter_context(contextlib.closing(run.saved))
+        writer = stack.enter_context(contextlib.closing(_make_writer(stack, workdir, run)))
+        signals = stack.enter_context(signals_caught())
+        _Loop(run, writer, signals, Profile(workdir, profiled)).run()
+
+
+def _make_writer(stack: contextlib.ExitStack, workdir: str, run: "_Run") -> metrics.MetricWriter | metrics.SilentWriter:
+    if not distributed.is_first():
+        return metrics.SilentWriter(workdir, run.step)
+    show = stack.enter_context(console.training_progress(run.step, run.recipe.train.num_train_steps))
+    return metrics.MetricWriter(workdir, run.step, show)
 
 
 @dataclasses.dataclass
@@ -64,7 +75,8 @@ class _Run:
       recipe: what is trained.
       network: the network as it is.
       data: what it is trained on.
-      mesh: the devices.
+      layout: what lies where on the devices.
+      batching: rows of a step.
       saved: the workdir's checkpoints.
       optimizer: what makes updates of gradients.
       key: of dropout.
@@ -76,18 +88,14 @@ class _Run:
     recipe: Recipe
     network: models.TransformerConfig
     data: preparation.PreparedData
-    mesh: Mesh
+    layout: sharding.Layout
+    batching: batching.Batching
     saved: store.Checkpoints
     optimizer: Any
     key: jax.Array
     state: TrainState
     step: int
     rows_read: int
-
-    @property
-    def batch_size(self) -> int:
-        """Training rows a step, over all devices."""
-        return self.recipe.train.per_device_batch_size * self.mesh.size
 
     @property
     def progress(self) -> dict[str, Any]:
@@ -98,45 +106,68 @@ class _Run:
 def _prepare_run(recipe: Recipe, data: preparation.PreparedData, workdir: str) -> _Run:
     """Finds everything in order, or raises UserError."""
     network = dataclasses.replace(recipe.network, vocab_size=data.tokenizer.vocab_size)
-    rows = [part.directory.name for corpus in (data.train, data.eval) for part in corpus.parts]
-    run_folder.claim_workdir(epath.Path(workdir), recipe.fields, network, data.tokenizer, rows)
-    mesh = sharding.make_mesh()
+    layout = sharding.make_layout(recipe.train.mesh_fsdp, recipe.train.mesh_tensor)
+    layout.check(network)
+    batches = batching.Batching(
+        **distributed.agree("claim", lambda: _claim(recipe, network, data, layout, epath.Path(workdir)))
+    )
     optimizer = optimizers.make_optimizer(recipe.optimizer)
-    init_key, dropout_key = jax.random.split(jax.random.key(recipe.seed))
+    init_key, dropout_key = _keys(recipe.seed, layout)
     saved = store.Checkpoints(workdir, recipe.train.keep_checkpoints)
     state, rows_read = restore_or_init(
-        saved, recipe, network, optimizer, sharding.replicated(mesh),
-        initial=find_initial(recipe, network, data.tokenizer, workdir), key=init_key,
-        batch_size=recipe.train.per_device_batch_size * mesh.size,
+        saved, recipe, network, optimizer, layout,
+        initial=find_initial(recipe, network, data.tokenizer, workdir), key=init_key, batch_size=batches.rows,
     )  # fmt: skip
-    return _Run(
-        recipe, network, data, mesh, saved, optimizer, dropout_key, state, step=int(state.step), rows_read=rows_read
-    )
+    return _Run(recipe, network, data, layout, batches, saved, optimizer, dropout_key, state,
+                step=int(state.step), rows_read=rows_read)  # fmt: skip
+
+
+def _claim(
+    recipe: Recipe, network: models.TransformerConfig, data: preparation.PreparedData, layout: sharding.Layout,
+    workdir: epath.Path,
+) -> dict[str, int]:  # fmt: skip
+    """Makes the workdir the run's, and says how its batches are made: the fields of `Batching`."""
+    batches = batching.plan(recipe.train, layout, **run_folder.remembered_batch(workdir, recipe.fields))
+    rows = [part.directory.name for corpus in (data.train, data.eval) for part in corpus.parts]
+    batch = {"rows": batches.rows, "eval_rows": batches.counted_eval_rows}
+    run_folder.claim_workdir(workdir, recipe.fields, network, data.tokenizer, rows, batch)
+    return dataclasses.asdict(batches)
+
+
+def _keys(seed: int, layout: sharding.Layout) -> tuple[jax.Array, jax.Array]:
+    """Of the parameters, and of dropout; on every device."""
+    make = jax.jit(lambda: tuple(jax.random.split(jax.random.key(seed))), out_shardings=layout.sharding())
+    return make()
 
 
 class _Loop:
     """The steps of a run, and what is done between them."""
 
-    def __init__(self, run: _Run, writer: metrics.MetricWriter, signals: Signals):
-        self._run, self._writer, self._signals = run, writer, signals
+    def __init__(self, run: _Run, writer: metrics.MetricWriter, signals: Signals, profile: Profile):
+        self._run, self._writer, self._signals, self._profile = run, writer, signals, profile
         self._config = run.recipe.train
         self._saved_step = run.step
         self._saved_at = time.monotonic()
-        self._train_step = jax.jit(
-            make_train_step(run.network, run.optimizer, self._config.label_smoothing), donate_argnums=0
-        )
-        self._eval_step = jax.jit(make_eval_step(run.network))
+        train_step = make_train_step(
+            run.network, run.optimizer, self._config.label_smoothing,
+            layout=run.layout, accumulation=run.batching.accumulation,
+        )  # fmt: skip
+        everywhere = run.layout.sharding()
+        placement = run.layout.of_state(run.state), everywhere
+        self._train_step = jax.jit(train_step, donate_argnums=0, out_shardings=placement)
+        self._eval_step = jax.jit(make_eval_step(run.network, run.layout), out_shardings=everywhere)
+        self._stop = Stop(signals, run.layout)
         self._reporter = Reporter(
             writer,
             optimizers.learning_rate_schedule(run.recipe.optimizer),
             flops_per_token(run.network, run.data.train.row_length),
-            run.mesh.size,
+            run.layout.mesh.size,
         )
 
     def run(self):
         """Does all steps that are left, unless a signal comes."""
         run, config = self._run, self._config
-        devices = f"{run.mesh.size} device(s) of kind {jax.devices()[0].device_kind}"
+        devices = f"{run.layout} of kind {jax.devices()[0].device_kind}, {run.batching}"
         if run.step >= config.num_train_steps:
             logging.info("Already trained to step %d of num_train_steps=%d.", run.step, config.num_train_steps)
         else:
@@ -151,25 +182,30 @@ class _Loop:
         except Stopped:
             pass
         self._reporter.flush()
-        if self._signals.caught:
-            if config.save_checkpoints and run.step > self._saved_step:
+        if self._stop.agreed or self._signals.caught:
+            if self._stop.agreed and config.save_checkpoints and run.step > self._saved_step:
                 self._save()
             kept = "a checkpoint is saved" if config.save_checkpoints else "nothing is saved"
             logging.info("Stopped by %s at step %d: %s; run the same command to go on.",
-                         self._signals.caught, run.step, kept)  # fmt: skip
+                         self._signals.caught or "another process", run.step, kept)  # fmt: skip
 
     def _steps(self):
         run, config = self._run, self._config
+        rows = run.batching.rows
         batches = input_pipeline.train_batches(
-            run.data.train, batch_size=run.batch_size, seed=run.recipe.seed, first_row=run.rows_read
-        )
+            run.data.train, batch_size=rows, seed=run.recipe.seed, first_row=run.rows_read,
+            only=batching.rows_here(run.layout, rows),
+        )  # fmt: skip
         first = True
-        while run.step < config.num_train_steps and not self._signals.caught:
-            batch = jax.device_put(next(batches), sharding.batch_sharding(run.mesh))
+        while run.step < config.num_train_steps and not self._stop():
+            with self._reporter.waiting_for_data():
+                batch = batching.place(run.layout, rows, next(batches))
+            self._profile.before(run.step)
             step = self._compiling_step if first else self._train_step
             run.state, step_metrics = step(run.state, batch, run.key)
             first = False
-            run.step, run.rows_read = run.step + 1, run.rows_read + run.batch_size
+            run.step, run.rows_read = run.step + 1, run.rows_read + rows
+            self._profile.after(run.step, step_metrics)
             self._reporter.flush()
             self._reporter.pending = (run.step, step_metrics, self._totals_to_log(), config.log_every_steps)
             saving, evaluating = self._saves(run.step), self._evaluates(run.step)
@@ -191,8 +227,7 @@ class _Loop:
         if run.step % self._config.log_every_steps:
             return None
         totals = run.state.totals
-        placement = sharding.replicated(run.mesh)
-        run.state = dataclasses.replace(run.state, totals=jax.device_put(zero_totals(), placement))
+        run.state = dataclasses.replace(run.state, totals=jax.device_put(zero_totals(), run.layout.sharding()))
         return totals
 
     def _saves(self, step: int) -> bool:
@@ -215,19 +250,17 @@ class _Loop:
     def _evaluate(self):
         """Evaluates and samples, in vain when a signal comes."""
         run = self._run
-        step, params = run.step, run.state.params
-        values = self._signals.listening(
+        step, params, batches = run.step, run.state.params, run.batching
+        values = self._stop.unless(
             lambda: evaluate_rows(
-                self._eval_step, params, run.data.eval, self._config, run.mesh, stopped=self._was_stopped
+                self._eval_step, params, run.data.eval, run.layout,
+                batch_size=batches.eval_rows, max_rows=batches.max_eval_rows, stopped=self._stop,
             )
-        )
-        texts = self._signals.listening(
+        )  # fmt: skip
+        texts = self._stop.unless(
             lambda: language_model.generate_texts(
                 run.network, params, run.data.tokenizer, run.recipe.prompts, run.recipe.sampling, seed=run.recipe.seed
             )
         )
         self._writer.write(step, values)
         self._writer.write_samples(step, [text["text"] for text in texts])
-
-    def _was_stopped(self) -> bool:
-        return self._signals.caught is not None

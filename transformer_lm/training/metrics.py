@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -85,6 +86,20 @@ class MetricWriter:
                 f"The run's metrics could not be written to {self._path.parent}: {error}. Checkpoints are unharmed: "
                 "mend the cause and run the same command again."
             ) from error
+
+
+class SilentWriter:
+    """Stands in for the writer where another process of the run writes."""
+
+    def __init__(self, workdir: os.PathLike | str, start_step: int):
+        self._lines = _lines_until(epath.Path(workdir) / METRICS_FILE, start_step)
+
+    has = MetricWriter.has
+
+    def _pass(self, *_: Any):
+        """Writes nothing."""
+
+    write = write_samples = write_recipe = show = sync = close = _pass
 
 
 def read_last(workdir: os.PathLike | str, name: str) -> float:

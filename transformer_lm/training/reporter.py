@@ -1,7 +1,9 @@
 """What is said of the steps that are done."""
 
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 
 import jax
 import optax
@@ -11,6 +13,8 @@ from transformer_lm.training import metrics
 from transformer_lm.training.flops import peak_flops
 from transformer_lm.training.loss import perplexity
 
+SPEEDS = ("tokens_per_second", "step_seconds", "data_wait", "mfu", "first_step_seconds", "peak_memory")  # of a machine
+
 
 class Reporter:
     """Reads the metrics of finished steps, stops on a loss that is not finite, and hands lines to the writer."""
@@ -19,9 +23,10 @@ class Reporter:
         self._writer = writer
         self._schedule = schedule
         self._flops = flops
-        peak = peak_flops(jax.devices()[0])
-        self._peak = peak and peak * devices
+        self._peak = peak_flops(jax.devices()[0]) * (devices if jax.default_backend() != "cpu" else 1)
         self.pending: tuple | None = None
+        self._began: float | None = time.perf_counter()  # None when the first step has been told of
+        self._waited = 0.0  # seconds for data, in the steps now counted
         self._clock: float | None = None  # when the steps now counted began; None before the first is done
         self._timed_steps = 0
         self._tokens_per_second = 0.0
@@ -39,12 +44,19 @@ class Reporter:
                 "learning_rate or more warmup_steps."
             )
         if self._clock is None:
-            self._clock = time.perf_counter()
+            self._clock, self._waited = time.perf_counter(), 0.0
         else:
             self._timed_steps += 1
         if totals is not None:
             self._write(step, totals, steps_in_totals)
         self._writer.show(step, f"loss {step_metrics['loss']:.3f}  {self._tokens_per_second:,.0f} tokens/s")
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Counts what is done within as time in which the devices may have nothing to do."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
 
     def restart_clock(self):
         """Leaves out of the speed whatever has happened since the last step (an evaluation, a checkpoint)."""
@@ -59,11 +71,24 @@ class Reporter:
             "train_perplexity": perplexity(loss),
             "learning_rate": float(self._schedule(step - 1)),
         }
+        self._writer.write(step, values | self._speeds(totals["tokens"] / steps))
+
+    def _speeds(self, tokens: float) -> dict[str, float]:
+        """How fast the steps since the last report were, of so many tokens each."""
+        values: dict[str, float] = {}
+        now = time.perf_counter()
+        if self._began is not None:
+            values["first_step_seconds"], self._began = now - self._began, None
         if self._timed_steps:
-            seconds = time.perf_counter() - self._clock
-            self._tokens_per_second = totals["tokens"] / steps * self._timed_steps / seconds
-            values["tokens_per_second"] = self._tokens_per_second
-            if self._peak:
-                values["mfu"] = self._tokens_per_second * self._flops / self._peak
-            self._clock, self._timed_steps = time.perf_counter(), 0
-        self._writer.write(step, values)
+            seconds = now - self._clock
+            self._tokens_per_second = tokens * self._timed_steps / seconds
+            values |= {
+                "tokens_per_second": self._tokens_per_second,
+                "step_seconds": seconds / self._timed_steps,
+                "data_wait": self._waited / seconds,
+                "mfu": self._tokens_per_second * self._flops / self._peak,
+            }
+            self._clock, self._timed_steps, self._waited = now, 0, 0.0
+        if memory := jax.local_devices()[0].memory_stats():  # a CPU has none
+            values["peak_memory"] = memory["peak_bytes_in_use"] / 2**30
+        return values

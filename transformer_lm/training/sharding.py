@@ -1,24 +1,93 @@
-"""The device mesh, and who lies where on it.
+"""The device mesh, and who lies where on it: which axis of an array is cut along which axis of the mesh.
 
-All devices stand in one row, the mesh axis "data": each holds the whole model and works on its part of the batch.
-Which array is cut along which axis is said here and nowhere else.
+Mesh axes: "data" (each part has rows of its own), "fsdp" (rows of its own, and a part of every matrix, which the
+others are handed when they need it: fully sharded data parallelism, ZeRO stage 3) and "tensor" (heads, hidden units
+and vocabulary are divided; Megatron-LM's way).
 """
 
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from transformer_lm import models
+from transformer_lm.axes import Names
+from transformer_lm.errors import UserError
 
-def make_mesh() -> Mesh:
-    """All local devices along the axis "data"."""
-    devices = jax.local_devices()
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+RULES = {
+    "batch": ("data", "fsdp"),
+    "emb_dim": "fsdp",
+    "num_heads": "tensor",
+    "mlp_dim": "tensor",
+    "vocab_size": "tensor",
+}
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of parameters, optimizer state and metrics: a whole copy on every device."""
-    return NamedSharding(mesh, PartitionSpec())
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh, and the rules for what lies where on it."""
+
+    mesh: Mesh
+
+    def sharding(self, *names: str | None) -> NamedSharding:
+        """Of an array whose axes have these names; without names a whole copy on every device."""
+        return NamedSharding(self.mesh, PartitionSpec(*(RULES.get(name) for name in names)))
+
+    def place(self, x: jax.Array, names: Names) -> jax.Array:
+        """x, laid out by the names of its axes; in a function that is traced."""
+        return jax.lax.with_sharding_constraint(x, self.sharding(*names))
+
+    def by_device(self, function: Callable, inputs: tuple[Names, ...], output: Names) -> Callable:
+        """The function, run by each device on its part of the arrays."""
+        specs = tuple(self.sharding(*names).spec for names in inputs)
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=specs, out_specs=self.sharding(*output).spec, check_vma=False
+        )
+
+    def ways(self, name: str) -> int:
+        """In how many parts an axis is cut."""
+        axes = RULES[name] if isinstance(RULES[name], tuple) else (RULES[name],)
+        return int(np.prod([self.mesh.shape[axis] for axis in axes]))
+
+    def of_state(self, tree: Any) -> Any:
+        """The shardings of parameters, or of all that has arrays like them at paths that end alike, as optimizers."""
+        return jax.tree_util.tree_map_with_path(self._of_leaf, tree)
+
+    def _of_leaf(self, path: tuple, leaf: Any) -> NamedSharding:
+        keys = tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
+        names = models.PARAMETER_AXES.get(keys[-2:], ())
+        stacked = (None,) * (leaf.ndim - len(names))
+        return self.sharding(*stacked, *names) if len(names) <= leaf.ndim else self.sharding()
+
+    def __str__(self) -> str:
+        """Like "8 device(s) (data 4, tensor 2)"."""
+        parts = ", ".join(f"{name} {size}" for name, size in self.mesh.shape.items() if size > 1)
+        return f"{self.mesh.size} device(s)" + (f" ({parts})" if parts else "")
+
+    def check(self, network: models.TransformerConfig):
+        """Raises UserError where a size of the network does not divide by the parts that it is cut into."""
+        for name, axis in RULES.items():
+            if name != "batch" and getattr(network, name) % self.ways(name):
+                raise UserError(
+                    f"{name}={getattr(network, name)} does not divide by mesh_{axis}={self.ways(name)}; "
+                    "change one of the two."
+                )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of batches [B, ...]: rows spread over the devices."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+def make_layout(fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Layout:
+    """All devices of all processes, or those given, as a mesh, whose axis "data" takes what the other two leave.
+
+    Raises:
+      UserError: the number of devices does not divide by them.
+    """
+    devices = list(devices or jax.devices())
+    if len(devices) % (fsdp * tensor):
+        raise UserError(
+            f"{len(devices)} device(s) do not divide by mesh_fsdp={fsdp} x mesh_tensor={tensor}; choose numbers whose "
+            "product divides the devices."
+        )
+    shape = (len(devices) // (fsdp * tensor), fsdp, tensor)
+    return Layout(jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices))

@@ -3,13 +3,13 @@
 import jax
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
 
 from transformer_lm import models
 from transformer_lm.checkpoints import loading, store
 from transformer_lm.errors import UserError
 from transformer_lm.tokenizer import Tokenizer
 from transformer_lm.training.config import Recipe, TrainConfig
+from transformer_lm.training.sharding import Layout
 from transformer_lm.training.state import TrainState, init_state, state_of
 
 
@@ -18,7 +18,7 @@ def restore_or_init(
     recipe: Recipe,
     network: models.TransformerConfig,
     optimizer: optax.GradientTransformation,
-    placement: NamedSharding,
+    layout: Layout,
     *,
     initial: loading.FoundModel | None,
     key: jax.Array,
@@ -31,7 +31,7 @@ def restore_or_init(
       recipe: what is trained.
       network: the network as it is.
       optimizer: its optimizer.
-      placement: where the state's arrays lie.
+      layout: where the state's arrays lie.
       initial: the model whose parameters a fresh state takes; None for random ones.
       key: of random parameters.
       batch_size: rows a step, to reckon with where a checkpoint does not say how many rows were read.
@@ -40,9 +40,10 @@ def restore_or_init(
       the state, and how many training rows were read until then.
     """
     _check_wanted(saved, recipe.train)
+    state = jax.eval_shape(lambda: init_state(network, optimizer, key))
+    placement = layout.of_state(state)
     if recipe.train.restore_checkpoints:
-        state = jax.eval_shape(lambda: init_state(network, optimizer, key))
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), state)
+        target = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, placement)
         progress = {"step": target.step, "totals": target.totals, "rows": np.zeros((), np.int64)}
         restored = saved.restore(target.params, target.opt_state, progress)
         if restored is not None:
@@ -51,7 +52,7 @@ def restore_or_init(
             return TrainState(progress["step"], params, opt_state, progress["totals"]), int(rows)
     if initial is None:
         return jax.jit(lambda key: init_state(network, optimizer, key), out_shardings=placement)(key), 0
-    params = jax.device_put(initial.load().params, placement)
+    params = jax.device_put(initial.load().params, placement.params)
     fresh = jax.jit(lambda params: state_of(params, optimizer), out_shardings=placement, donate_argnums=0)
     return fresh(params), 0
 

@@ -7,55 +7,100 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from transformer_lm import models
-from transformer_lm.training.loss import loss_and_totals
-from transformer_lm.training.state import TrainState
+from transformer_lm import axes, dropout, models
+from transformer_lm.training.loss import chunked_loss_and_totals, chunks_of
+from transformer_lm.training.sharding import Layout
+from transformer_lm.training.state import TrainState, zero_totals
+
+ROWS = ("inputs", "targets", "positions", "segments")
 
 
-def apply_network(network: models.TransformerConfig, params: models.Params, batch, dropout_key=None):
-    """Logits [B, T, V] and weights [B, T] of a batch."""
-    logits = models.bind(network, params)(
-        batch["inputs"], batch["positions"], batch["segments"], dropout_key=dropout_key
-    )
-    return logits, (batch["segments"] > 0).astype(jnp.float32)
+def summed_loss(network: models.TransformerConfig, params: models.Params, batch, *, ways=1, smoothing=0.0, keys=None):
+    """What `loss_and_totals` gives for a batch.
+
+    Args:
+      network: what computes.
+      params: its parameters.
+      batch: arrays [B, T].
+      ways: over how many devices rows are spread.
+      smoothing: of labels.
+      keys: of dropout, one a row.
+    """
+    x = models.bind(network, params).read(batch["inputs"], batch["positions"], batch["segments"], dropout_keys=keys)
+    rows, length = batch["targets"].shape
+    return chunked_loss_and_totals(
+        lambda head, x: axes.named(models.bind(network, head).to_logits(x), "batch", None, "vocab_size"),
+        models.head(network, params), x, batch["targets"], (batch["segments"] > 0).astype(jnp.float32),
+        label_smoothing=smoothing, chunks=chunks_of(-(-rows // ways), length, network.vocab_size),
+    )  # fmt: skip
 
 
 def make_train_step(
-    network: models.TransformerConfig, optimizer: optax.GradientTransformation, label_smoothing: float
+    network: models.TransformerConfig,
+    optimizer: optax.GradientTransformation,
+    label_smoothing: float,
+    *,
+    layout: Layout | None = None,
+    accumulation: int = 1,
 ) -> Callable[[TrainState, Any, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """The step: (state, batch, key) -> the next state, and {"loss": mean nats a token, "grad_norm"}.
 
     `key` stays the same for a whole run; each step folds its number into it. The gradient is that of the mean over all
-    tokens of the global batch, however they are spread over devices.
+    tokens of the global batch, however they are spread over devices, and over `accumulation` parts of the batch, which
+    are computed one after the other.
     """
+    ways = layout.ways("batch") if layout else 1
+
+    def gradient(params, batch, key):
+        """Sums of gradients and totals of a batch, whose array "rows" [B] numbers its rows."""
+
+        def loss(params):
+            keys = dropout.row_keys(key, batch["rows"])
+            return summed_loss(network, params, batch, ways=ways, smoothing=label_smoothing, keys=keys)
+
+        (_, totals), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return _laid_out(grads, layout), totals
+
+    def accumulated_gradient(params, batch, key):
+        # Rows that lie together in the batch lie on one device: each part takes some of every device's.
+        parts = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
+        parts = jax.tree.map(lambda x: axes.named(x, None, "batch", *[None] * (x.ndim - 2)), parts)
+
+        def add(sums, part):
+            return jax.tree.map(jnp.add, sums, gradient(params, part, key)), None
+
+        start = _laid_out(jax.tree.map(jnp.zeros_like, params), layout), zero_totals()
+        return jax.lax.scan(add, start, parts)[0]
 
     def train_step(state, batch, key):
-        dropout_key = jax.random.fold_in(key, state.step)
-
-        def mean_loss(params):
-            logits, weights = apply_network(network, params, batch, dropout_key)
-            loss, totals = loss_and_totals(logits, batch["targets"], weights, label_smoothing)
-            return loss / jnp.maximum(totals["tokens"], 1.0), totals
-
-        (_, totals), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new_state = TrainState(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            opt_state=opt_state,
-            totals=jax.tree.map(jnp.add, state.totals, totals),
-        )
-        return new_state, {"loss": totals["loss"] / totals["tokens"], "grad_norm": optax.global_norm(grads)}
+        with axes.laid_out(layout):
+            batch = {name: batch[name] for name in ROWS} | {"rows": jnp.arange(batch["targets"].shape[0])}
+            key = jax.random.fold_in(key, state.step)
+            grads, totals = (accumulated_gradient if accumulation > 1 else gradient)(state.params, batch, key)
+            grads = jax.tree.map(lambda grad: grad / jnp.maximum(totals["tokens"], 1.0), grads)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            new_state = TrainState(
+                step=state.step + 1,
+                params=optax.apply_updates(state.params, updates),
+                opt_state=opt_state,
+                totals=jax.tree.map(jnp.add, state.totals, totals),
+            )
+            return new_state, {"loss": totals["loss"] / totals["tokens"], "grad_norm": optax.global_norm(grads)}
 
     return train_step
 
 
-def make_eval_step(network: models.TransformerConfig) -> Callable:
+def _laid_out(params: models.Params, layout: Layout | None) -> models.Params:
+    """Gradients where their parameters lie: each device sums up its part alone."""
+    return params if layout is None else jax.lax.with_sharding_constraint(params, layout.of_state(params))
+
+
+def make_eval_step(network: models.TransformerConfig, layout: Layout | None = None) -> Callable:
     """(params, batch) -> the sums of `loss_and_totals`, and of the characters and bytes of the batch's rows."""
 
     def eval_step(params, batch):
-        logits, weights = apply_network(network, params, batch)
-        counts = {name: jnp.sum(batch[name]) for name in ("characters", "bytes")}
-        return loss_and_totals(logits, batch["targets"], weights)[1] | counts
+        with axes.laid_out(layout):
+            counts = {name: jnp.sum(batch[name]) for name in ("characters", "bytes")}
+            return summed_loss(network, params, batch, ways=layout.ways("batch") if layout else 1)[1] | counts
 
     return eval_step

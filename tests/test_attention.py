@@ -1,0 +1,118 @@
+"""Attention in blocks and by fused kernels, against attention written out in NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from transformer_lm import attention
+from transformer_lm.errors import UserError
+
+
+def inputs(length: int, heads: int = 2, size: int = 8):
+    """query, key, value [1, H, T, K], and segments [1, T] of three texts and padding."""
+    rng = np.random.default_rng(0)
+    arrays = rng.normal(size=(3, 1, heads, length, size)).astype(np.float32)
+    segments = np.sort(rng.integers(1, 4, (1, length))).astype(np.int32)
+    segments[:, -length // 8 :] = 0
+    return *arrays, segments
+
+
+def by_hand(query, key, value, segments):
+    """Softmax attention, written out in float64."""
+    query, key, value = (x.astype(np.float64) for x in (query, key, value))
+    scores = np.einsum("bhtk,bhsk->bhts", query, key)
+    seen = (segments[:, :, None] == segments[:, None, :]) & np.tri(query.shape[2], dtype=bool)
+    weights = np.where(seen[:, None], np.exp(scores - scores.max(axis=-1, keepdims=True)), 0)
+    return np.einsum("bhts,bhsk->bhtk", weights / weights.sum(axis=-1, keepdims=True), value)
+
+
+@pytest.fixture
+def short_blocks(monkeypatch):
+    monkeypatch.setattr(attention, "LONG", 16)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 16)
+
+
+def test_written_out():
+    arrays = inputs(48)
+    np.testing.assert_allclose(attention.attend_in_rows(*arrays), by_hand(*arrays), atol=1e-5)
+
+
+def test_in_blocks(short_blocks):
+    """Values and gradients are those of the whole."""
+    *arrays, segments = inputs(48)
+    np.testing.assert_allclose(attention.attend_in_rows(*arrays, segments), by_hand(*arrays, segments), atol=1e-5)
+
+    def loss(query, key, value):
+        return jnp.sum(attention.attend_in_rows(query, key, value, segments) ** 2)
+
+    in_blocks = jax.grad(loss, (0, 1, 2))(*arrays)
+    attention.LONG = 1024
+    whole = jax.grad(loss, (0, 1, 2))(*arrays)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), in_blocks, whole)
+
+
+def test_in_blocks_the_scores_never_lie_together(short_blocks):
+    """Forward and backward, with dropout: the compiled step holds far less than the scores [B, H, T, T]."""
+    *arrays, segments = inputs(512)
+    keys = jax.random.split(jax.random.key(0), 1)
+
+    def loss(query, key, value):
+        attend = functools.partial(attention.attend_in_rows, dropout_rate=0.1, dropout_keys=keys)
+        return jnp.sum(attend(query, key, value, segments) ** 2)
+
+    memory = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+    assert memory < 2 * 512 * 512 * 4 / 2
+
+
+def test_dropout_in_blocks(short_blocks):
+    """A third of what is summed up falls out, other tokens for other rows and queries; the rest is scaled."""
+    query, key, _, segments = inputs(64)
+    ones = np.ones_like(key)
+    keys = jax.random.split(jax.random.key(0), 1)
+    attended = attention.attend_in_rows(query, key, ones, segments, dropout_rate=1 / 3, dropout_keys=keys)
+    assert np.mean(attended) == pytest.approx(1, abs=0.1)
+    assert len(np.unique(np.round(attended[..., 0], 5))) > 64
+
+
+def test_the_tpus_kernel():
+    """Run by JAX's interpreter of TPU kernels, where there is no TPU."""
+    pltpu = pytest.importorskip("jax.experimental.pallas.tpu")
+    arrays = inputs(256, size=128)
+    with pltpu.force_tpu_interpret_mode():
+        attended = attention.attend_in_rows(*(x if x.ndim == 2 else x / 3 for x in arrays), kind="tpu")
+    expected = by_hand(*(x if x.ndim == 2 else x / 3 for x in arrays))
+    real = arrays[3][0] > 0
+    np.testing.assert_allclose(attended[:, :, real], expected[:, :, real], atol=1e-4)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN's kernel runs on NVIDIA GPUs only")
+def test_cudnns_kernel():
+    *arrays, segments = inputs(256, size=64)
+    arrays = [jnp.asarray(x / 3, jnp.bfloat16) for x in arrays]
+    attended = attention.attend_in_rows(*arrays, segments, kind="cudnn")
+    np.testing.assert_allclose(attended, by_hand(*map(np.asarray, arrays), segments), atol=3e-2)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "rate", "chosen"),
+    [
+        ("cpu", jnp.bfloat16, 0.0, "xla"),
+        ("gpu", jnp.bfloat16, 0.0, "cudnn"),
+        ("gpu", jnp.bfloat16, 0.1, "xla"),
+        ("gpu", jnp.float32, 0.0, "xla"),
+        ("tpu", jnp.bfloat16, 0.0, "tpu"),
+        ("tpu", jnp.float32, 0.1, "xla"),
+    ],
+)
+def test_choice(monkeypatch, backend, dtype, rate, chosen):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert attention.choose(jnp.zeros((1, 2, 256, 64), dtype), rate) == chosen
+
+
+def test_a_fused_kernel_has_no_dropout():
+    keys = jax.random.split(jax.random.key(0), 1)
+    with pytest.raises(UserError, match="attention='cudnn' has no dropout; set attention_dropout_rate"):
+        attention.attend_in_rows(*inputs(8), kind="cudnn", dropout_rate=0.1, dropout_keys=keys)

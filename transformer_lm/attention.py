@@ -1,0 +1,108 @@
+"""Attention of queries to keys and values: written out for XLA, and the fused kernels of GPUs and TPUs.
+
+Letters in shapes: B batch, T length, H heads, K head size, S slots of keys. Queries arrive divided by sqrt(K).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from transformer_lm.axes import by_device
+from transformer_lm.dropout import Keys, dropout, fold_in
+from transformer_lm.errors import UserError
+from transformer_lm.fields import check_value
+
+KINDS = {"xla": "any device", "cudnn": "an NVIDIA GPU", "tpu": "a TPU"}  # and where each runs
+LONG = 1024  # attention of more queries is computed in blocks
+QUERY_BLOCK = 256  # of so many
+TPU_BLOCK = 128  # lengths that the TPU's kernel takes are multiples of it
+HEADS = ("batch", "num_heads", None, None)  # names of the axes of queries, keys and values
+
+
+def check_kind(kind: str):
+    """Raises UserError for what is no kind of attention."""
+    check_value("attention", kind, str)
+    if kind not in ("auto", *KINDS):
+        raise UserError(f"attention={kind!r} must be one of auto, {', '.join(KINDS)}.")
+
+
+def attend_in_rows(query, key, value, segments, *, kind: str = "auto", dropout_rate=0.0, dropout_keys: Keys = None):
+    """Attention in packed rows: a token sees itself and what stands before it in its own segment.
+
+    Args:
+      query, key, value: [B, H, T, K].
+      segments: [B, T] int32.
+      kind: "auto", or one of KINDS; a fused one does without dropout.
+      dropout_rate: on attention weights.
+      dropout_keys: one a row [B]; None switches dropout off.
+
+    Returns:
+      [B, H, T, K].
+    """
+    rate = dropout_rate if dropout_keys is not None else 0.0
+    kind = choose(query, rate) if kind == "auto" else kind
+    if kind != "xla" and rate:
+        raise UserError(f"attention={kind!r} has no dropout; set attention_dropout_rate=0.0, or attention='auto'.")
+    if kind == "cudnn":
+        return _cudnn(query, key, value, segments)
+    if kind == "tpu":
+        return by_device(_tpu, (HEADS, HEADS, HEADS, ("batch", None)), HEADS)(query, key, value, segments)
+    if query.shape[2] > LONG:
+        return _attend_in_blocks(query, key, value, segments, rate, dropout_keys)
+    causal = jnp.tril(jnp.ones((query.shape[2],) * 2, bool))
+    mask = causal & (segments[:, :, None] == segments[:, None, :])  # [B, T, T]
+    return attend(query, key, value, mask, dropout_rate=rate, dropout_keys=dropout_keys)
+
+
+def choose(query, dropout_rate: float) -> str:
+    """The fastest kind that there is for queries [B, H, T, K] on the devices at hand."""
+    length, size = query.shape[-2:]
+    backend = jax.default_backend()
+    if not dropout_rate and backend == "gpu" and query.dtype == jnp.bfloat16 and size % 8 == 0 and size <= 128:
+        return "cudnn"
+    if not dropout_rate and backend == "tpu" and length % TPU_BLOCK == 0:
+        return "tpu"
+    return "xla"
+
+
+def attend(query, key, value, mask, *, dropout_rate=0.0, dropout_keys: Keys = None):
+    """query [B, H, T, K], key and value [B, H, S, K], mask [B, T, S] -> [B, H, T, K]; scores in float32."""
+    scores = jnp.einsum("bhtk,bhsk->bhts", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)  # [B, H, T, S]
+    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+    return jnp.einsum("bhts,bhsk->bhtk", dropout(weights, dropout_rate, dropout_keys), value)
+
+
+def _attend_in_blocks(query, key, value, segments, dropout_rate, dropout_keys):
+    """As `attend_in_rows`: the scores of QUERY_BLOCK queries are all that there are at a time, backwards, too."""
+    slots = jnp.arange(key.shape[2])
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def attend_one(one):
+        query, segment, place = one  # [B, H, K], [B], scalar
+        mask = (slots <= place) & (segments == segment[:, None])  # [B, S]
+        keys = fold_in(dropout_keys, place)
+        attended = attend(query[:, :, None], key, value, mask[:, None], dropout_rate=dropout_rate, dropout_keys=keys)
+        return attended[:, :, 0]
+
+    queries = jnp.moveaxis(query, 2, 0), segments.T, slots  # [T, B, H, K], [T, B], [T]
+    return jnp.moveaxis(jax.lax.map(attend_one, queries, batch_size=QUERY_BLOCK), 0, 2)
+
+
+def _cudnn(query, key, value, segments):
+    """cuDNN's flash attention."""
+    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))  # [B, T, H, K]
+    mask = segments[:, None, :, None] == segments[:, None, None, :]  # [B, 1, T, T]
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=mask, is_causal=True, scale=1.0, implementation="cudnn"
+    ).swapaxes(1, 2)
+
+
+def _tpu(query, key, value, segments):
+    """The flash attention that JAX has for TPUs."""
+    from jax.experimental.pallas.ops.tpu import flash_attention
+
+    return flash_attention.flash_attention(
+        query, key, value, segment_ids=flash_attention.SegmentIds(segments, segments), causal=True, sm_scale=1.0
+    )

@@ -1,0 +1,47 @@
+"""Names of arrays' axes: the network says them, and whoever runs it says where on the devices they lie.
+
+The names are those of the configuration's fields ("emb_dim", "num_heads", ...) and "batch". Nothing is laid out, and
+nothing named here has an effect, unless a function is traced within `laid_out`.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+Names = tuple[str | None, ...]  # of an array's axes, from the first on; None for one that is never cut
+
+
+class Layout(Protocol):
+    """Where arrays lie; `transformer_lm.training.sharding` has one."""
+
+    def place(self, x: Any, names: Names) -> Any:
+        """x, laid out by the names of its axes."""
+
+    def by_device(self, function: Callable, inputs: tuple[Names, ...], output: Names) -> Callable:
+        """The function, run by each device on its part of the arrays."""
+
+
+_LAYOUT: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
+
+
+@contextlib.contextmanager
+def laid_out(layout: Layout | None) -> Iterator[None]:
+    """Arrays that are named while a function is traced here lie where the layout says."""
+    token = _LAYOUT.set(layout)
+    try:
+        yield
+    finally:
+        _LAYOUT.reset(token)
+
+
+def named(x: Any, *names: str | None) -> Any:
+    """x, whose axes have these names."""
+    layout = _LAYOUT.get()
+    return x if layout is None else layout.place(x, names)
+
+
+def by_device(function: Callable, inputs: tuple[Names, ...], output: Names) -> Callable:
+    """The function, which works on each part of its arrays alone, as kernels do that the compiler cannot divide."""
+    layout = _LAYOUT.get()
+    return function if layout is None else layout.by_device(function, inputs, output)

@@ -1,0 +1,168 @@
+"""Several processes as one run, on JAX's own distributed runtime: who is who, what only one does, who has gone.
+
+Every process runs the same command and the same steps. The first one also prepares the data, writes logs and metrics,
+and decides for all; checkpoints are written by all.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import signal
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+from absl import logging
+from etils import epath
+from jax._src.distributed import global_state  # as Orbax does: the store of keys and values has no public name
+
+from transformer_lm.errors import UserError, one_line
+from transformer_lm.files import write_atomically
+
+HEARTBEAT_SECONDS = 30  # a process that was not heard of for so long has gone
+POLL_SECONDS = 0.2
+PATIENCE_SECONDS = 20  # until a folder shows what another machine has written
+LONGEST_WAIT_MS = 24 * 3600 * 1000  # for the others' rows to be checked; one that has gone is missed long before
+SHARED_FILE = ".shared"
+GONE = "error: Another process of this run has gone; run the same command in all of them again to go on.\n"
+# What libraries say when a process they talk to has gone. They tell by words alone.
+HAS_GONE = re.compile(r"gloo|nccl|coordination|closed by peer|connection reset|heartbeat", re.IGNORECASE)
+
+Result = TypeVar("Result")
+
+
+def start(coordinator_address: str | None, num_processes: int | None, process_id: int | None):
+    """Joins the other processes of a run, before JAX is used for anything else.
+
+    TPU pods, SLURM and Open MPI are detected as JAX does; where nothing is detected and nothing given, the run has
+    this process alone. Only the first process logs more than warnings.
+
+    Args:
+      coordinator_address: HOST:PORT of the first process.
+      num_processes: of the whole run; 1 leaves detection out.
+      process_id: number of this one, from 0.
+
+    Raises:
+      UserError: the processes did not find together.
+    """
+    if num_processes == 1:
+        return
+    flags = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+    given = {name: value for name, value in flags.items() if value is not None}
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is for signals.py
+    try:
+        jax.distributed.initialize(
+            **given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=PATIENCE_SECONDS
+        )
+    except Exception as error:
+        if not given and isinstance(error, ValueError) and "coordinator_address" in str(error):
+            return  # no cluster
+        raise UserError(
+            f"The processes of this run did not find together: {one_line(error)}. Give each of them "
+            "--coordinator_address=HOST:PORT --num_processes=N --process_id=0..N-1, or --num_processes=1 for a run of "
+            "this process alone."
+        ) from error
+    if global_state.num_processes > 1:
+        _explain_abort()
+    if not is_first():
+        logging.set_verbosity(logging.WARNING)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and decides."""
+    return global_state.process_id == 0
+
+
+def agree(name: str, make: Callable[[], Any]) -> Any:
+    """What the first process makes, in every process; as JSON. `name` is used once in a run."""
+    if global_state.num_processes == 1:
+        return make()
+    key = f"transformer_lm/{name}"
+    if is_first():
+        value = make()
+        global_state.client.key_value_set(key, json.dumps(value))
+        return value
+    while True:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # it is not there yet
+            return json.loads(global_state.client.key_value_try_get(key))
+        time.sleep(POLL_SECONDS)
+
+
+def first_alone(prepare: Callable[[], Result], folders: list[str]) -> Result:
+    """What `prepare` returns: the first process does the work, the others then find it done in the folders.
+
+    Raises:
+      UserError: a process does not see the folders of the first.
+    """
+    if global_state.num_processes == 1:
+        return prepare()
+    token = uuid.uuid4().hex
+    files = [epath.Path(folder) / SHARED_FILE for folder in folders]
+    if is_first():
+        result = prepare()
+        for file in files:
+            write_atomically(file, token.encode())
+    token = agree("prepared", lambda: token)
+    if not is_first():
+        for file in files:
+            _wait_for(file, token)
+        result = prepare()
+    together("prepared")
+    if is_first():
+        for file in files:
+            file.unlink(missing_ok=True)
+    return result
+
+
+def _wait_for(file: epath.Path, token: str):
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (file.exists() and file.read_text() == token):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{file.parent} is not the folder that the first process of the run has under this name: it has to be "
+                "on a file system or in a bucket that all of them share."
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def together(name: str):
+    """Waits for all processes; each name once in a run."""
+    if global_state.num_processes > 1:
+        global_state.client.wait_at_barrier(f"transformer_lm/{name}", LONGEST_WAIT_MS)
+
+
+def leave():
+    """The run's end: waits a little for the other processes, which would else miss this one."""
+    with contextlib.suppress(Exception):
+        jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def losses_explained() -> Iterator[None]:
+    """Says in one line when an error within means that another process has gone."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if global_state.num_processes > 1 and HAS_GONE.search(str(error)):
+            raise UserError(GONE.removeprefix("error: ").strip()) from error
+        raise
+
+
+def _explain_abort():
+    """JAX's runtime aborts the process, from a thread of its own, when another has gone: adds a line, and status 1."""
+    global _handler
+    _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(_on_abort)
+    ctypes.CDLL(None).signal(signal.SIGABRT, _handler)
+
+
+def _on_abort(number: int):
+    del number
+    os.write(2, GONE.encode())
+    os._exit(1)
+
+
+_handler: Any = None  # C keeps no reference

@@ -1,0 +1,46 @@
+"""A trace of some steps, for TensorBoard's profiler and Perfetto."""
+
+import os
+import re
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+
+from transformer_lm.errors import UserError
+
+PROFILE_DIR = "plugins/profile"  # where TensorBoard finds it
+
+
+def parse_span(text: str | None) -> tuple[int, int] | None:
+    """The steps of --profile=START:STOP; None for none. Raises UserError for anything else."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise UserError(f"--profile={text} must be START:STOP, numbers of steps like 10:15.")
+    return int(found[1]), int(found[2])
+
+
+class Profile:
+    """Writes the trace of the steps of a span into the workdir."""
+
+    def __init__(self, workdir: os.PathLike | str, span: tuple[int, int] | None):
+        self._folder = epath.Path(workdir)
+        self._start, self._stop = span or (-1, -1)
+        self._running = False
+
+    def before(self, step: int):
+        """Before the step that follows so many steps: begins when it is the first of the span."""
+        if step == self._start:
+            jax.profiler.start_trace(os.fspath(self._folder))
+            self._running = True
+
+    def after(self, step: int, results: Any):
+        """After so many steps: ends, with the devices done, when the span is over."""
+        if self._running and step >= self._stop:
+            jax.block_until_ready(results)
+            jax.profiler.stop_trace()
+            self._running = False
+            logging.info("A trace of steps %d to %d is in %s.", self._start, step, self._folder / PROFILE_DIR)
