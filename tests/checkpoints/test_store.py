@@ -217,7 +217,7 @@ def test_full_disk_harms_no_earlier_checkpoint(tmp_path):
 
 class TestClaimWorkdir:
     def claim(self, workdir, model, tokenizer):
-        claim_workdir(epath.Path(workdir), {"seed": 0}, model, tokenizer, [])
+        claim_workdir(epath.Path(workdir), {"seed": 0}, model, tokenizer, [], {})
 
     @pytest.fixture
     def claimed(self, tmp_path, tiny, tales_tokenizer):
@@ -245,7 +245,7 @@ class TestClaimWorkdir:
 class TestLoadModel:
     def test_workdir(self, tmp_path, tiny, tales_tokenizer):
         params = init(tiny)
-        claim_workdir(epath.Path(tmp_path), {}, tiny, tales_tokenizer, [])
+        claim_workdir(epath.Path(tmp_path), {}, tiny, tales_tokenizer, [], {})
         saved = store.Checkpoints(tmp_path)
         saved.save(7, params, {"m": jnp.zeros(3)}, {"step": jnp.asarray(7)})
         saved.close()
