@@ -1,6 +1,7 @@
 """How many rows a step has, in how many parts they are computed, and which of them each process reads."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -69,6 +70,7 @@ def _parts(rows: int, ways: int, at_once: int) -> int:
     return next((parts for parts in range(wanted, rows // ways + 1) if rows % (ways * parts) == 0), wanted)
 
 
+@functools.cache
 def rows_here(layout: Layout, rows: int) -> np.ndarray:
     """The numbers of a batch's rows that lie on this process's devices."""
     parts = layout.sharding("batch").addressable_devices_indices_map((rows,)).values()
@@ -77,12 +79,12 @@ def rows_here(layout: Layout, rows: int) -> np.ndarray:
 
 def place(layout: Layout, rows: int, batch: Batch) -> dict[str, jax.Array]:
     """The batch on all devices, of which every process gives those of its rows that `rows_here` names."""
-    place_of = {row: place for place, row in enumerate(rows_here(layout, rows).tolist())}
+    here = rows_here(layout, rows)
 
     def whole(array: np.ndarray) -> jax.Array:
         def part(index: tuple[slice, ...]) -> np.ndarray:
             first, stop, _ = index[0].indices(rows)
-            return array[place_of[first] : place_of[stop - 1] + 1]
+            return array[slice(*np.searchsorted(here, (first, stop)))]
 
         return jax.make_array_from_callback((rows, *array.shape[1:]), layout.sharding("batch"), part)
 

@@ -45,7 +45,7 @@ def peak_flops(device: jax.Device) -> float:
 
 
 @functools.cache
-def measured_flops(size: int = 1024, times: int = 5) -> float:
+def measured_flops(size: int = 1024, times: int = 10) -> float:
     """FLOP/s of the fastest of some products of float32 matrices [size, size], on the default device."""
     a = jnp.ones((size, size), jnp.float32)
     multiply = jax.jit(jnp.matmul)
