@@ -8,7 +8,7 @@ import pytest
 from conftest import FIXTURE, init
 
 import transformer_lm
-from transformer_lm import models
+from transformer_lm import attention
 from transformer_lm.data import tokenizer_training
 from transformer_lm.errors import UserError
 from transformer_lm.generation import language_model, sampler
@@ -86,7 +86,7 @@ def test_long_texts_are_scored_in_bounded_memory(tiny, monkeypatch):
     scores, bytes_used = {}, {}
     for blocks in (True, False):
         if not blocks:
-            monkeypatch.setattr(models, "LONG", length)
+            monkeypatch.setattr(attention, "LONG", length)
             monkeypatch.setattr(language_model, "LOGITS_BLOCK", length)
         traced_anew = jax.jit(
             lambda *arguments: language_model._score_targets.__wrapped__(*arguments), static_argnums=0
