@@ -13,7 +13,7 @@ from transformer_lm.dropout import Keys, dropout, fold_in
 from transformer_lm.errors import UserError
 from transformer_lm.fields import check_value
 
-KINDS = {"xla": "any device", "cudnn": "an NVIDIA GPU", "tpu": "a TPU"}  # and where each runs
+KINDS = ("xla", "cudnn", "tpu")  # for any device, NVIDIA GPUs, TPUs
 LONG = 1024  # attention of more queries is computed in blocks
 QUERY_BLOCK = 256  # of so many
 TPU_BLOCK = 128  # lengths that the TPU's kernel takes are multiples of it

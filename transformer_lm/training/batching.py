@@ -65,7 +65,7 @@ def plan(config: TrainConfig, layout: Layout, *, rows: int = 0, eval_rows: int =
 
 
 def _parts(rows: int, ways: int, at_once: int) -> int:
-    """The fewest parts of at most `at_once` rows that are spread evenly; 1 where there are none."""
+    """The fewest parts of at most `at_once` rows that are spread evenly; too few where there are none."""
     wanted = -(-rows // at_once)
     return next((parts for parts in range(wanted, rows // ways + 1) if rows % (ways * parts) == 0), wanted)
 
