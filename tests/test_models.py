@@ -20,6 +20,18 @@ def unpacked(tokens):
     return {"inputs": inputs, "positions": positions, "segments": (tokens > 0).astype(np.int32)}
 
 
+MODERN = {
+    "norm": "rms", "positions": "rope", "mlp": "swiglu", "qk_norm": True, "use_bias": False, "num_heads": 4,
+    "num_kv_heads": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(params=["the original", "modern"])
+def either(request, tiny) -> models.TransformerConfig:
+    """The original's kind of network, and today's."""
+    return tiny if request.param == "the original" else dataclasses.replace(tiny, **MODERN)
+
+
 class TestParityWithOriginal:
     def test_logits_and_losses(self, original):
         loaded = loading.load_model(original.path)
@@ -81,16 +93,16 @@ class TestNetwork:
                 assert table[position, i] == pytest.approx(np.sin(angle), abs=1e-6)
                 assert table[position, 4 + i] == pytest.approx(np.cos(angle), abs=1e-6)
 
-    def test_no_gradient_from_later_tokens(self, tiny):
+    def test_no_gradient_from_later_tokens(self, either):
         """Causality: the logits at t do not depend on the embeddings of later inputs, and do on earlier ones."""
-        params = init(tiny)
+        params = init(either)
         inputs = np.arange(1, 9)[None]  # each id once, so that an embedding row stands for a position
         batch = unpacked(np.append(inputs[:, 1:], [[9]], axis=1))
 
         @jax.jit
         @jax.grad
         def gradient_of(embedding, t):
-            return jnp.sum(call(tiny, params | {"embed": {"embedding": embedding}}, batch)[0, t] ** 2)
+            return jnp.sum(call(either, params | {"embed": {"embedding": embedding}}, batch)[0, t] ** 2)
 
         for t in range(8):
             gradient = np.asarray(gradient_of(params["embed"]["embedding"], t))
@@ -98,20 +110,20 @@ class TestNetwork:
             assert np.all(norms[: t + 1] > 0)
             assert np.all(norms[t + 1 :] == 0)
 
-    def test_packed_equals_separate(self, tiny):
-        params = init(tiny)
+    def test_packed_equals_separate(self, either):
+        params = init(either)
         texts = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16, 17]]
-        packed = np.asarray(call(tiny, params, batch_of(texts, 20)))[0]
+        packed = np.asarray(call(either, params, batch_of(texts, 20)))[0]
         start = 0
         for text in texts:
-            alone = np.asarray(call(tiny, params, batch_of([text], len(text) + 1)))[0]
+            alone = np.asarray(call(either, params, batch_of([text], len(text) + 1)))[0]
             np.testing.assert_allclose(packed[start : start + len(alone)], alone, atol=1e-5)
             start += len(alone)
 
-    @pytest.mark.parametrize("via_embedding", [False, True])
-    def test_cached_equals_uncached(self, tiny, via_embedding):
+    @pytest.mark.parametrize("changes", [{}, {"logits_via_embedding": True}, MODERN], ids=["", "tied", "modern"])
+    def test_cached_equals_uncached(self, tiny, changes):
         """A prompt in one pass, then token by token, with a shorter prompt padded on the left beside it."""
-        config = dataclasses.replace(tiny, logits_via_embedding=via_embedding)
+        config = dataclasses.replace(tiny, **changes)
         params = init(config)
         texts = np.array([[0, 3, 4, 5, 6, 7, 8, 9], [0, 13, 14, 15, 16, 17, 18, 19]])
         positions = np.broadcast_to(np.arange(8), texts.shape)
@@ -139,11 +151,11 @@ class TestNetwork:
         untied = params | {"logits": {"kernel": kernel, "bias": np.zeros(tiny.vocab_size, np.float32)}}
         np.testing.assert_allclose(call(config, params, batch), call(tiny, untied, batch), atol=1e-5)
 
-    def test_bfloat16_computes_near_float32_and_returns_float32(self, tiny):
-        params = init(tiny)
+    def test_bfloat16_computes_near_float32_and_returns_float32(self, either):
+        params = init(either)
         batch = batch_of([[3, 4, 5, 6]], 5)
-        exact = call(tiny, params, batch)
-        rough = call(dataclasses.replace(tiny, dtype="bfloat16"), params, batch)
+        exact = call(either, params, batch)
+        rough = call(dataclasses.replace(either, dtype="bfloat16"), params, batch)
         assert rough.dtype == jnp.float32
         assert 0 < np.max(np.abs(rough - exact)) < 0.1
 
@@ -165,22 +177,62 @@ class TestNetwork:
         assert not np.allclose(noisy[0], noisy[2])
         assert not np.allclose(noisy[0], quiet)
 
-    def test_a_row_does_not_depend_on_its_neighbours(self, tiny):
+    def test_a_row_does_not_depend_on_its_neighbours(self, either):
         """Nor do its dropout masks: a batch may be computed in parts."""
-        params, keys = init(tiny), jax.random.split(jax.random.key(1), 2)
+        params, keys = init(either), jax.random.split(jax.random.key(1), 2)
         rows = [batch_of([[3, 4, 5]], 6), batch_of([[7, 8], [9]], 6)]
-        both = call(tiny, params, jax.tree.map(lambda *parts: np.concatenate(parts), *rows), keys)
+        both = call(either, params, jax.tree.map(lambda *parts: np.concatenate(parts), *rows), keys)
         for i, row in enumerate(rows):
-            np.testing.assert_allclose(call(tiny, params, row, keys[i : i + 1])[0], both[i], atol=1e-6)
+            np.testing.assert_allclose(call(either, params, row, keys[i : i + 1])[0], both[i], atol=1e-6)
 
-    def test_remat_changes_nothing_but_memory(self, tiny):
+    def test_remat_changes_nothing_but_memory(self, either):
         batch, keys = batch_of([[3, 4, 5], [6, 7]], 8), jax.random.split(jax.random.key(1), 1)
 
         def gradient(config):
-            return jax.grad(lambda params: jnp.sum(call(config, params, batch, keys) ** 2))(init(tiny))
+            return jax.grad(lambda params: jnp.sum(call(config, params, batch, keys) ** 2))(init(either))
 
-        plain, again = gradient(tiny), gradient(dataclasses.replace(tiny, remat="block"))
+        plain, again = gradient(either), gradient(dataclasses.replace(either, remat="block"))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), plain, again)
+
+
+class TestModernNetwork:
+    """What is not seen from a Qwen3's tensors, of which tests/huggingface has the formula."""
+
+    def test_logits_depend_on_distances_alone(self, tiny):
+        """Rotary positions: a text that stands later in a context is the same text."""
+        config = dataclasses.replace(tiny, **MODERN)
+        params, batch = init(config), batch_of([[3, 4, 5, 6, 7]], 6)
+        later = batch | {"positions": batch["positions"] + 1000}
+        np.testing.assert_allclose(call(config, params, batch), call(config, params, later), atol=2e-4)
+        swapped = batch | {"inputs": batch["inputs"][:, [0, 2, 1, 3, 4, 5]]}
+        assert not np.allclose(call(config, params, batch)[0, -1], call(config, params, swapped)[0, -1], atol=1e-3)
+
+    def test_grouped_heads_are_shared(self, tiny):
+        """Two heads that read the same keys and values: what a network with a copy of these for each computes."""
+        grouped = dataclasses.replace(tiny, num_heads=4, num_kv_heads=2)
+        params, batch = init(grouped), batch_of([[3, 4, 5, 6]], 6)
+        attention = params["blocks"]["attention"]
+        copied = {
+            name: {
+                "kernel": np.repeat(attention[name]["kernel"], 2, axis=2)
+                if name in ("key", "value")
+                else part["kernel"]
+            }
+            for name, part in attention.items()
+        }
+        whole = params | {"blocks": params["blocks"] | {"attention": copied}}
+        expected = call(dataclasses.replace(tiny, num_heads=4), whole, batch)
+        np.testing.assert_allclose(call(grouped, params, batch), expected, atol=1e-5)
+        assert models.empty_cache(grouped, 3, 8).keys[0].shape == (3, 2, 8, 4)
+
+    def test_zero_init(self, tiny):
+        """Every token is as likely, and only the logits' kernel has a gradient to begin with."""
+        config = dataclasses.replace(tiny, **MODERN, zero_init=True)
+        params, batch = init(config), batch_of([[3, 4, 5, 6]], 6)
+        assert np.all(call(config, params, batch) == 0)
+        gradients = jax.grad(lambda params: call(config, params, batch)[0, 2, 7])(params)
+        alive = {path for path, leaf in jax.tree_util.tree_leaves_with_path(gradients) if np.any(leaf)}
+        assert {jax.tree_util.keystr(path) for path in alive} == {"['logits']['kernel']"}
 
 
 @pytest.mark.parametrize(
@@ -191,6 +243,10 @@ class TestNetwork:
         ({"dropout_rate": 1.0}, "dropout_rate=1.0 must be below 1"),
         ({"num_layers": 0}, "num_layers=0 must be at least 1"),
         ({"dtype": "float16"}, "dtype='float16'"),
+        ({"norm": "batch"}, "norm='batch' must be one of layer, rms"),
+        ({"mlp": "gelu"}, "mlp='gelu' must be one of relu, relu_squared, swiglu"),
+        ({"num_kv_heads": 3}, "num_heads=2 does not divide by num_kv_heads=3"),
+        ({"positions": "rope", "qkv_dim": 6}, "head size=3 must be even"),
         ({"remat": "all"}, "remat='all' must be one of none, block"),
         ({"attention": "flash"}, "attention='flash' must be one of auto, xla, cudnn, tpu"),
     ],

@@ -1,6 +1,7 @@
 """Attention of queries to keys and values: written out for XLA, and the fused kernels of GPUs and TPUs.
 
-Letters in shapes: B batch, T length, H heads, K head size, S slots of keys. Queries arrive divided by sqrt(K).
+Letters in shapes: B batch, T length, H heads, G heads of keys and values, each for H / G of the others that follow one
+another, K head size, S slots of keys. Queries arrive divided by sqrt(K).
 """
 
 import functools
@@ -17,7 +18,7 @@ KINDS = ("xla", "cudnn", "tpu")  # for any device, NVIDIA GPUs, TPUs
 LONG = 1024  # attention of more queries is computed in blocks
 QUERY_BLOCK = 256  # of so many
 TPU_BLOCK = 128  # lengths that the TPU's kernel takes are multiples of it
-HEADS = ("batch", "num_heads", None, None)  # names of the axes of queries, keys and values
+HEADS = ("batch", "num_heads", None, None)  # names of the axes of queries
 
 
 def check_kind(kind: str):
@@ -31,7 +32,8 @@ def attend_in_rows(query, key, value, segments, *, kind: str = "auto", dropout_r
     """Attention in packed rows: a token sees itself and what stands before it in its own segment.
 
     Args:
-      query, key, value: [B, H, T, K].
+      query: [B, H, T, K].
+      key, value: [B, G, T, K].
       segments: [B, T] int32.
       kind: "auto", or one of KINDS; a fused one does without dropout.
       dropout_rate: on attention weights.
@@ -47,6 +49,7 @@ def attend_in_rows(query, key, value, segments, *, kind: str = "auto", dropout_r
     if kind == "cudnn":
         return _cudnn(query, key, value, segments)
     if kind == "tpu":
+        key, value = (jnp.repeat(x, query.shape[1] // x.shape[1], axis=1) for x in (key, value))
         return by_device(_tpu, (HEADS, HEADS, HEADS, ("batch", None)), HEADS)(query, key, value, segments)
     if query.shape[2] > LONG:
         return _attend_in_blocks(query, key, value, segments, rate, dropout_keys)
@@ -67,11 +70,14 @@ def choose(query, dropout_rate: float) -> str:
 
 
 def attend(query, key, value, mask, *, dropout_rate=0.0, dropout_keys: Keys = None):
-    """query [B, H, T, K], key and value [B, H, S, K], mask [B, T, S] -> [B, H, T, K]; scores in float32."""
-    scores = jnp.einsum("bhtk,bhsk->bhts", query, key, preferred_element_type=jnp.float32)
+    """query [B, H, T, K], key and value [B, G, S, K], mask [B, T, S] -> [B, H, T, K]; scores in float32."""
+    batch, heads, length, size = query.shape
+    by_key = (batch, key.shape[1], heads // key.shape[1] * length)  # queries that read the same keys, in one product
+    scores = jnp.einsum("bgtk,bgsk->bgts", query.reshape(*by_key, size), key, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, heads, length, -1)
     scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)  # [B, H, T, S]
-    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    return jnp.einsum("bhts,bhsk->bhtk", dropout(weights, dropout_rate, dropout_keys), value)
+    weights = dropout(jax.nn.softmax(scores, axis=-1).astype(query.dtype), dropout_rate, dropout_keys)
+    return jnp.einsum("bgts,bgsk->bgtk", weights.reshape(*by_key, -1), value).reshape(query.shape)
 
 
 def _attend_in_blocks(query, key, value, segments, dropout_rate, dropout_keys):

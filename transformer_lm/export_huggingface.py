@@ -22,7 +22,9 @@ from transformer_lm.checkpoints.facts import read_facts
 from transformer_lm.checkpoints.workdir import TOKENIZER_FILE
 from transformer_lm.errors import UserError, one_line
 from transformer_lm.generation.sampler import SamplingConfig
-from transformer_lm.huggingface import exported_model, fast_tokenizer, model_card, tensor_tables
+from transformer_lm.huggingface import exported_model, fast_tokenizer, model_card
+from transformer_lm.huggingface.architectures import table_of
+from transformer_lm.huggingface.tensor_tables import SPECIAL_TOKENS
 from transformer_lm.tokenizer import Tokenizer
 
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write, new or empty.")
@@ -60,7 +62,7 @@ def export(address: str, output: Path, sampling: SamplingConfig):
 
 def _write(folder: Path, loaded: loading.LoadedModel, tokenizer: Tokenizer, card: str, sampling: SamplingConfig):
     """Writes all files of an export into a folder, to the disk."""
-    positions = tensor_tables.Sizes(loaded.config).positions
+    positions = table_of(loaded.config).sizes.positions
     fast_tokenizer.save(folder, tokenizer, positions)  # first, since it may refuse
     exported_model.save(folder, loaded.config, loaded.params, loaded.step)
     files.write_json(folder / "generation_config.json", _generation_settings(sampling, positions))
@@ -87,7 +89,7 @@ def _move(temporary: Path, output: Path):
 
 def _generation_settings(sampling: SamplingConfig, positions: int) -> dict:
     """How transformers' generate() samples unless it is told otherwise."""
-    settings = {**tensor_tables.SPECIAL_TOKENS, "max_length": min(sampling.max_length, positions)}
+    settings = {**SPECIAL_TOKENS, "max_length": min(sampling.max_length, positions)}
     if sampling.temperature == 0:
         return {**settings, "do_sample": False}
     return {**dataclasses.asdict(sampling), **settings, "do_sample": True}

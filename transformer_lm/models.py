@@ -1,9 +1,12 @@
 """The network: a decoder-only Transformer language model in Flax NNX, and nothing else.
 
-It is, parameter for parameter, the network of Flax's lm1b example and of the original transformer-lm-japanese:
-pre-LayerNorm blocks of bias-free self-attention and a ReLU MLP, fixed sinusoidal positions, untied logits with a bias.
+With every field of `TransformerConfig` at its default it is, parameter for parameter, the network of Flax's lm1b
+example and of the original transformer-lm-japanese: pre-LayerNorm blocks of bias-free self-attention and a ReLU MLP,
+fixed sinusoidal positions, untied logits with a bias. Other values make it one of today: RMSNorm, rotary positions,
+normalized queries and keys, a gated MLP, no biases.
 
-Letters in shapes: B batch, T length, D emb_dim, H heads, K head size, F mlp_dim, V vocabulary, S cache slots, L layers.
+Letters in shapes: B batch, T length, D emb_dim, H heads, G heads of keys and values, K head size, F mlp_dim,
+V vocabulary, S cache slots, L layers.
 
 Parameters travel as a plain nested dict of arrays. The layers' parameters are stacked along a leading axis L and run
 under `jax.lax.scan`, so that a network of 24 layers compiles as fast as one of one layer.
@@ -22,23 +25,44 @@ from transformer_lm.attention import attend, attend_in_rows, check_kind
 from transformer_lm.axes import named
 from transformer_lm.dropout import Keys, dropout, split
 from transformer_lm.errors import UserError
-from transformer_lm.fields import LARGEST, Count, Length, Range, Rate, check, check_value
+from transformer_lm.fields import (
+    LARGEST,
+    Count,
+    CountOrZero,
+    Length,
+    NotNegative,
+    Positive,
+    Range,
+    Rate,
+    check,
+    check_value,
+)
 
-LAYER_NORM_EPSILON = 1e-6
+NORM_EPSILON = 1e-6
+LEAST_SINUSOIDS = 2048  # positions that a table of sinusoids has outside, when it holds fewer here
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-REMATS = ("none", "block")
-# Fields that say how the network is computed, not what: a run may change them, and a model does not keep them.
-MANNER = ("attention", "remat")
+# What a field that is a choice may be.
+CHOICES = {
+    "norm": ("layer", "rms"),
+    "positions": ("sinusoidal", "rope"),
+    "mlp": ("relu", "relu_squared", "swiglu"),
+    "remat": ("none", "block"),
+}
+ACTIVATIONS = {"relu": jax.nn.relu, "relu_squared": lambda x: jnp.square(jax.nn.relu(x)), "swiglu": jax.nn.silu}
+# Fields that say how the network is computed or begun, not what it is: a model does not keep them.
+MANNER = ("attention", "remat", "zero_init")
 # Names of the parameters' axes, by the end of a parameter's path; in front of a block's stands that of the layers.
 # Parameters that are not here, vectors as long as the residual stream, are never cut.
 PARAMETER_AXES = {
     ("embed", "embedding"): ("vocab_size", "emb_dim"),
     ("query", "kernel"): ("emb_dim", "num_heads", None),
-    ("key", "kernel"): ("emb_dim", "num_heads", None),
-    ("value", "kernel"): ("emb_dim", "num_heads", None),
+    ("key", "kernel"): ("emb_dim", "kv_heads", None),
+    ("value", "kernel"): ("emb_dim", "kv_heads", None),
     ("out", "kernel"): ("num_heads", None, "emb_dim"),
     ("wi", "kernel"): ("emb_dim", "mlp_dim"),
     ("wi", "bias"): ("mlp_dim",),
+    ("gate", "kernel"): ("emb_dim", "mlp_dim"),
+    ("gate", "bias"): ("mlp_dim",),
     ("wo", "kernel"): ("mlp_dim", "emb_dim"),
     ("logits", "kernel"): ("emb_dim", "vocab_size"),
     ("logits", "bias"): ("vocab_size",),
@@ -62,7 +86,17 @@ class TransformerConfig:
     num_layers: Count = 6  # L
     qkv_dim: Count = 512  # width of queries, keys and values over all heads, H * K
     mlp_dim: Count = 2048  # F
-    max_len: Length = 2048  # positions that the sinusoidal table holds
+    num_kv_heads: CountOrZero = 0  # G, heads of keys and values, which divide the others; 0 for num_heads
+    max_len: Length = 2048  # tokens of the longest text
+    norm: str = "layer"  # LayerNorm, or "rms" (Zhang and Sennrich 2019)
+    positions: str = "sinusoidal"  # added to embeddings; "rope": queries and keys are rotated (Su et al. 2021)
+    rope_base: Positive = 10_000.0  # how many positions, over 2 pi, the slowest rotation takes to come round
+    qk_norm: bool = False  # RMSNorm of each query and key (Henry et al. 2020; Dehghani et al. 2023)
+    mlp: str = "relu"  # its activation, or "relu_squared" (So et al. 2021), or "swiglu": gated (Shazeer 2020)
+    use_bias: bool = True  # in the MLP and the logits
+    zero_init: bool = False  # what a block adds, and the logits, begin at zero
+    embedding_norm: bool = False  # another norm after the embedding
+    logits_soft_cap: NotNegative = 0.0  # c: logits are c * tanh(logits / c) (Bello et al. 2016); 0 for none
     dropout_rate: Rate = 0.1  # on embeddings, and on what attention and MLP write; in training only
     attention_dropout_rate: Rate = 0.1  # on attention weights; in training only
     logits_via_embedding: bool = False  # logits by the transposed embedding, divided by sqrt(D)
@@ -76,12 +110,33 @@ class TransformerConfig:
             raise UserError(
                 f"qkv_dim={self.qkv_dim} does not divide by num_heads={self.num_heads}; change one of the two."
             )
-        if self.emb_dim % 2:
-            raise UserError(f"emb_dim={self.emb_dim} must be even: sinusoidal positions need pairs.")
+        if self.num_heads % self.kv_heads:
+            raise UserError(
+                f"num_heads={self.num_heads} does not divide by num_kv_heads={self.num_kv_heads}; change one."
+            )
         check_dtype(self.dtype)
         check_kind(self.attention)
-        if self.remat not in REMATS:
-            raise UserError(f"remat={self.remat!r} must be one of {', '.join(REMATS)}.")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}.")
+        name, size = ("emb_dim", self.emb_dim) if self.positions == "sinusoidal" else ("head size", self.head_size)
+        if size % 2:
+            raise UserError(f"{name}={size} must be even: {self.positions} positions need pairs.")
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest text that it is used on; sinusoids are computed, so that more only cost space."""
+        return max(self.max_len, LEAST_SINUSOIDS) if self.positions == "sinusoidal" else self.max_len
+
+    @property
+    def head_size(self) -> int:
+        """K."""
+        return self.qkv_dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """G."""
+        return self.num_kv_heads or self.num_heads
 
     @classmethod
     def from_json(cls, values: Any, source: str) -> "TransformerConfig":
@@ -108,8 +163,8 @@ class Cache:
     """Keys and values of the tokens read so far, for decoding; made by `empty_cache`.
 
     Attributes:
-      keys: one array a layer, [B, H, S, K].
-      values: one array a layer, [B, H, S, K].
+      keys: one array a layer, [B, G, S, K].
+      values: one array a layer, [B, G, S, K].
       valid: [B, S] bool, which slots hold a token that may be attended to (padding of a prompt may not).
       length: int32 scalar, number of slots filled.
     """
@@ -122,7 +177,7 @@ class Cache:
 
 def empty_cache(config: TransformerConfig, batch_size: int, slots: int) -> Cache:
     """A cache of `slots` tokens for each of `batch_size` rows."""
-    shape = (batch_size, config.num_heads, slots, config.qkv_dim // config.num_heads)
+    shape = (batch_size, config.kv_heads, slots, config.head_size)
     zeros = tuple(jnp.zeros(shape, DTYPES[config.dtype]) for _ in range(config.num_layers))
     return Cache(zeros, zeros, jnp.zeros((batch_size, slots), bool), jnp.zeros((), jnp.int32))
 
@@ -139,42 +194,65 @@ def sinusoidal_positions(max_len: int, emb_dim: int) -> np.ndarray:
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
 
+def rotations(config: TransformerConfig, positions) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the angles by which rotary positions [B, T] turn: two [B, 1, T, K / 2] float32."""
+    frequencies = config.rope_base ** (-np.arange(0, config.head_size, 2, np.float32) / config.head_size)  # [K / 2]
+    angles = positions[:, None, :, None].astype(jnp.float32) * frequencies.astype(np.float32)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x, rotation):
+    """Turns the pairs (i, i + K / 2) of queries or keys [B, H, T, K]; without a rotation, x as it is."""
+    if rotation is None:
+        return x
+    cosine, sine = (part.astype(x.dtype) for part in rotation)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+
+
+def kernel_init(config: TransformerConfig, *, last: bool = False) -> nnx.Initializer:
+    """How a matrix begins; `last` for those whose products are added to the residual stream, or are the logits."""
+    return nnx.initializers.zeros if last and config.zero_init else nnx.initializers.xavier_uniform()
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention without biases (Vaswani et al. 2017, section 3.2)."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.dropout_rate = config.attention_dropout_rate
-        heads = (config.num_heads, config.qkv_dim // config.num_heads)  # (H, K)
-        dense = functools.partial(
-            nnx.LinearGeneral,
-            use_bias=False,
-            kernel_init=nnx.initializers.xavier_uniform(),
-            dtype=DTYPES[config.dtype],
-            rngs=rngs,
-        )
-        self.query = dense(config.emb_dim, heads)
-        self.key = dense(config.emb_dim, heads)
-        self.value = dense(config.emb_dim, heads)
-        self.out = dense(heads, config.emb_dim, axis=(-2, -1))
+        dense = functools.partial(nnx.LinearGeneral, use_bias=False, dtype=DTYPES[config.dtype], rngs=rngs)
+        heads, kv_heads = (config.num_heads, config.head_size), (config.kv_heads, config.head_size)
+        self.query = dense(config.emb_dim, heads, kernel_init=kernel_init(config))
+        self.key = dense(config.emb_dim, kv_heads, kernel_init=kernel_init(config))
+        self.value = dense(config.emb_dim, kv_heads, kernel_init=kernel_init(config))
+        self.out = dense(heads, config.emb_dim, axis=(-2, -1), kernel_init=kernel_init(config, last=True))
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            norm = functools.partial(nnx.RMSNorm, config.head_size, epsilon=NORM_EPSILON, dtype=DTYPES[config.dtype])
+            self.query_norm, self.key_norm = norm(rngs=rngs), norm(rngs=rngs)
 
-    def __call__(self, x, attend, *, dropout_keys: Keys = None, cache=None):
+    def __call__(self, x, attend, *, rotation=None, dropout_keys: Keys = None, cache=None):
         """x [B, T, D] -> [B, T, D] and the (keys, values) attended to.
 
         Args:
           x: [B, T, D].
           attend: (query, key, value, dropout_rate, dropout_keys) -> [B, H, T, K]; knows which tokens are seen.
+          rotation: as `rotations` gives it, where positions are rotary.
           dropout_keys: one a row [B].
-          cache: (keys, values, start): keys and values [B, H, S, K], into which this call's are written from slot
+          cache: (keys, values, start): keys and values [B, G, S, K], into which this call's are written from slot
             `start` on.
         """
         # Heads before tokens: as plain matrix products attention is a fifth faster on CPU.
-        query, key, value = (
-            named(project(x).swapaxes(1, 2), "batch", "num_heads", None, None)
-            for project in (self.query, self.key, self.value)
-        )  # [B, H, T, K]
+        query = named(self.query(x).swapaxes(1, 2), "batch", "num_heads", None, None)  # [B, H, T, K]
+        key, value = (
+            named(project(x).swapaxes(1, 2), "batch", "kv_heads", None, None) for project in (self.key, self.value)
+        )  # [B, G, T, K]
+        if self.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = rotate(query, rotation), rotate(key, rotation)
         if cache is not None:
             keys, values, start = cache
-            key = jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), start, axis=2)  # [B, H, S, K]
+            key = jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), start, axis=2)  # [B, G, S, K]
             value = jax.lax.dynamic_update_slice_in_dim(values, value.astype(values.dtype), start, axis=2)
         query = query / np.sqrt(query.shape[-1]).astype(query.dtype)
         attended = attend(query, key, value, dropout_rate=self.dropout_rate, dropout_keys=dropout_keys)
@@ -182,29 +260,34 @@ class Attention(nnx.Module):
 
 
 class MlpBlock(nnx.Module):
-    """Dense, ReLU, dropout, Dense."""
+    """Dense, activation, dropout, Dense; gated: what is activated multiplies a second Dense."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.dropout_rate = config.dropout_rate
+        self.activate, self.gated = ACTIVATIONS[config.mlp], config.mlp == "swiglu"
         dense = functools.partial(
             nnx.Linear,
-            kernel_init=nnx.initializers.xavier_uniform(),
+            use_bias=config.use_bias,
             bias_init=nnx.initializers.normal(1e-6),
             dtype=DTYPES[config.dtype],
             rngs=rngs,
         )
-        self.wi = dense(config.emb_dim, config.mlp_dim)
-        self.wo = dense(config.mlp_dim, config.emb_dim)
+        self.wi = dense(config.emb_dim, config.mlp_dim, kernel_init=kernel_init(config))
+        self.wo = dense(config.mlp_dim, config.emb_dim, kernel_init=kernel_init(config, last=True))
+        if self.gated:
+            self.gate = dense(config.emb_dim, config.mlp_dim, kernel_init=kernel_init(config))
 
     def __call__(self, x, *, dropout_keys: Keys = None):
         """x [B, T, D] -> [B, T, D]."""
-        hidden = named(jax.nn.relu(self.wi(x)), "batch", None, "mlp_dim")  # [B, T, F]
+        hidden = self.activate(self.gate(x)) * self.wi(x) if self.gated else self.activate(self.wi(x))
+        hidden = named(hidden, "batch", None, "mlp_dim")  # [B, T, F]
         return self.wo(dropout(hidden, self.dropout_rate, dropout_keys))
 
 
-def layer_norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Layer normalization with the original's epsilon."""
-    return nnx.LayerNorm(config.emb_dim, epsilon=LAYER_NORM_EPSILON, dtype=DTYPES[config.dtype], rngs=rngs)
+def make_norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:
+    """The normalization of the residual stream."""
+    norm = nnx.LayerNorm if config.norm == "layer" else nnx.RMSNorm
+    return norm(config.emb_dim, epsilon=NORM_EPSILON, dtype=DTYPES[config.dtype], rngs=rngs)
 
 
 class Block(nnx.Module):
@@ -212,15 +295,17 @@ class Block(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.dropout_rate = config.dropout_rate
-        self.attention_norm = layer_norm(config, rngs)
+        self.attention_norm = make_norm(config, rngs)
         self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = layer_norm(config, rngs)
+        self.mlp_norm = make_norm(config, rngs)
         self.mlp = MlpBlock(config, rngs=rngs)
 
-    def __call__(self, x, attend, *, dropout_keys: Keys = None, cache=None):
+    def __call__(self, x, attend, *, rotation=None, dropout_keys: Keys = None, cache=None):
         """x [B, T, D] -> x [B, T, D] and the keys and values, as in `Attention`."""
         keys = split(dropout_keys, 4)
-        attended, keys_values = self.attention(self.attention_norm(x), attend, dropout_keys=keys[0], cache=cache)
+        attended, keys_values = self.attention(
+            self.attention_norm(x), attend, rotation=rotation, dropout_keys=keys[0], cache=cache
+        )
         x = x + dropout(attended, self.dropout_rate, keys[1])
         x = x + dropout(self.mlp(self.mlp_norm(x), dropout_keys=keys[2]), self.dropout_rate, keys[3])
         return named(x, "batch", None, None), keys_values
@@ -236,12 +321,15 @@ class TransformerLM(nnx.Module):
         )
         make_block = nnx.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))
         self.blocks = make_block(jax.random.split(rngs.params(), config.num_layers))  # parameters stacked: [L, ...]
-        self.norm = layer_norm(config, rngs)
+        self.norm = make_norm(config, rngs)
+        if config.embedding_norm:
+            self.embedding_norm = make_norm(config, rngs)
         if not config.logits_via_embedding:
             self.logits = nnx.Linear(
                 config.emb_dim,
                 config.vocab_size,
-                kernel_init=nnx.initializers.xavier_uniform(),
+                use_bias=config.use_bias,
+                kernel_init=kernel_init(config, last=True),
                 bias_init=nnx.initializers.normal(1e-6),
                 dtype=DTYPES[config.dtype],
                 preferred_element_type=jnp.float32,
@@ -267,11 +355,12 @@ class TransformerLM(nnx.Module):
         embed_keys, blocks_keys = split(dropout_keys, 2)
         x = self._embed(inputs, positions, embed_keys)
         attend = functools.partial(attend_in_rows, segments=segments, kind=self.config.attention)
+        rotation = self._rotation(positions)
         graphdef, stacked = nnx.split(self.blocks)
 
         def run_layer(x, layer):
             params, keys = layer
-            return nnx.merge(graphdef, params)(x, attend, dropout_keys=keys)[0], None
+            return nnx.merge(graphdef, params)(x, attend, rotation=rotation, dropout_keys=keys)[0], None
 
         if self.config.remat == "block":
             run_layer = jax.checkpoint(run_layer, prevent_cse=False)
@@ -298,30 +387,40 @@ class TransformerLM(nnx.Module):
         mask = (slots <= cache.length + jnp.arange(length)[:, None]) & valid[:, None, :]  # [B, T, S]
         seen = functools.partial(attend, mask=mask)
         x = self._embed(inputs, positions)
+        rotation = self._rotation(positions)
         graphdef, stacked = nnx.split(self.blocks)
         keys_values = []
         for i, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
             block = nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], stacked))
-            x, layer_keys_values = block(x, seen, cache=(keys, values, cache.length))
+            x, layer_keys_values = block(x, seen, rotation=rotation, cache=(keys, values, cache.length))
             keys_values.append(layer_keys_values)
         keys, values = zip(*keys_values, strict=True)
         return self.to_logits(x[:, -1]), Cache(keys, values, valid, cache.length + length)
 
     def _embed(self, inputs, positions, dropout_keys: Keys = None):
         """[B, T] ids and positions -> [B, T, D]."""
-        table = jnp.asarray(sinusoidal_positions(self.config.max_len, self.config.emb_dim))
         embedding = named(self.embed.embedding[...], "vocab_size", None)  # whole rows, where they are looked up
-        x = named(embedding[inputs], "batch", None, None) + table[positions]
+        x = named(embedding[inputs], "batch", None, None)
+        if self.config.positions == "sinusoidal":
+            x += jnp.asarray(sinusoidal_positions(self.config.max_len, self.config.emb_dim))[positions]
+        if self.config.embedding_norm:
+            x = self.embedding_norm(x)
         return dropout(x, self.config.dropout_rate, dropout_keys).astype(DTYPES[self.config.dtype])
+
+    def _rotation(self, positions):
+        return rotations(self.config, positions) if self.config.positions == "rope" else None
 
     def to_logits(self, x):
         """What `read` returns, or some of it: [..., D] -> logits [..., V] float32."""
         x = self.norm(x)
-        if not self.config.logits_via_embedding:
-            return self.logits(x).astype(jnp.float32)
-        embedding = self.embed.embedding[...].astype(x.dtype)
-        logits = jnp.einsum("...d,vd->...v", x, embedding, preferred_element_type=jnp.float32)
-        return logits / np.sqrt(self.config.emb_dim).astype(np.float32)
+        if self.config.logits_via_embedding:
+            embedding = self.embed.embedding[...].astype(x.dtype)
+            logits = jnp.einsum("...d,vd->...v", x, embedding, preferred_element_type=jnp.float32)
+            logits /= np.sqrt(self.config.emb_dim).astype(np.float32)
+        else:
+            logits = self.logits(x).astype(jnp.float32)
+        cap = self.config.logits_soft_cap
+        return cap * jnp.tanh(logits / cap) if cap else logits
 
 
 Params = dict[str, Any]

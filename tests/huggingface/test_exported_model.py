@@ -15,7 +15,8 @@ from test_tensor_tables import SHAPES, config_of, random_params
 from transformer_lm import models
 from transformer_lm.checkpoints import loading
 from transformer_lm.errors import UserError
-from transformer_lm.huggingface import exported_model, tensor_tables
+from transformer_lm.huggingface import exported_model
+from transformer_lm.huggingface.architectures import table_of
 
 safetensors = pytest.importorskip("safetensors")
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
@@ -201,7 +202,7 @@ def test_sizes_that_agree_with_each_other_but_not_with_the_file(exported):
         huge = models.TransformerConfig(**{**vars(config), field: 2**31 - 1})
 
         def change(content, huge=huge):
-            content |= tensor_tables.settings(huge)
+            content |= table_of(huge).settings
             content["transformer_lm"]["model"] = vars(huge)
 
         change_config(folder, change)

@@ -76,6 +76,22 @@ def _set_network_and_run(config: ml_collections.ConfigDict):
     config.qkv_dim = 512
     config.mlp_dim = 2048
     config.num_heads = 8
+    # Heads of keys and values, each for several of the others (grouped-query attention); 0 for one each.
+    config.num_kv_heads = 0
+    # "layer" or "rms"; "sinusoidal" or "rope"; "relu", "relu_squared" or "swiglu" (which has a third matrix).
+    config.norm = "layer"
+    config.positions = "sinusoidal"
+    config.rope_base = 10_000.0
+    config.mlp = "relu"
+    # Normalize queries and keys, and what the embedding gives.
+    config.qk_norm = False
+    config.embedding_norm = False
+    # Biases in the MLP and the logits.
+    config.use_bias = True
+    # What blocks add, and the logits, begin at zero.
+    config.zero_init = False
+    # Logits never leave -c to c; 0 for no such cap.
+    config.logits_soft_cap = 0.0
     # Logits by the transposed embedding in place of a dense layer of their own.
     config.logits_via_embedding = False
     config.dropout_rate = 0.1
@@ -91,10 +107,20 @@ def _set_network_and_run(config: ml_collections.ConfigDict):
     # hf://OWNER/NAME. The run takes its tokenizer; the fields above must be those of its network.
     config.init_from = config_dict.placeholder(str)
 
-    # Optimizer: AdamW, linear warm-up, then inverse square root.
+    # Optimizer: "adamw", or "muon" for the blocks' matrices, with Adam for all else.
+    config.optimizer = "adamw"
     config.learning_rate = 0.0016
-    config.warmup_steps = 1000
     config.weight_decay = 0.1
+    # Beside Muon: learning rates of the embedding, and of logits, scales and biases.
+    config.embedding_learning_rate = 0.2
+    config.head_learning_rate = 0.004
+    config.adam_b1 = 0.9
+    config.adam_b2 = 0.98
+    # Linear warm-up, then "rsqrt": inverse square root; "wsd": constant, and linear to zero over the last share of
+    # num_train_steps; "cosine": down to zero.
+    config.schedule = "rsqrt"
+    config.warmup_steps = 1000
+    config.decay_share = 0.5
     config.label_smoothing = 0.0
 
     # Run.

@@ -23,7 +23,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformer_lm.errors import UserError
 from transformer_lm.generation import language_model, sampler
 from transformer_lm.generation.language_model import LanguageModel
-from transformer_lm.huggingface import fast_tokenizer, tensor_tables
+from transformer_lm.huggingface import fast_tokenizer
 from transformer_lm.tokenizer import EOS_ID, START_ID
 
 TASKS = Path(__file__).parent / "tasks"
@@ -49,8 +49,7 @@ class HarnessModel(TemplateLM):
         """Takes a model, or loads the one at an address; **_ is what lm_eval hands to every model, like batch_size."""
         super().__init__()
         self.model = model or language_model.load(address, dtype=dtype)
-        network = self.model.network
-        self.max_length = max_length or tensor_tables.Sizes(network).positions
+        self.max_length = max_length or self.model.network.context
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         """Token ids, with START_ID in front unless told otherwise."""

@@ -26,8 +26,8 @@ from transformer_lm import models
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
 from transformer_lm.files import local_copy, read_json, write_json
-from transformer_lm.huggingface import tensor_tables
-from transformer_lm.huggingface.tensor_tables import Sizes, Tensor
+from transformer_lm.huggingface.architectures import NAMES, table_of
+from transformer_lm.huggingface.tensor_tables import Sizes, Table, Tensor
 from transformer_lm.models import TransformerConfig
 
 CONFIG_FILE = "config.json"
@@ -59,23 +59,23 @@ def save(folder: Path, network: TransformerConfig, params: models.Params, step: 
     """
     numpy_format = optional_import("safetensors.numpy", "hf", "The export")
     hub = optional_import("huggingface_hub", "hf", "The export")
-    sizes = Sizes(network)
+    table = table_of(network)
     flat = traverse_util.flatten_dict(params, sep=".")
-    rows = {name: (row, i) for name, row, i in layered(network)}
+    rows = {name: (row, i) for name, row, i in layered(table)}
     split = hub.split_state_dict_into_shards_factory(
-        {name: row.shape(sizes) for name, (row, _) in rows.items()},
+        {name: row.shape(table.sizes) for name, (row, _) in rows.items()},
         get_storage_size=lambda shape: 4 * int(np.prod(shape)),
         filename_pattern=WEIGHTS_FILE.replace(".safetensors", "{suffix}.safetensors"),
         max_shard_size=max_shard,
     )
     source = {"model": dataclasses.asdict(network), "step": step}
-    write_json(folder / CONFIG_FILE, {**tensor_tables.settings(network), "dtype": "float32", OURS: source})
+    write_json(folder / CONFIG_FILE, {**table.settings, "dtype": "float32", OURS: source})
     for file, names in split.filename_to_tensors.items():
         tensors, metadata = {}, {"format": "pt"}  # which transformers 4 asks for
         for name in names:
             row, i = rows[name]
             ours = parameters(flat, row, i)
-            tensors[name] = np.ascontiguousarray(row.export(sizes, *ours))
+            tensors[name] = np.ascontiguousarray(row.export(table.sizes, *ours))
             if row.rounds:
                 metadata[f"{OURS}:{name}"] = base64.b64encode(ours[0].astype("<f4").tobytes()).decode()
         numpy_format.save_file(tensors, folder / file, metadata)
@@ -84,11 +84,10 @@ def save(folder: Path, network: TransformerConfig, params: models.Params, step: 
         write_json(folder / INDEX_FILE, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
 
-def layered(network: TransformerConfig) -> Iterator[tuple[str, Tensor, int]]:
+def layered(table: Table) -> Iterator[tuple[str, Tensor, int]]:
     """Every tensor's name, with its row of the table and its layer."""
-    sizes = Sizes(network)
-    for row in tensor_tables.tensors(network):
-        for i in range(row.count(sizes)):
+    for row in table.tensors:
+        for i in range(row.count(table.sizes)):
             yield row.name.format(i=i), row, i
 
 
@@ -109,11 +108,11 @@ def load(folder: epath.Path) -> tuple[TransformerConfig, models.Params, int]:
       UserError: it is another architecture, was changed since it was written, or is no model at all.
     """
     network, step = _described(folder)
-    sizes = Sizes(network)
-    files = _open(folder)
-    _check_shapes(folder, network, files)
+    table = table_of(network)
+    sizes, files = table.sizes, _open(folder)
+    _check_shapes(folder, table, files)
     flat: dict[str, np.ndarray] = {}
-    for name, row, i in layered(network):
+    for name, row, i in layered(table):
         theirs = files[name].get_tensor(name)
         if row.restore is None:
             ours = parameters(flat, row, i)
@@ -134,17 +133,17 @@ def _described(folder: epath.Path) -> tuple[TransformerConfig, int]:
     path = folder / CONFIG_FILE
     settings = read_json(path)
     names, ours = settings.get("architectures"), settings.get(OURS)
-    if names != [tensor_tables.ARCHITECTURE] or not isinstance(ours, dict):
+    if names not in [[name] for name in NAMES] or not isinstance(ours, dict):
         name = names[0] if isinstance(names, list) and len(names) == 1 else names
         raise UserError(
             f"{folder} holds a model of the architecture {str(name)[:80]} that export_huggingface.py has not written; "
-            f"read are its exports ({tensor_tables.ARCHITECTURE}), workdirs, and the original's checkpoint_N."
+            f"read are its exports ({', '.join(NAMES)}), workdirs, and the original's checkpoint_N."
         )
     network = TransformerConfig.from_json(ours.get("model"), str(path))
     step = ours.get("step")
     if type(step) is not int or step < 0:
         raise UserError(f"{path}: {OURS}.step={str(step)[:80]} is not a number of steps.")
-    for key, value in tensor_tables.settings(network).items():
+    for key, value in table_of(network).settings.items():
         if settings.get(key, value) != value and not key.endswith("pdrop"):
             raise UserError(
                 f"{path}: {key}={str(settings[key])[:80]}, but the network under {OURS!r} needs {value}: the model was "
@@ -175,13 +174,13 @@ def _open(folder: epath.Path) -> dict[str, Any]:
     return found
 
 
-def _check_shapes(folder: epath.Path, network: TransformerConfig, files: dict[str, Any]):
+def _check_shapes(folder: epath.Path, table: Table, files: dict[str, Any]):
     """Raises UserError unless the files hold every tensor in the shape that the network needs, and no others."""
-    sizes = Sizes(network)
-    expected = sum(row.count(sizes) for row in tensor_tables.tensors(network))
+    sizes = table.sizes
+    expected = sum(row.count(sizes) for row in table.tensors)
     if expected != len(files):  # before all are looked for, as many as config.json pleases
         raise UserError(f"{folder}: the network of {CONFIG_FILE} has {expected} tensors, the files {len(files)}.")
-    for name, row, _ in layered(network):
+    for name, row, _ in layered(table):
         if name not in files:
             raise UserError(f"{folder}: the tensor {name} is missing.")
         header = files[name].get_slice(name)

@@ -1,6 +1,6 @@
-"""Our network as a Hugging Face architecture: a table from its tensors to our parameters, and back.
+"""The original's network as a GPT-2.
 
-The network is computed by a stock GPT-2 that is a little wider (the proof is in docs/huggingface.md). GPT-2
+It is computed by a stock GPT-2 that is a little wider (the proof is in docs/huggingface.md). GPT-2
 has no bias on its logits: a dimension that is always 1 must carry it, and must not be seen by anything else. With D our
 width and W that of the GPT-2, there are W - D such "ghost" dimensions, and as many heads as a width of W makes:
 
@@ -11,21 +11,24 @@ width and W that of the GPT-2, there are W - D such "ghost" dimensions, and as m
 - In the last LayerNorm one ghost has bias 1: a feature that is always 1, whose weights are the logits' bias.
 """
 
-import dataclasses
-from collections.abc import Callable
-
 import numpy as np
 
 from transformer_lm import models
+from transformer_lm.huggingface.tensor_tables import SPECIAL_TOKENS, Table, Tensor
 from transformer_lm.models import TransformerConfig
-from transformer_lm.tokenizer import BOS_ID, EOS_ID, START_ID
 
 ARCHITECTURE = "GPT2LMHeadModel"  # the class in transformers
-POSITIONS = 2048  # least rows of a table of positions: they are computed, not learned, so that more only cost space
 
-# SentencePiece's own BOS, which no text holds, is left for padding: without an attention mask transformers takes every
-# padding token for padding, which the first token of a text must not be.
-SPECIAL_TOKENS = {"bos_token_id": START_ID, "eos_token_id": EOS_ID, "pad_token_id": BOS_ID}
+# What a network must have to be one; all other fields may be anything.
+FIELDS = {
+    "norm": ("layer",),
+    "positions": ("sinusoidal",),
+    "qk_norm": (False,),
+    "mlp": ("relu",),
+    "use_bias": (True,),
+    "logits_soft_cap": (0,),
+    "num_kv_heads": (0,),
+}
 
 
 class Sizes:
@@ -49,32 +52,7 @@ class Sizes:
         self.head = network.qkv_dim // network.num_heads
         self.all_heads = max(self.heads, self.emb // self.head + 1)
         self.width = self.all_heads * self.head
-        self.positions = max(network.max_len, POSITIONS)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """A row of a table: a tensor of theirs, and the parameters of ours that it is made of.
-
-    Attributes:
-      name: theirs; {i} is the layer.
-      ours: dotted names in our tree; () for a tensor that has no parameters of its own.
-      shape: sizes -> its shape.
-      export: (sizes, *ours) -> theirs; ours are those of one layer.
-      restore: (sizes, theirs) -> ours, a tuple; None where `ours` are restored from other tensors.
-      rounds: whether `export` rounds; then our own values are kept beside the tensor.
-    """
-
-    name: str
-    ours: tuple[str, ...]
-    shape: Callable[[Sizes], tuple[int, ...]]
-    export: Callable[..., np.ndarray]
-    restore: Callable[..., tuple[np.ndarray, ...]] | None = None
-    rounds: bool = False
-
-    def count(self, sizes: Sizes) -> int:
-        """How many tensors the row stands for: one, or one a layer."""
-        return sizes.layers if "{i}" in self.name else 1
+        self.positions = network.context
 
 
 def _pad(x: np.ndarray, *shape: int) -> np.ndarray:
@@ -187,15 +165,10 @@ _LOGITS_VIA_EMBEDDING = Tensor(
 )  # fmt: skip
 
 
-def tensors(network: TransformerConfig) -> tuple[Tensor, ...]:
+def table(network: TransformerConfig) -> Table:
     """The table of a network."""
-    return (*_BODY, _LOGITS_VIA_EMBEDDING if network.logits_via_embedding else _LOGITS)
-
-
-def settings(network: TransformerConfig) -> dict:
-    """What config.json says of a network."""
     s = Sizes(network)
-    return {
+    settings = {
         "architectures": [ARCHITECTURE],
         "model_type": "gpt2",
         "vocab_size": s.vocab,
@@ -205,10 +178,12 @@ def settings(network: TransformerConfig) -> dict:
         "n_head": s.all_heads,
         "n_inner": s.mlp,
         "activation_function": "relu",
-        "layer_norm_epsilon": models.LAYER_NORM_EPSILON * s.emb / s.width,
+        "layer_norm_epsilon": models.NORM_EPSILON * s.emb / s.width,
         "embd_pdrop": network.dropout_rate,
         "resid_pdrop": network.dropout_rate,
         "attn_pdrop": network.attention_dropout_rate,
         "tie_word_embeddings": False,
         **SPECIAL_TOKENS,
     }
+    logits = _LOGITS_VIA_EMBEDDING if network.logits_via_embedding else _LOGITS
+    return Table(ARCHITECTURE, s, (*_BODY, logits), settings)

@@ -21,8 +21,10 @@ RULES = {
     "batch": ("data", "fsdp"),
     "emb_dim": "fsdp",
     "num_heads": "tensor",
+    "kv_heads": "tensor",
     "mlp_dim": "tensor",
     "vocab_size": "tensor",
+    "longer_side": "fsdp",  # of a matrix that Muon makes orthogonal
 }
 
 
@@ -37,7 +39,10 @@ class Layout:
         return NamedSharding(self.mesh, PartitionSpec(*(RULES.get(name) for name in names)))
 
     def place(self, x: jax.Array, names: Names) -> jax.Array:
-        """x, laid out by the names of its axes; in a function that is traced."""
+        """x, laid out by the names of its axes; in a function that is traced. What does not divide stays whole."""
+        names = tuple(
+            name if name and size % self.ways(name) == 0 else None for name, size in zip(names, x.shape, strict=True)
+        )
         return jax.lax.with_sharding_constraint(x, self.sharding(*names))
 
     def by_device(self, function: Callable, inputs: tuple[Names, ...], output: Names) -> Callable:
@@ -70,7 +75,7 @@ class Layout:
     def check(self, network: models.TransformerConfig):
         """Raises UserError where a size of the network does not divide by the parts that it is cut into."""
         for name, axis in RULES.items():
-            if name != "batch" and getattr(network, name) % self.ways(name):
+            if getattr(network, name, 0) % self.ways(name):
                 raise UserError(
                     f"{name}={getattr(network, name)} does not divide by mesh_{axis}={self.ways(name)}; "
                     "change one of the two."

@@ -1,0 +1,125 @@
+"""What each ingredient of the v2 recipes brings: runs of a small network, in bits a character after so many tokens.
+
+python benchmarks/recipes.py --literature=FOLDER [--only=v1,v2] [--seeds=0,1,2] [--results=docs/recipes.json]
+
+FOLDER holds aozora_train.jsonl.gz and aozora_validation.jsonl.gz, lines with a field "text"; without one the runs are
+on tales alone, whose entropy is known. Runs that the results have already are not made again. docs/recipes.py draws the
+tables and curves of docs/recipes.md from the results.
+"""
+
+import json
+import tempfile
+import time
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from transformer_lm import models, recipe
+from transformer_lm.configs import base, v2
+from transformer_lm.data import preparation
+from transformer_lm.training import loop
+
+_LITERATURE = flags.DEFINE_string("literature", None, "Folder with aozora_{train,validation}.jsonl.gz.")
+_ONLY = flags.DEFINE_list("only", [], "Names of runs; all by default.")
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of each run.")
+_RESULTS = flags.DEFINE_string("results", "recipes.json", "File that results are added to.")
+_CACHE = flags.DEFINE_string("cache", None, "Folder for tokenizer and rows; by default a temporary one.")
+
+# 4 layers x 192, 6,000 pieces, 16 rows of 128 tokens: a run takes minutes on 2 cores.
+SIZE = {
+    "vocab_size": 6000, "max_corpus_chars": 2_000_000, "emb_dim": 192, "qkv_dim": 192, "mlp_dim": 768, "num_heads": 3,
+    "num_layers": 4, "max_target_length": 128, "max_eval_target_length": 128, "per_device_batch_size": 16,
+    "eval_per_device_batch_size": 64, "use_bfloat16": False, "num_eval_steps": -1, "save_checkpoints": False,
+    "restore_checkpoints": False, "log_every_steps": 20, "eval_every_steps": 10**9, "prompts": "昔",
+    "max_predict_length": 8,
+}  # fmt: skip
+SPM = "--character_coverage=0.9995 --byte_fallback=true"
+GATED = 512  # mlp_dim of a gated MLP with as many parameters as 768 without a gate
+
+FULL, THIRD, FIFTH, SIXTH, TENTH = 400, 133, 80, 67, 40  # steps; 2,048 tokens each
+V1 = {"learning_rate": 0.0016, "warmup_steps": 100}
+RUNS: dict[str, tuple[str, int, dict]] = {
+    "v2/6": ("v2", SIXTH, {}),
+    "v1": ("v1", FULL, {}),
+    "v2/3": ("v2", THIRD, {}),
+    "v2": ("v2", FULL, {}),
+    "x head .01": ("v2", SIXTH, {"head_learning_rate": 0.01}),
+    "x emb .1": ("v2", SIXTH, {"embedding_learning_rate": 0.1}),
+    "x emb .4": ("v2", SIXTH, {"embedding_learning_rate": 0.4}),
+    "x muon .01": ("v2", SIXTH, {"learning_rate": 0.01}),
+    "x muon .04": ("v2", SIXTH, {"learning_rate": 0.04}),
+    "x embnorm": ("v2", SIXTH, {"embedding_norm": True}),
+    "x decay .8": ("v2", SIXTH, {"decay_share": 0.8}),
+    "x relu2": ("v2", SIXTH, {"mlp": "relu_squared", "mlp_dim": 768}),
+    "x warm 2": ("v2", SIXTH, {"warmup_steps": 2}),
+    "x b2 .98": ("v2", SIXTH, {"adam_b2": 0.98}),
+    "x b1 .9": ("v2", SIXTH, {"adam_b1": 0.9}),
+    "x soft 15": ("v2", SIXTH, {"logits_soft_cap": 15.0}),
+}
+
+
+def corpora() -> dict[str, dict]:
+    """Fields of the corpora that there are."""
+    if not _LITERATURE.value:
+        return {}
+    folder = Path(_LITERATURE.value)
+    return {
+        "literature": {
+            "dataset_name": f"jsonl:{folder / 'aozora_train.jsonl.gz'}",
+            "eval_dataset_name": f"jsonl:{folder / 'aozora_validation.jsonl.gz'}",
+            "train_split": "train[:10%]",
+            "eval_split": "train[:10%]",
+            "spm_train_options": SPM,
+        }
+    }
+
+
+def fields_of(kind: str, steps: int, changes: dict, corpus: dict, seed: int, cache: Path):
+    """The recipe of a run."""
+    config = (base if kind == "v1" else v2).get_config()
+    own = V1 if kind == "v1" else {"mlp_dim": GATED}
+    config.update(SIZE | own | corpus | changes | {"num_train_steps": steps, "seed": seed})
+    config.vocab_path = str(cache / "sentencepiece_model")
+    config.prepared_dir = str(cache)
+    return config
+
+
+def run(config, workdir: str) -> dict:
+    """Trains, and says what came of it."""
+    chosen = recipe.read(config)
+    data = preparation.prepare(chosen.data, workdir)
+    start = time.perf_counter()
+    loop.train_and_evaluate(chosen, data, workdir)
+    lines = [json.loads(line) for line in Path(workdir, "metrics.jsonl").read_text().splitlines()]
+    speeds = sorted(line["step_seconds"] for line in lines if "step_seconds" in line)
+    return {
+        "bits_per_char": next(line["eval_bits_per_char"] for line in lines[::-1] if "eval_bits_per_char" in line),
+        "step_seconds": speeds[len(speeds) // 2],
+        "seconds": time.perf_counter() - start,
+        "parameters": models.count_params(chosen.network),
+        "train": [(line["step"], line["train_loss"]) for line in lines if "train_loss" in line],
+    }
+
+
+def main(_):
+    """All runs that are asked for and not there yet."""
+    path = Path(_RESULTS.value)
+    results = json.loads(path.read_text()) if path.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        for corpus, fields in corpora().items():
+            cache = Path(_CACHE.value or folder) / corpus
+            for seed in map(int, _SEEDS.value):
+                for name in _ONLY.value or RUNS:
+                    key = f"{corpus} {name} {seed}"
+                    if key in results:
+                        continue
+                    config = fields_of(*RUNS[name], fields, seed, cache)
+                    with tempfile.TemporaryDirectory() as workdir:
+                        results[key] = run(config, workdir)
+                    logging.info("%s: %.4f bits a character", key, results[key]["bits_per_char"])
+                    path.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.INFO)
+    app.run(main)
