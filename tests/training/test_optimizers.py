@@ -10,15 +10,12 @@ import pytest
 from conftest import init
 from test_models import MODERN
 
-from transformer_lm import recipe
-from transformer_lm.configs import base
 from transformer_lm.errors import UserError
 from transformer_lm.training import optimizers
 
 
 def config(**changes):
-    """That of the base recipe."""
-    return dataclasses.replace(recipe.read(base.get_config()).optimizer, **changes)
+    return optimizers.OptimizerConfig(**{"learning_rate": 0.0016, "warmup_steps": 1000, "weight_decay": 0.1} | changes)
 
 
 def test_schedule():

@@ -19,17 +19,17 @@ OPTIMIZERS = ("adamw", "muon")
 class OptimizerConfig:
     """How gradients become updates, and how large these are in each of the run's steps."""
 
-    optimizer: str  # one of OPTIMIZERS
-    learning_rate: Positive  # the peak, reached after warmup_steps; with Muon, of the blocks' matrices
-    embedding_learning_rate: Positive  # with Muon, of the embedding
-    head_learning_rate: Positive  # with Muon, of all else: logits, scales, biases
-    adam_b1: Rate
-    adam_b2: Rate
+    learning_rate: Positive  # the peak; with Muon, of the blocks' matrices
+    warmup_steps: Count  # after which the peak is reached
     weight_decay: NotNegative  # decoupled (Loshchilov and Hutter 2019): of all parameters, with Muon of its own alone
-    schedule: str  # one of SCHEDULES
-    warmup_steps: Count
-    decay_share: Share  # of the run's steps, which "wsd" goes down in
-    num_train_steps: Count
+    num_train_steps: Count = 500_000
+    optimizer: str = "adamw"  # one of OPTIMIZERS
+    embedding_learning_rate: Positive = 0.2  # with Muon, of the embedding
+    head_learning_rate: Positive = 0.004  # with Muon, of all else: logits, scales, biases
+    adam_b1: Rate = 0.9
+    adam_b2: Rate = 0.98
+    schedule: str = "rsqrt"  # one of SCHEDULES
+    decay_share: Share = 0.5  # of the run's steps, over which "wsd" goes down
 
     def __post_init__(self):
         check(self)
