@@ -1,21 +1,35 @@
-"""Training steps against the machine's own matrix products, and against Hugging Face GPT-2 in PyTorch.
+"""Training steps against the machine's own matrix products, and against other systems.
 
-python benchmarks/train_step.py          (PyTorch's rows need the extra `interop`)
+python benchmarks/train_step.py [--shapes=small,0.1b] [--dtypes=float32] [--json=FILE]    (extra `interop`)
 
-Networks of the same sizes on the same batches: dropout 0.1, AdamW, float32, vocabulary 30,000. Each contender has a
-process of its own, as its users run it, and they take turns; the table shows the median of the rounds.
+Networks of the same sizes on the same batches: dropout 0.1, AdamW, vocabulary 30,000. Each contender has a process of
+its own, as its users run it, and they take turns; the table shows the median of the rounds, and ratios of one round:
+
+- lm1b: Flax's example as the original project had it, written anew: unrolled layers, attention and dropout of Flax,
+  one-hot targets;
+- Hugging Face GPT-2 in PyTorch, as it comes;
+- nanoGPT: a plain GPT-2 in PyTorch with scaled_dot_product_attention, as it is and under torch.compile.
+
+On a GPU all of them run on it; PyTorch needs a build for it.
 """
 
+import functools
 import importlib.util
+import json
 import multiprocessing
 import statistics
 import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import rich.console
+from absl import app, flags
 from rich.table import Table
 
 from transformer_lm import models
@@ -25,129 +39,300 @@ from transformer_lm.training.flops import flops_per_token
 from transformer_lm.training.state import init_state
 from transformer_lm.training.step import make_train_step
 
-ROUNDS = 7
-PRODUCT = 2048  # rows and columns of the matrices that the peak is measured with
-SHAPES = [  # (layers, width, heads, rows, tokens a row)
-    (6, 512, 8, 8, 128),
-    (12, 768, 12, 2, 256),
-]
+
+class Shape(NamedTuple):
+    """A network, and its batch."""
+
+    layers: int
+    width: int
+    heads: int
+    rows: int
+    length: int
+
+
+SHAPES = {
+    "small": Shape(6, 512, 8, 8, 128),
+    "0.1b": Shape(12, 768, 12, 2, 256),
+    "0.1b-1024": Shape(12, 768, 12, 1, 1024),
+    "1.0b": Shape(18, 2048, 16, 1, 1024),
+}
 VOCAB_SIZE = 30_000
+PRODUCT = 2048  # rows and columns of the matrices that the peak is measured with
+OURS = "transformer-lm-japanese"
+
+_SHAPES = flags.DEFINE_list("shapes", ["small", "0.1b"], f"Of {', '.join(SHAPES)}.")
+_DTYPES = flags.DEFINE_list("dtypes", ["float32"], "float32, bfloat16: what networks compute in.")
+_ROWS = flags.DEFINE_integer("rows", 0, "Rows of a batch in place of the shape's, for devices with room for more.")
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds that are counted.")
+_DROPOUT = flags.DEFINE_float("dropout", 0.1, "Dropout of all networks.")
+_ONLY = flags.DEFINE_list("only", [], "Contenders; all that can run by default.")
+_JSON = flags.DEFINE_string("json", None, "File for the figures.")
 
 
-def matrix_product() -> Callable[[], None]:
-    """A product of square float32 matrices."""
-    a = jax.random.normal(jax.random.key(0), (PRODUCT, PRODUCT))
+class Case(NamedTuple):
+    """What every contender is given."""
+
+    config: models.TransformerConfig
+    tokens: np.ndarray  # [B, T] uint16
+
+
+def matrix_product(case: Case) -> Callable[[], None]:
+    """A product of square matrices."""
+    a = jax.random.normal(jax.random.key(0), (PRODUCT, PRODUCT)).astype(models.DTYPES[case.config.dtype])
     product = jax.jit(jnp.matmul)
     return lambda: jax.block_until_ready(product(a, a))
 
 
-def ours(config: models.TransformerConfig, tokens: np.ndarray) -> Callable[[], None]:
-    """A train step of this project on [B, T] tokens."""
-    optimizer = optimizers.make_optimizer(optimizers.OptimizerConfig(0.001, 1, 0.1))
-    make_state = jax.jit(lambda key: init_state(config, optimizer, key))
-    state = make_state(jax.random.key(0))
-    step = jax.jit(make_train_step(config, optimizer, 0.0), donate_argnums=0)
-    batch = packing.unpack(tokens)
-    key = jax.random.key(1)
+def stepping(step: Callable, state) -> Callable[[], None]:
+    """Runs a compiled step, state -> state and metrics, again and again."""
 
     def run():
         nonlocal state
-        state, metrics = step(state, batch, key)
+        state, metrics = step(state)
         jax.block_until_ready((state, metrics))
 
     return run
 
 
-def hugging_face(config: models.TransformerConfig, tokens: np.ndarray) -> Callable[[], None]:
-    """A train step of GPT-2 on the same tokens."""
-    import torch
-    import transformers
+def ours(case: Case) -> Callable[[], None]:
+    """A train step of this project."""
+    optimizer = optimizers.make_optimizer(optimizers.OptimizerConfig(0.001, 1, 0.1))
+    state = jax.jit(lambda key: init_state(case.config, optimizer, key))(jax.random.key(0))
+    step = jax.jit(make_train_step(case.config, optimizer, 0.0), donate_argnums=0)
+    batch, key = packing.unpack(case.tokens), jax.random.key(1)
+    return stepping(lambda state: step(state, batch, key), state)
 
-    network = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=config.vocab_size,
-            n_positions=tokens.shape[1],
-            n_embd=config.emb_dim,
-            n_layer=config.num_layers,
-            n_head=config.num_heads,
-            n_inner=config.mlp_dim,
-            activation_function="relu",
-            tie_word_embeddings=False,
-            resid_pdrop=0.1,
-            embd_pdrop=0.1,
-            attn_pdrop=0.1,
-        )
-    ).train()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=0.001, betas=(0.9, 0.98), eps=1e-9, weight_decay=0.1)
-    ids = torch.as_tensor(tokens.astype(np.int64))
+
+def lm1b(case: Case) -> Callable[[], None]:
+    """A train step as Flax's lm1b example has it."""
+    from flax import linen
+
+    config, batch = case.config, packing.unpack(case.tokens)
+    dense = functools.partial(linen.Dense, kernel_init=linen.initializers.xavier_uniform(), dtype=config.dtype)
+
+    class Network(linen.Module):
+        @linen.compact
+        def __call__(self, inputs, positions, segments):
+            drop = functools.partial(linen.Dropout, config.dropout_rate, deterministic=False)
+            norm = functools.partial(linen.LayerNorm, dtype=config.dtype)
+            causal = linen.make_causal_mask(inputs)
+            mask = linen.combine_masks(causal, linen.make_attention_mask(segments, segments, jnp.equal))
+            table = jnp.asarray(models.sinusoidal_positions(config.max_len, config.emb_dim))
+            x = linen.Embed(config.vocab_size, config.emb_dim, embedding_init=linen.initializers.normal(1.0))(inputs)
+            x = drop()(x + table[positions]).astype(config.dtype)
+            for _ in range(config.num_layers):
+                attention = linen.MultiHeadDotProductAttention(
+                    config.num_heads, dtype=config.dtype, qkv_features=config.qkv_dim, use_bias=False,
+                    dropout_rate=config.attention_dropout_rate, broadcast_dropout=False, deterministic=False,
+                )  # fmt: skip
+                x = x + drop()(attention(norm()(x), mask=mask))
+                hidden = drop()(linen.relu(dense(config.mlp_dim)(norm()(x))))
+                x = x + drop()(dense(config.emb_dim)(hidden))
+            return dense(config.vocab_size)(norm()(x))
+
+    network, weights = Network(), (batch["segments"] > 0).astype(np.float32)
+    inputs = [jnp.asarray(batch[name]) for name in ("inputs", "positions", "segments")]
+    optimizer = optax.adamw(0.001, b1=0.9, b2=0.98, eps=1e-9, weight_decay=0.1)
+
+    def loss(params, key):
+        logits = network.apply({"params": params}, *inputs, rngs={"dropout": key})
+        targets = jax.nn.one_hot(batch["targets"], config.vocab_size)
+        return -jnp.sum(jnp.sum(targets * linen.log_softmax(logits), axis=-1) * weights) / weights.sum()
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state):
+        params, opt_state, key = state
+        key, dropout_key = jax.random.split(key)
+        value, grads = jax.value_and_grad(loss)(params, dropout_key)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state, key), value
+
+    @jax.jit
+    def init(key):
+        params = network.init({"params": key, "dropout": key}, *inputs)["params"]
+        return params, optimizer.init(params), key
+
+    return stepping(step, init(jax.random.key(0)))
+
+
+def in_pytorch(case: Case, network, loss_of: Callable, *, compiled: bool = False) -> Callable[[], None]:
+    """A train step of a PyTorch network, whose loss for ids [B, T] `loss_of` gives."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = network.to(device).train()
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=0.001, betas=(0.9, 0.98), eps=1e-9, weight_decay=0.1, fused=True
+    )
+    ids = torch.as_tensor(case.tokens.astype(np.int64), device=device)
+    compute = torch.compile(loss_of) if compiled else loss_of
 
     def run():
-        network(input_ids=ids, labels=ids).loss.backward()
+        with torch.autocast(device, torch.bfloat16, enabled=case.config.dtype == "bfloat16"):
+            loss = compute(network, ids)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     return run
 
 
-def serve(make: Callable[..., Callable[[], None]], args: tuple, pipe):
-    """Runs in a contender's process: for every message the seconds that one run takes."""
-    run = make(*args)
-    while pipe.recv():
-        start = time.perf_counter()
-        run()
-        pipe.send(time.perf_counter() - start)
+def hugging_face(case: Case) -> Callable[[], None]:
+    """A train step of transformers' GPT-2."""
+    import transformers
+
+    config = case.config
+    network = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=config.vocab_size, n_positions=config.max_len, n_embd=config.emb_dim, n_layer=config.num_layers,
+            n_head=config.num_heads, n_inner=config.mlp_dim, activation_function="relu", tie_word_embeddings=False,
+            resid_pdrop=config.dropout_rate, embd_pdrop=config.dropout_rate, attn_pdrop=config.dropout_rate,
+        )
+    )  # fmt: skip
+    return in_pytorch(case, network, lambda network, ids: network(input_ids=ids, labels=ids).loss)
 
 
-def take_turns(contenders: dict[str, tuple]) -> dict[str, list[float]]:
-    """Seconds of every run of every contender (make, *arguments of make), `ROUNDS` a contender, one at a time."""
+def nanogpt(case: Case, *, compiled: bool = False) -> Callable[[], None]:
+    """A train step of a plain GPT-2."""
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    config = case.config
+    width, heads, rate = config.emb_dim, config.num_heads, config.dropout_rate
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+            self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+            self.up, self.down = nn.Linear(width, config.mlp_dim), nn.Linear(config.mlp_dim, width)
+            self.dropout = nn.Dropout(rate)
+
+        def forward(self, x):
+            rows, length, _ = x.shape
+            query, key, value = (
+                part.view(rows, length, heads, -1).transpose(1, 2)
+                for part in self.qkv(self.norm1(x)).split(width, dim=2)
+            )
+            attended = functional.scaled_dot_product_attention(
+                query, key, value, dropout_p=rate if self.training else 0.0, is_causal=True
+            )
+            x = x + self.dropout(self.out(attended.transpose(1, 2).reshape(rows, length, width)))
+            return x + self.dropout(self.down(functional.relu(self.up(self.norm2(x)))))
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.positions = nn.Embedding(config.vocab_size, width), nn.Embedding(config.max_len, width)
+            self.blocks = nn.ModuleList(Block() for _ in range(config.num_layers))
+            self.norm, self.logits = nn.LayerNorm(width), nn.Linear(width, config.vocab_size)
+            self.dropout = nn.Dropout(rate)
+
+        def forward(self, ids):
+            x = self.dropout(self.embed(ids) + self.positions.weight[: ids.shape[1]])
+            for block in self.blocks:
+                x = block(x)
+            return self.logits(self.norm(x))
+
+    def loss_of(network, ids):
+        logits = network(ids)
+        return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+    torch.set_float32_matmul_precision("high")
+    return in_pytorch(case, Network(), loss_of, compiled=compiled)
+
+
+CONTENDERS: dict[str, Callable[[Case], Callable[[], None]]] = {
+    OURS: ours,
+    "lm1b": lm1b,
+    "Hugging Face GPT-2": hugging_face,
+    "nanoGPT": nanogpt,
+    "nanoGPT, compiled": functools.partial(nanogpt, compiled=True),
+}
+
+
+def contenders() -> dict[str, Callable]:
+    """Those that are asked for and can run."""
+    found = {name: make for name, make in CONTENDERS.items() if not _ONLY.value or name in _ONLY.value}
+    if not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")):
+        found = {name: make for name, make in found.items() if make in (ours, lm1b)}
+    return found
+
+
+def serve(make: Callable[[Case], Callable[[], None]], case: Case, pipe):
+    """Runs in a contender's process: for every message the seconds that one run takes; None where it cannot run."""
+    try:
+        run = make(case)
+        while pipe.recv():
+            start = time.perf_counter()
+            run()
+            pipe.send(time.perf_counter() - start)
+    except Exception:
+        traceback.print_exc()
+        pipe.send(None)
+
+
+def take_turns(makers: dict[str, Callable], case: Case) -> dict[str, list[float]]:
+    """Seconds of every run of every contender that can run, one at a time."""
     context = multiprocessing.get_context("spawn")
     pipes = {}
-    for name, (make, *args) in contenders.items():
+    for name, make in makers.items():
         pipes[name], theirs = context.Pipe()
-        context.Process(target=serve, args=(make, tuple(args), theirs), daemon=True).start()
-    seconds = {name: [] for name in contenders}
-    for turn in range(ROUNDS + 2):
-        for name, pipe in pipes.items():
-            pipe.send(True)
-            taken = pipe.recv()
-            if turn >= 2:  # the first ones compile and warm up
+        context.Process(target=serve, args=(make, case, theirs), daemon=True).start()
+    seconds: dict[str, list[float]] = {name: [] for name in makers}
+    for turn in range(_ROUNDS.value + 2):
+        for name in list(seconds):
+            pipes[name].send(True)
+            if (taken := pipes[name].recv()) is None:
+                del seconds[name]
+            elif turn >= 2:  # the first ones compile and warm up
                 seconds[name].append(taken)
-    for pipe in pipes.values():
-        pipe.send(False)
+    for name in seconds:
+        pipes[name].send(False)
     return seconds
 
 
-def measure(shape: tuple[int, ...], table: Table):
-    """Adds the rows of one shape."""
-    layers, width, heads, rows, length = shape
+def measure(name: str, dtype: str, table: Table) -> list[dict]:
+    """Adds the rows of one shape to the table, and gives them back."""
+    shape = SHAPES[name]
     config = models.TransformerConfig(
-        vocab_size=VOCAB_SIZE, emb_dim=width, num_heads=heads, num_layers=layers, qkv_dim=width, mlp_dim=4 * width,
-        max_len=length,
+        vocab_size=VOCAB_SIZE, emb_dim=shape.width, num_heads=shape.heads, num_layers=shape.layers,
+        qkv_dim=shape.width, mlp_dim=4 * shape.width, max_len=shape.length, dtype=dtype,
+        dropout_rate=_DROPOUT.value, attention_dropout_rate=_DROPOUT.value,
     )  # fmt: skip
-    tokens = np.random.default_rng(0).integers(3, VOCAB_SIZE, (rows, length)).astype(np.uint16)
-    contenders = {"matrix product": (matrix_product,), "transformer-lm-japanese": (ours, config, tokens)}
-    if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
-        contenders["Hugging Face GPT-2, PyTorch"] = (hugging_face, config, tokens)
-    seconds = take_turns(contenders)
+    rows = _ROWS.value or shape.rows
+    tokens = np.random.default_rng(0).integers(3, VOCAB_SIZE, (rows, shape.length)).astype(np.uint16)
+    seconds = take_turns({"matrix product": matrix_product, **contenders()}, Case(config, tokens))
     peak = 2 * PRODUCT**3 / statistics.median(seconds.pop("matrix product"))
-    base = seconds.get("Hugging Face GPT-2, PyTorch")
-    for name, times in seconds.items():
+    found = []
+    for system, times in seconds.items():
         speed = tokens.size / statistics.median(times)
-        flops = speed * flops_per_token(config, length)
-        ratio = statistics.median(a / b for a, b in zip(base, times, strict=True)) if base else float("nan")
+        flops = speed * flops_per_token(config, shape.length)
+        ratios = sorted(theirs / our for our, theirs in zip(seconds[OURS], times, strict=True))
+        found.append({
+            "shape": name, "dtype": dtype, "rows": rows, "length": shape.length, "system": system,
+            "tokens_per_second": speed, "flops": flops, "product_flops": peak,
+            "ours_is_faster_by": statistics.median(ratios), "least": ratios[0], "most": ratios[-1],
+        })  # fmt: skip
         table.add_row(
-            f"{layers} x {width}, batch {rows} x {length}", name, f"{speed:.0f}", f"{flops / 1e9:.0f}",
-            f"{100 * flops / peak:.0f} % of {peak / 1e9:.0f}", f"{ratio:.2f}",
+            f"{name}: {shape.layers} x {shape.width}, {rows} x {shape.length}, {dtype}", system, f"{speed:.0f}",
+            f"{flops / 1e9:.0f}", f"{100 * flops / peak:.0f} % of {peak / 1e9:.0f}",
+            f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})",
         )  # fmt: skip
+    return found
 
 
-def main():
-    """Prints the table."""
-    table = Table("network", "system", "tokens/s", "model GFLOP/s", "of the peak, GFLOP/s", "speed against PyTorch")
-    for shape in SHAPES:
-        measure(shape, table)
-    rich.console.Console(width=120).print(table)
+def main(_):
+    """Prints the table, and writes --json."""
+    table = Table("network and batch", "system", "tokens/s", "model GFLOP/s", "of a product", "ours is faster by")
+    figures = [row for name in _SHAPES.value for dtype in _DTYPES.value for row in measure(name, dtype, table)]
+    rich.console.Console(width=140).print(table)
+    if _JSON.value:
+        Path(_JSON.value).write_text(json.dumps({"device": jax.devices()[0].device_kind, "rows": figures}, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    app.run(main)

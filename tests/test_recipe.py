@@ -13,10 +13,12 @@ from transformer_lm.configs import base
 from transformer_lm.data.preparation import DataConfig
 from transformer_lm.errors import UserError
 from transformer_lm.generation.sampler import SamplingConfig
-from transformer_lm.models import TransformerConfig
+from transformer_lm.models import TransformerConfig, count_params
 from transformer_lm.training.config import Recipe, TrainConfig
+from transformer_lm.training.flops import flops_per_token
 from transformer_lm.training.optimizers import OptimizerConfig
 
+V2_NAMES = [f"japanese_{size}_v2" for size in ("tiny", "0.1b", "0.4b", "1.0b")]
 EXCEPTIONS = {"num_predict_steps", "use_bfloat16"}  # read by nobody; the network's dtype
 DERIVED = {"max_len", "dtype"}  # the network's, from other fields of the recipe
 
@@ -82,10 +84,25 @@ def test_values_of_the_original(name):
     recipe.read(config)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "mukashi", "wikipedia_ja", "fineweb2_ja"])
+@pytest.mark.parametrize("name", [*NAMES, "mukashi", "wikipedia_ja", "fineweb2_ja", *V2_NAMES])
 def test_recipes_have_the_fields_of_the_base(name):
     assert set(load(name)) == set(base.get_config())
     recipe.read(load(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "hours"), [("0.1b", 0.13e9, 1.4), ("0.4b", 0.37e9, 12), ("1.0b", 1.04e9, 4 * 24)]
+)
+def test_what_the_v2_recipes_say_of_themselves(name, parameters, hours):
+    """20 tokens a parameter, steps of 2^19 tokens, and the time of an H100 at 41 % of 989 TFLOP/s."""
+    chosen = recipe.read(load(f"japanese_{name}_v2"))
+    found = count_params(chosen.network)
+    assert found == pytest.approx(parameters, rel=0.02)
+    assert chosen.train.global_batch_size * chosen.data.max_target_length == 2**19
+    tokens = chosen.train.num_train_steps * 2**19
+    assert tokens == pytest.approx(20 * found, rel=0.001)
+    flops = tokens * flops_per_token(chosen.network, chosen.data.max_target_length)
+    assert flops / (0.41 * 989e12) / 3600 == pytest.approx(hours, rel=0.03)
 
 
 @pytest.mark.parametrize("name", NAMES)
