@@ -42,8 +42,10 @@ RUNS: dict[str, tuple[str, int, dict]] = {
     "v2/6": ("v2", SIXTH, {}),
     "v1": ("v1", FULL, {}),
     "v2/3": ("v2", THIRD, {}),
+    "v2/10": ("v2", TENTH, {}),
     "v2": ("v2", FULL, {}),
     "x head .01": ("v2", SIXTH, {"head_learning_rate": 0.01}),
+    "x head .002": ("v2", SIXTH, {"head_learning_rate": 0.002}),
     "x emb .1": ("v2", SIXTH, {"embedding_learning_rate": 0.1}),
     "x emb .4": ("v2", SIXTH, {"embedding_learning_rate": 0.4}),
     "x muon .01": ("v2", SIXTH, {"learning_rate": 0.01}),
@@ -55,6 +57,10 @@ RUNS: dict[str, tuple[str, int, dict]] = {
     "x b2 .98": ("v2", SIXTH, {"adam_b2": 0.98}),
     "x b1 .9": ("v2", SIXTH, {"adam_b1": 0.9}),
     "x soft 15": ("v2", SIXTH, {"logits_soft_cap": 15.0}),
+    "x wd .1": ("v2", SIXTH, {"weight_decay": 0.1}),
+    "v1 nodrop": ("v1", FULL, {"dropout_rate": 0.0, "attention_dropout_rate": 0.0}),
+    "v1 nodrop wsd .002": ("v1", FULL, {"dropout_rate": 0.0, "attention_dropout_rate": 0.0, "learning_rate": .002, "schedule": "wsd"}),
+    "x adamw": ("v2", SIXTH, {"optimizer": "adamw", "learning_rate": 0.004}),
 }
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from transformer_lm import axes
+from transformer_lm.models import PARAMETER_AXES
 
 MOMENTUM = 0.95
 # Coefficients (a, b, c) of X -> a X + (b A + c A^2) X, A = X X^T, one step after the other: those that bring singular
@@ -42,14 +43,15 @@ def scale_by_muon() -> optax.GradientTransformation:
 
 def _updates_of(path: tuple, grads: jax.Array) -> jax.Array:
     """Of one kernel of all layers [L, ...]; one layer after the other, so that no device holds more than one whole."""
-    *_, module, _ = (entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
+    module, name = (entry.key for entry in path[-2:])
     inputs = 2 if module == "out" else 1  # axes that are summed over: in attention's output heads and their size
+    names = PARAMETER_AXES[module, name]
 
     def of_layer(grad):
-        rows = math.prod(grad.shape[:inputs])
-        matrix = grad.reshape(rows, -1)  # [in, out]
+        grad = axes.named(grad, *names)
+        matrix = axes.named(grad.reshape(math.prod(grad.shape[:inputs]), -1), None, None)  # [in, out]
         scale = max(1.0, matrix.shape[1] / matrix.shape[0]) ** 0.5
-        return (scale * orthogonalize(matrix)).reshape(grad.shape)
+        return axes.named((scale * orthogonalize(matrix)).reshape(grad.shape), *names)
 
     return jax.lax.map(of_layer, grads)
 
@@ -62,4 +64,5 @@ def orthogonalize(matrix: jax.Array) -> jax.Array:
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
+    x = axes.named(x, None, None)
     return x.T if matrix.shape[0] > matrix.shape[1] else x
