@@ -36,31 +36,32 @@ SIZE = {
 SPM = "--character_coverage=0.9995 --byte_fallback=true"
 GATED = 512  # mlp_dim of a gated MLP with as many parameters as 768 without a gate
 
-FULL, THIRD, FIFTH, SIXTH, TENTH = 400, 133, 80, 67, 40  # steps; 2,048 tokens each
-V1 = {"learning_rate": 0.0016, "warmup_steps": 100}
+FULL, THIRD, SIXTH, TENTH = 400, 133, 67, 40  # steps, of 2,048 tokens
+V1 = {"learning_rate": 0.0016, "warmup_steps": 100}  # the original's, and a warm-up for so few steps
+NO_DROPOUT = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0}
+# Name: recipe, steps, and fields that are not the recipe's. All schedules follow the number of steps.
 RUNS: dict[str, tuple[str, int, dict]] = {
-    "v2/6": ("v2", SIXTH, {}),
     "v1": ("v1", FULL, {}),
-    "v2/3": ("v2", THIRD, {}),
+    "v1, no dropout": ("v1", FULL, NO_DROPOUT),
+    "v1, no dropout, wsd": ("v1", FULL, NO_DROPOUT | {"schedule": "wsd", "learning_rate": 0.002}),
+    "v1, no dropout, wsd, rate 0.004": ("v1", FULL, NO_DROPOUT | {"schedule": "wsd", "learning_rate": 0.004}),
     "v2/10": ("v2", TENTH, {}),
+    "v2/6": ("v2", SIXTH, {}),
+    "v2/3": ("v2", THIRD, {}),
     "v2": ("v2", FULL, {}),
-    "x head .01": ("v2", SIXTH, {"head_learning_rate": 0.01}),
-    "x head .002": ("v2", SIXTH, {"head_learning_rate": 0.002}),
-    "x emb .1": ("v2", SIXTH, {"embedding_learning_rate": 0.1}),
-    "x emb .4": ("v2", SIXTH, {"embedding_learning_rate": 0.4}),
-    "x muon .01": ("v2", SIXTH, {"learning_rate": 0.01}),
-    "x muon .04": ("v2", SIXTH, {"learning_rate": 0.04}),
-    "x embnorm": ("v2", SIXTH, {"embedding_norm": True}),
-    "x decay .8": ("v2", SIXTH, {"decay_share": 0.8}),
-    "x relu2": ("v2", SIXTH, {"mlp": "relu_squared", "mlp_dim": 768}),
-    "x warm 2": ("v2", SIXTH, {"warmup_steps": 2}),
-    "x b2 .98": ("v2", SIXTH, {"adam_b2": 0.98}),
-    "x b1 .9": ("v2", SIXTH, {"adam_b1": 0.9}),
-    "x soft 15": ("v2", SIXTH, {"logits_soft_cap": 15.0}),
-    "x wd .1": ("v2", SIXTH, {"weight_decay": 0.1}),
-    "v1 nodrop": ("v1", FULL, {"dropout_rate": 0.0, "attention_dropout_rate": 0.0}),
-    "v1 nodrop wsd .002": ("v1", FULL, {"dropout_rate": 0.0, "attention_dropout_rate": 0.0, "learning_rate": .002, "schedule": "wsd"}),
-    "x adamw": ("v2", SIXTH, {"optimizer": "adamw", "learning_rate": 0.004}),
+    "v2/6, AdamW for Muon": ("v2", SIXTH, {"optimizer": "adamw", "learning_rate": 0.004}),
+    "v2/6, sinusoids": ("v2", SIXTH, {"positions": "sinusoidal"}),
+    "v2/6, LayerNorm": ("v2", SIXTH, {"norm": "layer"}),
+    "v2/6, no QK-norm": ("v2", SIXTH, {"qk_norm": False}),
+    "v2/6, no zero init": ("v2", SIXTH, {"zero_init": False}),
+    "v2/6, ReLU": ("v2", SIXTH, {"mlp": "relu", "mlp_dim": 768}),
+    "v2/6, ReLU squared": ("v2", SIXTH, {"mlp": "relu_squared", "mlp_dim": 768}),
+    "v2/6, soft cap 15": ("v2", SIXTH, {"logits_soft_cap": 15.0}),
+    "v2/6, tied": ("v2", SIXTH, {"logits_via_embedding": True}),
+    "v2/6, dropout": ("v2", SIXTH, {"dropout_rate": 0.1, "attention_dropout_rate": 0.1}),
+    "v2/6, Muon 0.01": ("v2", SIXTH, {"learning_rate": 0.01}),
+    "v2/6, Muon 0.04": ("v2", SIXTH, {"learning_rate": 0.04}),
+    "v2/6, rsqrt": ("v2", SIXTH, {"schedule": "rsqrt"}),
 }
 
 
@@ -101,6 +102,7 @@ def run(config, workdir: str) -> dict:
     return {
         "bits_per_char": next(line["eval_bits_per_char"] for line in lines[::-1] if "eval_bits_per_char" in line),
         "step_seconds": speeds[len(speeds) // 2],
+        "steps": chosen.train.num_train_steps,
         "seconds": time.perf_counter() - start,
         "parameters": models.count_params(chosen.network),
         "train": [(line["step"], line["train_loss"]) for line in lines if "train_loss" in line],
@@ -116,7 +118,7 @@ def main(_):
             cache = Path(_CACHE.value or folder) / corpus
             for seed in map(int, _SEEDS.value):
                 for name in _ONLY.value or RUNS:
-                    key = f"{corpus} {name} {seed}"
+                    key = f"{corpus}: {name}: {seed}"
                     if key in results:
                         continue
                     config = fields_of(*RUNS[name], fields, seed, cache)

@@ -95,7 +95,6 @@ class TransformerConfig:
     mlp: str = "relu"  # its activation, or "relu_squared" (So et al. 2021), or "swiglu": gated (Shazeer 2020)
     use_bias: bool = True  # in the MLP and the logits
     zero_init: bool = False  # what a block adds, and the logits, begin at zero
-    embedding_norm: bool = False  # another norm after the embedding
     logits_soft_cap: NotNegative = 0.0  # c: logits are c * tanh(logits / c) (Bello et al. 2016); 0 for none
     dropout_rate: Rate = 0.1  # on embeddings, and on what attention and MLP write; in training only
     attention_dropout_rate: Rate = 0.1  # on attention weights; in training only
@@ -322,8 +321,6 @@ class TransformerLM(nnx.Module):
         make_block = nnx.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))
         self.blocks = make_block(jax.random.split(rngs.params(), config.num_layers))  # parameters stacked: [L, ...]
         self.norm = make_norm(config, rngs)
-        if config.embedding_norm:
-            self.embedding_norm = make_norm(config, rngs)
         if not config.logits_via_embedding:
             self.logits = nnx.Linear(
                 config.emb_dim,
@@ -403,8 +400,6 @@ class TransformerLM(nnx.Module):
         x = named(embedding[inputs], "batch", None, None)
         if self.config.positions == "sinusoidal":
             x += jnp.asarray(sinusoidal_positions(self.config.max_len, self.config.emb_dim))[positions]
-        if self.config.embedding_norm:
-            x = self.embedding_norm(x)
         return dropout(x, self.config.dropout_rate, dropout_keys).astype(DTYPES[self.config.dtype])
 
     def _rotation(self, positions):

@@ -83,9 +83,8 @@ def _set_network_and_run(config: ml_collections.ConfigDict):
     config.positions = "sinusoidal"
     config.rope_base = 10_000.0
     config.mlp = "relu"
-    # Normalize queries and keys, and what the embedding gives.
+    # Normalize queries and keys.
     config.qk_norm = False
-    config.embedding_norm = False
     # Biases in the MLP and the logits.
     config.use_bias = True
     # What blocks add, and the logits, begin at zero.
