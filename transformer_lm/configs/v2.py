@@ -27,8 +27,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.optimizer = "muon"
     config.learning_rate = 0.02
-    config.embedding_learning_rate = 0.2
-    config.head_learning_rate = 0.004
+    config.embedding_learning_rate = 0.4
+    config.head_learning_rate = 0.015
     config.adam_b1 = 0.8
     config.adam_b2 = 0.95
     config.weight_decay = 0.0
