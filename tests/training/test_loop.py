@@ -9,6 +9,7 @@ import signal
 import time
 
 import jax
+import metadata_server
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -102,6 +103,23 @@ def test_told_to_stop_while_it_evaluates(tmp_path, prepared, monkeypatch, what):
     assert steps_in(tmp_path) == [4]
     train(tmp_path, prepared)
     assert evaluated(tmp_path) == [4, 6]
+
+
+def test_preempted(tmp_path, prepared, monkeypatch, caplog):
+    """Google Cloud's notice stops a run as SIGTERM does, here in the middle of an evaluation."""
+
+    def take_long(*_, **__):
+        server.preempted.set()
+        time.sleep(600)
+
+    with metadata_server.serving() as server, monkeypatch.context() as patched:
+        patched.setenv("GCE_METADATA_HOST", f"localhost:{server.server_port}")
+        patched.setattr("transformer_lm.training.preemption.PAUSE_SECONDS", 0.01)
+        patched.setattr("transformer_lm.training.loop.evaluate_rows", take_long)
+        with caplog.at_level("INFO", logger="absl"):
+            train(tmp_path, prepared)
+    assert "Stopped by Google Cloud's preemption notice at step 4: a checkpoint is saved" in caplog.text
+    assert steps_in(tmp_path) == [4]
 
 
 def test_told_to_stop_while_it_compiles(tmp_path, prepared, monkeypatch):

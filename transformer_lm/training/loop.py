@@ -24,6 +24,7 @@ from transformer_lm.training import batching, distributed, metrics, optimizers, 
 from transformer_lm.training.config import Recipe
 from transformer_lm.training.evaluation import evaluate_rows
 from transformer_lm.training.flops import flops_per_token
+from transformer_lm.training.preemption import preemption_watched
 from transformer_lm.training.profile import Profile
 from transformer_lm.training.reporter import Reporter
 from transformer_lm.training.signals import Signals, Stopped, signals_caught
@@ -57,6 +58,7 @@ def train_and_evaluate(
         stack.enter_context(contextlib.closing(run.saved))
         writer = stack.enter_context(contextlib.closing(_make_writer(stack, workdir, run)))
         signals = stack.enter_context(signals_caught())
+        stack.enter_context(preemption_watched(signals.tell))
         _Loop(run, writer, signals, Profile(workdir, profiled)).run()
 
 
