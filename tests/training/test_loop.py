@@ -51,9 +51,9 @@ def small_recipe(**fields) -> Recipe:
     return recipe.read(config)
 
 
-def train(workdir, data, **fields):
+def train(workdir, data, *, profiled=None, **fields):
     """Runs the small recipe in this process."""
-    loop.train_and_evaluate(small_recipe(**fields), data, str(workdir))
+    loop.train_and_evaluate(small_recipe(**fields), data, str(workdir), profiled=profiled)
 
 
 def steps_in(workdir) -> list[int]:
@@ -141,6 +141,16 @@ def test_told_to_stop_while_it_compiles(tmp_path, prepared, monkeypatch):
 def test_checkpoints_by_the_clock(tmp_path, prepared):
     train(tmp_path, prepared, checkpoint_every_minutes=1e-9, keep_checkpoints=10)
     assert steps_in(tmp_path) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_trace_of_some_steps(tmp_path, prepared):
+    """Where TensorBoard looks for it, and with the steps that were asked for."""
+    train(tmp_path, prepared, profiled=(2, 4), save_checkpoints=False, eval_every_steps=100)
+    [path] = tmp_path.glob("plugins/profile/*/*.xplane.pb")
+    trace = jax.profiler.ProfileData.from_file(str(path))
+    events = [event for plane in trace.planes for line in plane.lines for event in line.events]
+    assert [dict(event.stats)["step_num"] for event in events if event.name == "train"] == [2, 3]
+    assert any(event.name == "PjitFunction(train_step)" for event in events)
 
 
 def test_second_run_on_a_workdir_is_refused(tmp_path, prepared):

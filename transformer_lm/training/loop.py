@@ -200,11 +200,11 @@ class _Loop:
         )  # fmt: skip
         first = True
         while run.step < config.num_train_steps and not self._stop():
-            with self._reporter.waiting_for_data():
-                batch = batching.place(run.layout, rows, next(batches))
-            self._profile.before(run.step)
-            step = self._compiling_step if first else self._train_step
-            run.state, step_metrics = step(run.state, batch, run.key)
+            with self._profile.step(run.step):
+                with self._reporter.waiting_for_data():
+                    batch = batching.place(run.layout, rows, next(batches))
+                step = self._compiling_step if first else self._train_step
+                run.state, step_metrics = step(run.state, batch, run.key)
             first = False
             run.step, run.rows_read = run.step + 1, run.rows_read + rows
             self._profile.after(run.step, step_metrics)
