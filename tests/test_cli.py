@@ -197,20 +197,23 @@ def test_the_originals_commands_from_inside_the_folder(tmp_path):
 
 
 def test_compilations_are_kept_and_damaged_ones_do_no_harm(tmp_path):
-    """The second start compiles nothing that takes long; entries cut short are compiled again, without a word."""
+    """The second start compiles nothing; what is cut short or garbled is compiled again, without a word."""
     environment = os.environ | {"TRANSFORMER_LM_CACHE": str(tmp_path / "cache")}
     del environment["JAX_COMPILATION_CACHE_DIR"]
-    arguments = command("generate_text", FIXTURE, prompts="昔")
-    texts = []
+    arguments = command("generate_text", FIXTURE, "--output=jsonl", "--num_generated_texts=2", prompts="昔")
+    texts, kept = [], []
     for _ in range(3):
         done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         texts.append(done.stdout)
         [folder] = (tmp_path / "cache").glob("xla-*")
-        entries = [path for path in folder.iterdir() if path.is_file()]
-        assert entries
+        kept.append({path.name: path.stat().st_mtime_ns for path in folder.iterdir()})
         if len(texts) == 2:
-            for path in entries:
-                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+            for number, path in enumerate(folder.iterdir()):
+                whole = path.read_bytes()
+                half = len(whole) // 2
+                path.write_bytes(whole[:half] if number % 2 else whole[:half] + bytes(32) + whole[half + 32 :])
+    assert kept[0] == kept[1] != {}
+    assert texts[0].count("\n") == 2
     assert texts[0] == texts[1] == texts[2]
     assert "cache" not in done.stderr

@@ -8,7 +8,7 @@ import pytest
 from conftest import FIXTURE, init
 
 import transformer_lm
-from transformer_lm import attention
+from transformer_lm import attention, logits
 from transformer_lm.data import tokenizer_training
 from transformer_lm.errors import UserError
 from transformer_lm.generation import language_model, sampler
@@ -85,9 +85,11 @@ def test_long_texts_are_scored_in_bounded_memory(tiny, monkeypatch):
     arguments = network, init(network), inputs, np.roll(inputs, -1), segments
     scores, bytes_used = {}, {}
     for blocks in (True, False):
-        if not blocks:
+        if blocks:
+            monkeypatch.setattr(logits, "AT_ONCE", 20 * 2 * network.vocab_size)
+        else:
+            monkeypatch.undo()
             monkeypatch.setattr(attention, "LONG", length)
-            monkeypatch.setattr(language_model, "LOGITS_BLOCK", length)
         traced_anew = jax.jit(
             lambda *arguments: language_model._score_targets.__wrapped__(*arguments), static_argnums=0
         )

@@ -1,16 +1,22 @@
-"""What tests of sharding run, in a process of eight devices: twenty steps on each mesh, and the compiled texts."""
+"""What tests of sharding run, in a process of eight devices: twenty steps on each mesh, and the compiled texts.
 
+python on_eight_devices.py WORKDIR, an empty folder.
+"""
+
+import contextlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from transformer_lm import models, recipe
+from transformer_lm.checkpoints import store
 from transformer_lm.configs import base
 from transformer_lm.training import batching, optimizers, sharding
-from transformer_lm.training.state import init_state
+from transformer_lm.training.state import TrainState, abstract_state, init_state
 from transformer_lm.training.step import ROWS as ROW_ARRAYS
 from transformer_lm.training.step import make_eval_step, make_train_step
 
@@ -45,32 +51,61 @@ def largest_results(text: str) -> dict[str, int]:
     return found
 
 
-def run(devices: int, fsdp: int, tensor: int, accumulation: int, fields: dict) -> dict:
-    """Losses of twenty steps with dropout, an evaluation, and what the compiled step and its devices hold."""
-    network = models.TransformerConfig(**NETWORK | fields)
-    optimizer = optimizers.make_optimizer(optimizers.OptimizerConfig(0.01, 2, 0.1))
-    layout = sharding.make_layout(fsdp, tensor, jax.devices()[:devices])
-    layout.check(network)
-    abstract = jax.eval_shape(lambda: init_state(network, optimizer, jax.random.key(0)))
-    placement = layout.of_state(abstract)
-    state = jax.device_put(init_state(network, optimizer, jax.random.key(0)), placement)
-    step = make_train_step(network, optimizer, 0.1, layout=layout, accumulation=accumulation)
-    step = jax.jit(step, donate_argnums=0, out_shardings=(placement, layout.sharding()))
-    key = jax.device_put(jax.random.key(1), layout.sharding())
-    batches = [batching.place(layout, ROWS, batch_of(number)) for number in range(20)]
-    compiled = step.lower(state, batches[0], key).compile()
-    losses = []
-    for batch in batches:
-        state, metrics = compiled(state, batch, key)
-        losses.append(float(metrics["loss"]))
-    kernel = state.params["blocks"]["mlp"]["wi"]["kernel"]
-    totals = jax.jit(make_eval_step(network, layout))(state.params, batches[0])
-    return {
-        "losses": losses,
-        "eval": {name: float(value) for name, value in totals.items()},
-        "collectives": largest_results(compiled.as_text()),
-        "share": kernel.addressable_shards[0].data.size / kernel.size,
-    }
+class Run:
+    """A run on a mesh, compiled."""
+
+    def __init__(self, devices: int, fsdp: int, tensor: int, accumulation: int, fields: dict):
+        self._network = models.TransformerConfig(**NETWORK | fields)
+        self._optimizer = optimizers.make_optimizer(optimizers.OptimizerConfig(0.01, 2, 0.1))
+        self._layout = sharding.make_layout(fsdp, tensor, jax.devices()[:devices])
+        self._layout.check(self._network)
+        self.abstract = abstract_state(self._network, self._optimizer, self._layout)
+        self._key = jax.device_put(jax.random.key(1), self._layout.sharding())
+        self._compiled = compiled_step(
+            self._network, self._optimizer, self._layout, self.abstract, self._batch(0), self._key,
+            smoothing=0.1, accumulation=accumulation,
+        )  # fmt: skip
+
+    def _batch(self, step: int) -> dict[str, jax.Array]:
+        return batching.place(self._layout, ROWS, batch_of(step))
+
+    def steps(self, state: TrainState) -> tuple[TrainState, list[float]]:
+        """The state after twenty more steps with dropout, and their losses."""
+        losses = []
+        for number in range(int(state.step), int(state.step) + 20):
+            state, metrics = self._compiled(state, self._batch(number), self._key)
+            losses.append(float(metrics["loss"]))
+        return state, losses
+
+    def from_the_beginning(self) -> tuple[TrainState, dict]:
+        """The state after twenty steps; their losses, an evaluation, what the compiled step and its devices hold."""
+        placement = jax.tree.map(lambda x: x.sharding, self.abstract)
+        state = jax.device_put(init_state(self._network, self._optimizer, jax.random.key(0)), placement)
+        state, losses = self.steps(state)
+        kernel = state.params["blocks"]["mlp"]["wi"]["kernel"]
+        totals = jax.jit(make_eval_step(self._network, self._layout))(state.params, self._batch(0))
+        return state, {
+            "losses": losses,
+            "eval": {name: float(value) for name, value in totals.items()},
+            "collectives": largest_results(self._compiled.as_text()),
+            "share": kernel.addressable_shards[0].data.size / kernel.size,
+        }
+
+    def restored(self, saved: store.Checkpoints, expected: TrainState) -> dict:
+        """Whether a checkpoint comes back bit for bit, and the losses of twenty steps from there."""
+        target = self.abstract
+        progress = {"step": target.step, "totals": target.totals}
+        params, opt_state, progress = saved.restore(target.params, target.opt_state, progress)
+        state = TrainState(progress["step"], params, opt_state, progress["totals"])
+        same = jax.tree.map(lambda x, y: x.dtype == y.dtype and np.asarray(x).tobytes() == y.tobytes(), state, expected)
+        return {"same bits": jax.tree.all(same), "losses": self.steps(state)[1]}
+
+
+def compiled_step(network, optimizer, layout, state, batch, key, *, smoothing: float, accumulation: int):
+    """A step of training, compiled for arrays like these."""
+    step = make_train_step(network, optimizer, smoothing, layout=layout, accumulation=accumulation)
+    results = jax.tree.map(lambda x: x.sharding, state), layout.sharding()
+    return jax.jit(step, donate_argnums=0, out_shardings=results).lower(state, batch, key).compile()
 
 
 def bytes_of_the_largest_recipe() -> int:
@@ -81,17 +116,35 @@ def bytes_of_the_largest_recipe() -> int:
     layout = sharding.make_layout(chosen.train.mesh_fsdp, chosen.train.mesh_tensor)
     batches = batching.plan(chosen.train, layout)
     optimizer = optimizers.make_optimizer(chosen.optimizer)
-    state = jax.eval_shape(lambda: init_state(chosen.network, optimizer, jax.random.key(0)))
-    placement = layout.of_state(state)
-    state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, placement)
+    state = abstract_state(chosen.network, optimizer, layout)
     shape = (batches.rows, chosen.data.max_target_length)
     batch = {name: jax.ShapeDtypeStruct(shape, np.int32, sharding=layout.sharding("batch")) for name in ROW_ARRAYS}
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=layout.sharding())
-    step = make_train_step(chosen.network, optimizer, 0.0, layout=layout, accumulation=batches.accumulation)
-    step = jax.jit(step, donate_argnums=0, out_shardings=(placement, layout.sharding()))
-    memory = step.lower(state, batch, key).compile().memory_analysis()
+    step = compiled_step(
+        chosen.network, optimizer, layout, state, batch, key, smoothing=0.0, accumulation=batches.accumulation
+    )
+    memory = step.memory_analysis()
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
 
+def main(workdir: str):
+    """Every mesh from the beginning; then from the checkpoint that fsdp has saved, which goes on as it is, too."""
+    runs = {name: Run(*case) for name, case in CASES.items()}
+    results = {}
+    for name, run in runs.items():
+        state, results[name] = run.from_the_beginning()
+        if name == "fsdp":
+            saved_state = state
+    with contextlib.closing(store.Checkpoints(workdir)) as saved:
+        progress = {"step": saved_state.step, "totals": saved_state.totals}
+        saved.save(20, saved_state.params, saved_state.opt_state, progress)
+        saved.wait()
+        expected = jax.device_get(saved_state)
+        unbroken = runs["fsdp"].steps(saved_state)[1]
+        for name, run in runs.items():
+            results[name]["restored"] = run.restored(saved, expected)
+    print(json.dumps(results | {"unbroken": unbroken, "bytes": bytes_of_the_largest_recipe()}))
+
+
 if __name__ == "__main__":
-    print(json.dumps({name: run(*case) for name, case in CASES.items()} | {"bytes": bytes_of_the_largest_recipe()}))
+    main(sys.argv[1])

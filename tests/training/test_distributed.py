@@ -2,13 +2,19 @@
 
 import json
 import os
+import pickle
 import re
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
+from pathlib import Path
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from conftest import command, one_line_error, run
 
@@ -20,6 +26,9 @@ FIELDS = {
     "keep_checkpoints": 3, "global_batch_size": 16, "num_heads": 2, "per_device_batch_size": 2, "mesh_fsdp": 2,
     "num_eval_steps": 3, "eval_per_device_batch_size": 2, "vocab_size": 800,
 }  # fmt: skip
+# A run of which another goes on twenty steps before its end.
+LONG = {"num_train_steps": 24, "eval_every_steps": 12, "checkpoint_every_steps": 4, "keep_checkpoints": 6}
+SCRIPT = Path(__file__).with_name("main_that_tells.py")
 
 
 def start(workdir, *, processes: int, devices: int, **fields) -> list[subprocess.Popen]:
@@ -32,7 +41,7 @@ def start(workdir, *, processes: int, devices: int, **fields) -> list[subprocess
     for number in range(processes):
         place = workdir[number] if isinstance(workdir, list) else workdir
         own = [f"--coordinator_address=localhost:{port}", f"--num_processes={processes}", f"--process_id={number}"]
-        line = command("main", place, *own * (processes > 1), **FIELDS | fields)
+        line = [sys.executable, SCRIPT, *command("main", place, *own * (processes > 1), **FIELDS | fields)[3:]]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(line, env=os.environ | {"XLA_FLAGS": flags}, **pipes))
     return started
@@ -59,17 +68,20 @@ def metrics_of(workdir) -> list[dict]:
     return [{name: value for name, value in line.items() if name not in SPEEDS} for line in lines]
 
 
-def assert_same(ours: list[dict], theirs: list[dict], **tolerance):
+def assert_same(ours: list[dict], theirs: list[dict], rtol: float):
+    """The same lines; of perplexities the logarithms, which are losses, are compared."""
     assert [line.keys() for line in ours] == [line.keys() for line in theirs]
     for one, other in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(list(one.values()), list(other.values()), **tolerance)
+        for name, value in one.items():
+            pair = np.log([value, other[name]]) if name.endswith("perplexity") else (value, other[name])
+            np.testing.assert_allclose(*pair, rtol=rtol, err_msg=f"{name} at step {one['step']}")
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """The workdir of a run of one process of eight devices."""
     workdir = tmp_path_factory.mktemp("unbroken")
-    train(workdir, processes=1, devices=8)
+    train(workdir, processes=1, devices=8, **LONG)
     return workdir
 
 
@@ -93,25 +105,57 @@ def test_one_that_is_killed_ends_the_other(killed):
     assert seconds < 60
 
 
-def test_goes_on_elsewhere(unbroken, tmp_path):
-    """A checkpoint of eight devices in fsdp, on two in tensor parallel: the same rows, the same losses."""
-    before = loading.load_model(unbroken)
-    (tmp_path / "copy").mkdir()
-    subprocess.run(["cp", "-r", f"{unbroken}/.", tmp_path / "copy"], check=True)
-    for newer in ("4", "6"):
-        subprocess.run(["rm", "-r", tmp_path / "copy" / "checkpoints" / newer], check=True)
-    [done] = train(tmp_path / "copy", processes=1, devices=2, mesh_fsdp=1, mesh_tensor=2, global_batch_size=0)
-    assert re.search(r"Resuming at step 2 of 6.*16 rows a step in 4 parts", done.stderr)
-    assert_same(metrics_of(tmp_path / "copy"), metrics_of(unbroken), rtol=1e-5)
-    after = loading.load_model(tmp_path / "copy")
-    assert after.step == before.step == 6
+@pytest.mark.parametrize(
+    ("topology", "batch"),
+    [
+        (
+            {"processes": 1, "devices": 2, "mesh_fsdp": 1, "mesh_tensor": 2, "global_batch_size": 0},
+            "16 rows a step in 4 parts",
+        ),
+        ({"processes": 2, "devices": 4, "mesh_fsdp": 4}, "16 rows a step"),
+    ],
+)
+def test_goes_on_elsewhere(unbroken, tmp_path, topology, batch):
+    """From the fourth step, on another mesh, other devices or processes: the same bits, then the same rows, losses."""
+    workdir = tmp_path / "copy"
+    shutil.copytree(unbroken, workdir, ignore=lambda folder, names: {str(n) for n in range(8, 25, 4)} & set(names))
+    done = train(workdir, **LONG | topology)
+    assert re.search(rf"Resuming at step 4 of 24.*{batch}\.$", done[0].stderr, re.MULTILINE)
+    assert "step 24:" in done[0].stderr
+    assert not any("step" in process.stderr for process in done[1:])  # one process speaks
+    assert_as_saved(workdir, 4, topology["processes"])
+    assert rows_of(workdir, topology["processes"]) == rows_of(unbroken, 1)[4:]
+    assert_same(metrics_of(workdir), metrics_of(unbroken), rtol=1e-6)
+    assert loading.load_model(workdir).step == 24
 
 
-def test_two_processes_are_as_one(unbroken, tmp_path):
-    done = train(tmp_path, processes=2, devices=4)
-    assert_same(metrics_of(tmp_path), metrics_of(unbroken), rtol=1e-6)
-    assert "step 6:" in done[0].stderr
-    assert "step" not in done[1].stderr  # one process speaks
+def assert_as_saved(workdir, step: int, processes: int):
+    """What the processes began with together is a checkpoint, bit for bit."""
+    items = {item: in_numpy(workdir / "checkpoints" / str(step) / item) for item in ("params", "opt_state")}
+    saved = ocp.tree.to_flat_dict(items, sep="/")
+    told = [pickle.loads((workdir / "told" / str(number) / "state").read_bytes()) for number in range(processes)]
+    assert all(parts.keys() == saved.keys() for parts in told)
+    for path, expected in saved.items():
+        seen = np.zeros(expected.shape, bool)
+        for index, values in (part for parts in told for part in parts[path]):
+            assert values.dtype == expected.dtype
+            assert values.tobytes() == np.asarray(expected[index]).tobytes()
+            seen[index] = True
+        assert seen.all()
+
+
+def in_numpy(folder):
+    """The arrays of an item of a checkpoint, wherever they lay when they were saved."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(folder).item_metadata.tree
+        return checkpointer.restore(folder, jax.tree.map(lambda array: np.empty(array.shape, array.dtype), tree))
+
+
+def rows_of(workdir, processes: int) -> list[dict[str, list[int]]]:
+    """The rows that all processes read together at each step."""
+    folders = [workdir / "told" / str(number) for number in range(processes)]
+    told = [[json.loads(line) for line in (folder / "rows").read_text().splitlines()] for folder in folders]
+    return [{row: tokens for part in parts for row, tokens in part.items()} for parts in zip(*told, strict=True)]
 
 
 def test_stopped_together(tmp_path):
@@ -126,10 +170,12 @@ def test_stopped_together(tmp_path):
     assert (tmp_path / "checkpoints" / step).exists()
 
 
-def test_started_again_it_is_the_unbroken_run(killed, tmp_path):
-    """After a kill, both go on to the very bits of a run that nothing befell."""
+def test_started_again_it_is_the_unbroken_run(killed, unbroken, tmp_path):
+    """After a kill, both go on to the very bits of a run that nothing befell, which is as one of one process."""
     workdir, *_ = killed
     train(tmp_path, processes=2, devices=4, num_train_steps=9)
+    ours, theirs = ([line for line in metrics_of(run) if "train_loss" in line][:9] for run in (tmp_path, unbroken))
+    assert_same(ours, theirs, rtol=1e-6)
     saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
     for step in range(saved, 7, -1):
         subprocess.run(["rm", "-rf", workdir / "checkpoints" / str(step)], check=True)

@@ -9,6 +9,7 @@ import signal
 import time
 
 import jax
+import metadata_server
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -50,9 +51,9 @@ def small_recipe(**fields) -> Recipe:
     return recipe.read(config)
 
 
-def train(workdir, data, **fields):
+def train(workdir, data, *, profiled=None, **fields):
     """Runs the small recipe in this process."""
-    loop.train_and_evaluate(small_recipe(**fields), data, str(workdir))
+    loop.train_and_evaluate(small_recipe(**fields), data, str(workdir), profiled=profiled)
 
 
 def steps_in(workdir) -> list[int]:
@@ -104,6 +105,23 @@ def test_told_to_stop_while_it_evaluates(tmp_path, prepared, monkeypatch, what):
     assert evaluated(tmp_path) == [4, 6]
 
 
+def test_preempted(tmp_path, prepared, monkeypatch, caplog):
+    """Google Cloud's notice stops a run as SIGTERM does, here in the middle of an evaluation."""
+
+    def take_long(*_, **__):
+        server.preempted.set()
+        time.sleep(600)
+
+    with metadata_server.serving() as server, monkeypatch.context() as patched:
+        patched.setenv("GCE_METADATA_HOST", f"localhost:{server.server_port}")
+        patched.setattr("transformer_lm.training.preemption.PAUSE_SECONDS", 0.01)
+        patched.setattr("transformer_lm.training.loop.evaluate_rows", take_long)
+        with caplog.at_level("INFO", logger="absl"):
+            train(tmp_path, prepared)
+    assert "Stopped by Google Cloud's preemption notice at step 4: a checkpoint is saved" in caplog.text
+    assert steps_in(tmp_path) == [4]
+
+
 def test_told_to_stop_while_it_compiles(tmp_path, prepared, monkeypatch):
     """Nothing has been done yet, and nothing is saved."""
 
@@ -123,6 +141,16 @@ def test_told_to_stop_while_it_compiles(tmp_path, prepared, monkeypatch):
 def test_checkpoints_by_the_clock(tmp_path, prepared):
     train(tmp_path, prepared, checkpoint_every_minutes=1e-9, keep_checkpoints=10)
     assert steps_in(tmp_path) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_trace_of_some_steps(tmp_path, prepared):
+    """Where TensorBoard looks for it, and with the steps that were asked for."""
+    train(tmp_path, prepared, profiled=(2, 4), save_checkpoints=False, eval_every_steps=100)
+    [path] = tmp_path.glob("plugins/profile/*/*.xplane.pb")
+    trace = jax.profiler.ProfileData.from_file(str(path))
+    events = [event for plane in trace.planes for line in plane.lines for event in line.events]
+    assert [dict(event.stats)["step_num"] for event in events if event.name == "train"] == [2, 3]
+    assert any(event.name == "PjitFunction(train_step)" for event in events)
 
 
 def test_second_run_on_a_workdir_is_refused(tmp_path, prepared):

@@ -16,13 +16,12 @@ from transformer_lm.training import sharding
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[str, dict]:
+def results(tmp_path_factory) -> dict[str, dict]:
     """What on_eight_devices.py finds on each mesh."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     script = Path(__file__).with_name("on_eight_devices.py")
-    done = subprocess.run(
-        [sys.executable, script], env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True
-    )
+    arguments = [sys.executable, script, tmp_path_factory.mktemp("workdir")]
+    done = subprocess.run(arguments, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "rematerialization" not in done.stderr  # XLA's warning of an array that it gathers for want of a better way
     return json.loads(done.stdout)
@@ -37,6 +36,13 @@ def test_losses_are_those_of_one_device(results, mesh):
     np.testing.assert_allclose(results[mesh]["losses"], results["single"]["losses"], rtol=1e-5)
     for name, value in results["single"]["eval"].items():
         assert results[mesh]["eval"][name] == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("mesh", ["single", *MESHES])
+def test_a_checkpoint_goes_on_on_any_mesh(results, mesh):
+    """What fsdp on eight devices has saved comes back bit for bit, and goes on to the losses of the unbroken run."""
+    assert results[mesh]["restored"]["same bits"]
+    np.testing.assert_allclose(results[mesh]["restored"]["losses"], results["unbroken"], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

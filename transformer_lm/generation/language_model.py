@@ -15,16 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer_lm import models
+from transformer_lm import logits, models
 from transformer_lm.checkpoints import loading
 from transformer_lm.errors import UserError, stage
 from transformer_lm.fields import Range, Seed, check_value
 from transformer_lm.generation import sampler
 from transformer_lm.tokenizer import START_ID, Tokenizer
 
-BATCH_TOKENS = 4096  # tokens that are scored at once: their logits are the largest array
+BATCH_TOKENS = 4096  # tokens that are scored at once
 LENGTH_STEP = 64  # lengths are padded to multiples of it, so that few shapes are compiled
-LOGITS_BLOCK = 1024  # tokens of each row of which logits are made at once where rows are longer
 MAX_SCORED_TOKENS = 8192
 MAX_SAMPLES = 2**16  # continuations of a prompt, which the sampler numbers
 
@@ -189,17 +188,9 @@ def _score_targets(network: models.TransformerConfig, params: models.Params, inp
     positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
     transformer = models.bind(network, params)
     features = transformer.read(inputs, positions, segments)  # [B, T, D]
-
-    def score(features_and_targets):
-        features, targets = features_and_targets
-        logits = transformer.to_logits(features)  # [..., V]
-        target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return target_logits - jax.nn.logsumexp(logits, axis=-1), target_logits >= logits.max(axis=-1)
-
-    if inputs.shape[1] <= LOGITS_BLOCK:
-        return score((features, targets))
-    by_position = features.swapaxes(0, 1), targets.T  # [T, B, D], [T, B]
-    return jax.tree.map(jnp.transpose, jax.lax.map(score, by_position, batch_size=LOGITS_BLOCK))
+    chunks = logits.cut((features, targets), logits.chunks_of(*inputs.shape, network.vocab_size))
+    scores = jax.lax.map(lambda chunk: logits.score(transformer.to_logits(chunk[0]), chunk[1]), chunks)
+    return jax.tree.map(logits.join, scores)
 
 
 def generate_texts(

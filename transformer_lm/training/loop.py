@@ -24,6 +24,7 @@ from transformer_lm.training import batching, distributed, metrics, optimizers, 
 from transformer_lm.training.config import Recipe
 from transformer_lm.training.evaluation import evaluate_rows
 from transformer_lm.training.flops import flops_per_token
+from transformer_lm.training.preemption import preemption_watched
 from transformer_lm.training.profile import Profile
 from transformer_lm.training.reporter import Reporter
 from transformer_lm.training.signals import Signals, Stopped, signals_caught
@@ -57,6 +58,7 @@ def train_and_evaluate(
         stack.enter_context(contextlib.closing(run.saved))
         writer = stack.enter_context(contextlib.closing(_make_writer(stack, workdir, run)))
         signals = stack.enter_context(signals_caught())
+        stack.enter_context(preemption_watched(signals.tell))
         _Loop(run, writer, signals, Profile(workdir, profiled)).run()
 
 
@@ -198,11 +200,11 @@ class _Loop:
         )  # fmt: skip
         first = True
         while run.step < config.num_train_steps and not self._stop():
-            with self._reporter.waiting_for_data():
-                batch = batching.place(run.layout, rows, next(batches))
-            self._profile.before(run.step)
-            step = self._compiling_step if first else self._train_step
-            run.state, step_metrics = step(run.state, batch, run.key)
+            with self._profile.step(run.step):
+                with self._reporter.waiting_for_data():
+                    batch = batching.place(run.layout, rows, next(batches))
+                step = self._compiling_step if first else self._train_step
+                run.state, step_metrics = step(run.state, batch, run.key)
             first = False
             run.step, run.rows_read = run.step + 1, run.rows_read + rows
             self._profile.after(run.step, step_metrics)

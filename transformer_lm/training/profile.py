@@ -1,7 +1,9 @@
 """A trace of some steps, for TensorBoard's profiler and Perfetto."""
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -31,11 +33,14 @@ class Profile:
         self._start, self._stop = span or (-1, -1)
         self._running = False
 
-    def before(self, step: int):
-        """Before the step that follows so many steps: begins when it is the first of the span."""
+    @contextlib.contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Around the step that follows so many steps, which the trace names: begins when it is the span's first."""
         if step == self._start:
             jax.profiler.start_trace(os.fspath(self._folder))
             self._running = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            yield
 
     def after(self, step: int, results: Any):
         """After so many steps: ends, with the devices done, when the span is over."""

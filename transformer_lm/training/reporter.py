@@ -17,7 +17,12 @@ SPEEDS = ("tokens_per_second", "step_seconds", "data_wait", "mfu", "first_step_s
 
 
 class Reporter:
-    """Reads the metrics of finished steps, stops on a loss that is not finite, and hands lines to the writer."""
+    """Reads the metrics of finished steps, stops on a loss that is not finite, and hands lines to the writer.
+
+    Attributes:
+      pending: of the step that was dispatched last its number, its metrics, the totals to log or None, and the number
+        of steps in them; None when it has been reported.
+    """
 
     def __init__(self, writer: metrics.MetricWriter, schedule: optax.Schedule, flops: float, devices: int):
         self._writer = writer
@@ -26,7 +31,7 @@ class Reporter:
         self._peak = peak_flops(jax.devices()[0]) * (devices if jax.default_backend() != "cpu" else 1)
         self.pending: tuple | None = None
         self._began: float | None = time.perf_counter()  # None when the first step has been told of
-        self._waited = 0.0  # seconds for data, in the steps now counted
+        self._waited = 0.0  # seconds that the devices waited for data, in the steps now counted
         self._clock: float | None = None  # when the steps now counted began; None before the first is done
         self._timed_steps = 0
         self._tokens_per_second = 0.0
@@ -53,10 +58,14 @@ class Reporter:
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Counts what is done within as time in which the devices may have nothing to do."""
+        """Counts the time within, unless the devices still have the pending step to do at its end.
+
+        They may have become idle in the middle of it: what is counted is the most that they can have waited.
+        """
         start = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - start
+        if self.pending is None or all(value.is_ready() for value in self.pending[1].values()):
+            self._waited += time.perf_counter() - start
 
     def restart_clock(self):
         """Leaves out of the speed whatever has happened since the last step (an evaluation, a checkpoint)."""

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C, while a run goes on."""
+"""What tells a run to stop: SIGTERM, Ctrl-C, a notice of preemption."""
 
 import concurrent.futures
 import contextlib
@@ -20,7 +20,7 @@ class Signals:
     """Remembers the first SIGTERM or Ctrl-C; the second ends the process at once, whatever it is doing.
 
     Attributes:
-      caught: the first signal's name, None before it.
+      caught: the first signal's name, or another reason to stop; None before.
     """
 
     def __init__(self):
@@ -29,9 +29,13 @@ class Signals:
     def catch(self, number: int, frame: object):
         """The handler of the first signal."""
         del frame
-        self.caught = signal.Signals(number).name
+        self.tell(signal.Signals(number).name)
         for handled in HANDLED:
             signal.signal(handled, signal.SIG_DFL)
+
+    def tell(self, reason: str):
+        """There is a reason to stop, the first of which is remembered. A signal may still come."""
+        self.caught = self.caught or reason
 
     def listening(self, work: Callable[[], Result]) -> Result:
         """What `work` returns. Raises Stopped as soon as there is a signal; the work goes on in its thread.

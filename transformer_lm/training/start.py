@@ -10,7 +10,7 @@ from transformer_lm.errors import UserError
 from transformer_lm.tokenizer import Tokenizer
 from transformer_lm.training.config import Recipe, TrainConfig
 from transformer_lm.training.sharding import Layout
-from transformer_lm.training.state import TrainState, init_state, state_of
+from transformer_lm.training.state import TrainState, abstract_state, init_state, state_of
 
 
 def restore_or_init(
@@ -40,16 +40,15 @@ def restore_or_init(
       the state, and how many training rows were read until then.
     """
     _check_wanted(saved, recipe.train)
-    state = jax.eval_shape(lambda: init_state(network, optimizer, key))
-    placement = layout.of_state(state)
+    target = abstract_state(network, optimizer, layout)
     if recipe.train.restore_checkpoints:
-        target = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, placement)
         progress = {"step": target.step, "totals": target.totals, "rows": np.zeros((), np.int64)}
         restored = saved.restore(target.params, target.opt_state, progress)
         if restored is not None:
             params, opt_state, progress = restored
             rows = progress.get("rows", int(progress["step"]) * batch_size)  # which older checkpoints do not have
             return TrainState(progress["step"], params, opt_state, progress["totals"]), int(rows)
+    placement = jax.tree.map(lambda x: x.sharding, target)
     if initial is None:
         return jax.jit(lambda key: init_state(network, optimizer, key), out_shardings=placement)(key), 0
     params = jax.device_put(initial.load().params, placement.params)

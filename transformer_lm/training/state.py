@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from transformer_lm import models
+from transformer_lm.training.sharding import Layout
 
 
 @jax.tree_util.register_dataclass
@@ -44,3 +45,11 @@ def init_state(
 ) -> TrainState:
     """A fresh state; pure, so that it may be jitted straight into its shardings, or only looked at abstractly."""
     return state_of(models.init(network, key), optimizer)
+
+
+def abstract_state(
+    network: models.TransformerConfig, optimizer: optax.GradientTransformation, layout: Layout
+) -> TrainState:
+    """Shapes, dtypes and shardings of a state, which is not made: what to restore, or to compile for."""
+    state = jax.eval_shape(lambda: init_state(network, optimizer, jax.random.key(0)))
+    return jax.tree.map(lambda x, place: x.update(sharding=place), state, layout.of_state(state))

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from transformer_lm import axes, dropout, models
-from transformer_lm.training.loss import chunked_loss_and_totals, chunks_of
+from transformer_lm.logits import chunks_of
+from transformer_lm.training.loss import chunked_loss_and_totals
 from transformer_lm.training.sharding import Layout
 from transformer_lm.training.state import TrainState, zero_totals
 

@@ -1,0 +1,49 @@
+"""What is said of steps: how long the devices had to wait for data."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from transformer_lm.training import reporter
+
+
+class Writer:
+    """Keeps the last line."""
+
+    def write(self, step, values):
+        self.values = values
+
+    def show(self, step, text):
+        pass
+
+
+class Metric(float):
+    """A number that a device has computed, or is still about to."""
+
+    done = True
+
+    def is_ready(self) -> bool:
+        return self.done
+
+
+class Unfinished(Metric):
+    done = False
+
+
+@pytest.mark.parametrize(("kind", "share"), [(Metric, 0.75), (Unfinished, 0)])
+def test_data_wait_is_what_the_devices_waited(monkeypatch, kind, share):
+    """Three of a step's four seconds, or nothing when they have the step before to do all the while."""
+    clock = SimpleNamespace(now=0)
+    monkeypatch.setattr(reporter, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(reporter, "peak_flops", lambda device: 1.0)
+    writer = Writer()
+    told = reporter.Reporter(writer, schedule=lambda step: 0.1, flops=1.0, devices=1)
+    for step in range(1, 4):
+        with told.waiting_for_data():
+            clock.now += 3
+        clock.now += 1
+        told.flush()
+        totals = {"loss": 1.0, "correct": 1.0, "tokens": 2.0}
+        told.pending = step, {"loss": kind(0.5), "grad_norm": kind(1)}, totals, 1
+    assert writer.values["step_seconds"] == 4
+    assert writer.values["data_wait"] == share
