@@ -21,7 +21,8 @@ FLOORS = [
     {"configs"},
     {"recipe"},
     {"cli"},
-    {"main", "prepare_data", "generate_text", "evaluate", "export_huggingface", "demo", "tokenizer.__main__", ""},
+    {"main", "prepare_data", "generate_text", "evaluate", "export_huggingface", "export_gguf", "demo"}
+    | {"tokenizer.__main__", ""},
 ]
 
 

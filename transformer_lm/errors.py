@@ -27,6 +27,17 @@ def stage(doing: str, lower: str = "") -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def writing(output: str) -> Iterator[None]:
+    """Whatever goes wrong inside, but for a UserError, becomes one: that the output cannot be written, and why."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a full disk, a missing permission, whatever a library raises
+        raise UserError(f"{output} cannot be written: {one_line(error)}") from error
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, in one line, with the stage where it happened unless the user can mend it as it is."""
     text = " ".join(str(error).split())

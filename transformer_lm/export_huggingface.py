@@ -16,11 +16,11 @@ from pathlib import Path
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from transformer_lm import cli, files, recipe
+from transformer_lm import cli, errors, files, recipe
 from transformer_lm.checkpoints import loading
 from transformer_lm.checkpoints.facts import read_facts
 from transformer_lm.checkpoints.workdir import TOKENIZER_FILE
-from transformer_lm.errors import UserError, one_line
+from transformer_lm.errors import UserError
 from transformer_lm.generation.sampler import SamplingConfig
 from transformer_lm.huggingface import exported_model, fast_tokenizer, model_card
 from transformer_lm.huggingface.architectures import table_of
@@ -48,13 +48,10 @@ def export(address: str, output: Path, sampling: SamplingConfig):
     card = model_card.write(output.name, loaded.config, loaded.step, facts)
     temporary = (output if output.exists() else output.parent) / f".tmp{uuid.uuid4().hex}"
     try:
-        temporary.mkdir(parents=True)
-        _write(temporary, loaded, tokenizer, card, sampling)
-        _move(temporary, output)
-    except UserError:
-        raise
-    except Exception as error:  # a full disk, a missing permission, whatever a library raises
-        raise UserError(f"--output={output} cannot be written: {one_line(error)}") from error
+        with errors.writing(f"--output={output}"):
+            temporary.mkdir(parents=True)
+            _write(temporary, loaded, tokenizer, card, sampling)
+            _move(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     logging.info("Exported the model of step %d to %s.", loaded.step, output)

@@ -174,7 +174,14 @@ def test_sizes_never_leave_the_ghosts_out():
 
 
 @pytest.mark.parametrize(
-    "fields", [{"positions": "rope"}, MODERN | {"logits_soft_cap": 15.0}, MODERN | {"qk_norm": False}]
+    "fields",
+    [
+        {"positions": "rope"},
+        {"embedding_norm": True},
+        MODERN | {"logits_soft_cap": 15.0},
+        MODERN | {"qk_norm": False},
+        MODERN | {"embedding_norm": True},
+    ],
 )
 def test_a_network_that_nobody_else_computes(fields):
     with pytest.raises(UserError, match="No architecture of transformers computes a network with norm="):

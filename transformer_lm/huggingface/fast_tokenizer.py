@@ -75,7 +75,7 @@ def convert(tokenizer: Tokenizer) -> Any:
     proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
     if reason := _obstacle(proto) or _changed_overlap(tokenizers, proto):
         raise UserError(f"{tokenizer.source} {reason}.")
-    names = _names(proto)
+    names = names_of(proto)
     fast = tokenizers.Tokenizer(_model(tokenizers, proto, names))
     fast.normalizer = _normalizer(tokenizers, proto.normalizer_spec, _symbols(proto))
     fast.pre_tokenizer = _pre_tokenizer(tokenizers, proto)
@@ -147,7 +147,7 @@ def _changed_overlap(tokenizers: ModuleType, proto: Any) -> str:
     return ""
 
 
-def _names(proto: Any) -> list[str]:
+def names_of(proto: Any) -> list[str]:
     """The pieces as they are called in the export."""
     marked = (sentencepiece_model_pb2.ModelProto.SentencePiece.CONTROL, proto.pieces[UNK_ID].type)
     return [piece.piece + NAME_MARK * (piece.type in marked) for piece in proto.pieces]
