@@ -10,6 +10,7 @@ tables and curves of docs/recipes.md from the results.
 import json
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -33,7 +34,8 @@ SIZE = {
     "restore_checkpoints": False, "log_every_steps": 20, "eval_every_steps": 10**9, "prompts": "昔",
     "max_predict_length": 8,
 }  # fmt: skip
-SPM = "--character_coverage=0.9995 --byte_fallback=true"
+UNIGRAM = "--character_coverage=0.9995 --byte_fallback=true"
+BPE = f"{UNIGRAM} --model_type=bpe --normalization_rule_name=identity --remove_extra_whitespaces=false"
 GATED = 512  # mlp_dim of a gated MLP with as many parameters as 768 without a gate
 
 FULL, THIRD, SIXTH, TENTH = 400, 133, 67, 40  # steps, of 2,048 tokens
@@ -57,6 +59,7 @@ RUNS: dict[str, tuple[str, int, dict]] = {
     "v2/6 with ReLU": ("v2", SIXTH, {"mlp": "relu", "mlp_dim": 768}),
     "v2/6 with ReLU squared": ("v2", SIXTH, {"mlp": "relu_squared", "mlp_dim": 768}),
     "v2/6 with soft cap 15": ("v2", SIXTH, {"logits_soft_cap": 15.0}),
+    "v2/6 with BPE": ("v2", SIXTH, {"spm_train_options": BPE}),
     "v2/6 tied": ("v2", SIXTH, {"logits_via_embedding": True}),
     "v2/6 with dropout": ("v2", SIXTH, {"dropout_rate": 0.1, "attention_dropout_rate": 0.1}),
     "v2/6 with Muon 0.01": ("v2", SIXTH, {"learning_rate": 0.01}),
@@ -76,7 +79,7 @@ def corpora() -> dict[str, dict]:
             "eval_dataset_name": f"jsonl:{folder / 'aozora_validation.jsonl.gz'}",
             "train_split": "train[:10%]",
             "eval_split": "train[:10%]",
-            "spm_train_options": SPM,
+            "spm_train_options": UNIGRAM,
         }
     }
 
@@ -86,7 +89,8 @@ def fields_of(kind: str, steps: int, changes: dict, corpus: dict, seed: int, cac
     config = (base if kind == "v1" else v2).get_config()
     own = V1 if kind == "v1" else {"mlp_dim": GATED}
     config.update(SIZE | own | corpus | changes | {"num_train_steps": steps, "seed": seed})
-    config.vocab_path = str(cache / "sentencepiece_model")
+    tokenizer = f"{config.vocab_size} {config.spm_train_options}"
+    config.vocab_path = str(cache / f"sentencepiece_model_{zlib.crc32(tokenizer.encode()):08x}")
     config.prepared_dir = str(cache)
     return config
 

@@ -21,9 +21,18 @@ from transformer_lm.training.step import ROWS as ROW_ARRAYS
 from transformer_lm.training.step import make_eval_step, make_train_step
 
 ROWS, LENGTH = 16, 12
-NETWORK = {"vocab_size": 64, "emb_dim": 16, "num_heads": 4, "num_layers": 2, "qkv_dim": 16, "mlp_dim": 32}
+NETWORK = {"vocab_size": 64, "emb_dim": 16, "num_heads": 4, "num_layers": 2, "qkv_dim": 16, "mlp_dim": 96}
+MODERN = {
+    "norm": "rms", "positions": "rope", "mlp": "swiglu", "qk_norm": True, "use_bias": False, "num_kv_heads": 2,
+}  # fmt: skip
+MUON = {"optimizer": "muon", "schedule": "wsd", "num_train_steps": 60}
+# Fields of the network and of the optimizer, and the meshes that they are tried on.
+FAMILIES = {
+    "the original's": ({}, {}, ("single", "data", "fsdp", "tensor", "mixed in parts")),
+    "modern": (MODERN, MUON, ("single", "fsdp", "mixed in parts")),
+}
 # Devices, fsdp, tensor, accumulation, and fields of the network.
-CASES = {
+MESHES = {
     "single": (1, 1, 1, 1, {}),
     "data": (8, 1, 1, 1, {}),
     "fsdp": (8, 8, 1, 1, {}),
@@ -54,9 +63,10 @@ def largest_results(text: str) -> dict[str, int]:
 class Run:
     """A run on a mesh, compiled."""
 
-    def __init__(self, devices: int, fsdp: int, tensor: int, accumulation: int, fields: dict):
-        self._network = models.TransformerConfig(**NETWORK | fields)
-        self._optimizer = optimizers.make_optimizer(optimizers.OptimizerConfig(0.01, 2, 0.1))
+    def __init__(self, network: dict, optimizer: dict, mesh: str):
+        devices, fsdp, tensor, accumulation, fields = MESHES[mesh]
+        self._network = models.TransformerConfig(**NETWORK | network | fields)
+        self._optimizer = optimizers.make_optimizer(optimizers.OptimizerConfig(0.01, 2, 0.1, **optimizer))
         self._layout = sharding.make_layout(fsdp, tensor, jax.devices()[:devices])
         self._layout.check(self._network)
         self.abstract = abstract_state(self._network, self._optimizer, self._layout)
@@ -127,13 +137,13 @@ def bytes_of_the_largest_recipe() -> int:
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
 
-def main(workdir: str):
+def run_family(workdir: Path, network: dict, optimizer: dict, meshes: tuple[str, ...]) -> dict:
     """Every mesh from the beginning; then from the checkpoint that fsdp has saved, which goes on as it is, too."""
-    runs = {name: Run(*case) for name, case in CASES.items()}
+    runs = {mesh: Run(network, optimizer, mesh) for mesh in meshes}
     results = {}
-    for name, run in runs.items():
-        state, results[name] = run.from_the_beginning()
-        if name == "fsdp":
+    for mesh, run in runs.items():
+        state, results[mesh] = run.from_the_beginning()
+        if mesh == "fsdp":
             saved_state = state
     with contextlib.closing(store.Checkpoints(workdir)) as saved:
         progress = {"step": saved_state.step, "totals": saved_state.totals}
@@ -141,9 +151,15 @@ def main(workdir: str):
         saved.wait()
         expected = jax.device_get(saved_state)
         unbroken = runs["fsdp"].steps(saved_state)[1]
-        for name, run in runs.items():
-            results[name]["restored"] = run.restored(saved, expected)
-    print(json.dumps(results | {"unbroken": unbroken, "bytes": bytes_of_the_largest_recipe()}))
+        for mesh, run in runs.items():
+            results[mesh]["restored"] = run.restored(saved, expected)
+    return results | {"unbroken": unbroken}
+
+
+def main(workdir: str):
+    """Prints what is found, as JSON."""
+    results = {name: run_family(Path(workdir) / name, *family) for name, family in FAMILIES.items()}
+    print(json.dumps(results | {"bytes": bytes_of_the_largest_recipe()}))
 
 
 if __name__ == "__main__":

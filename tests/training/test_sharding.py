@@ -17,7 +17,7 @@ from transformer_lm.training import sharding
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, dict]:
-    """What on_eight_devices.py finds on each mesh."""
+    """What on_eight_devices.py finds, by family of networks and mesh."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     script = Path(__file__).with_name("on_eight_devices.py")
     arguments = [sys.executable, script, tmp_path_factory.mktemp("workdir")]
@@ -27,37 +27,55 @@ def results(tmp_path_factory) -> dict[str, dict]:
     return json.loads(done.stdout)
 
 
-MESHES = ["data", "fsdp", "tensor", "mixed in parts"]
+CASES = [
+    *(("the original's", mesh) for mesh in ("single", "data", "fsdp", "tensor", "mixed in parts")),
+    *(("modern", mesh) for mesh in ("single", "fsdp", "mixed in parts")),
+]
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_losses_are_those_of_one_device(results, mesh):
+@pytest.mark.parametrize(("family", "mesh"), [case for case in CASES if case[1] != "single"])
+def test_losses_are_those_of_one_device(results, family, mesh):
     """Over twenty steps with dropout, label smoothing and rows of unequal length."""
-    np.testing.assert_allclose(results[mesh]["losses"], results["single"]["losses"], rtol=1e-5)
-    for name, value in results["single"]["eval"].items():
-        assert results[mesh]["eval"][name] == pytest.approx(value, rel=1e-5)
+    found, single = results[family][mesh], results[family]["single"]
+    np.testing.assert_allclose(found["losses"], single["losses"], rtol=1e-5)
+    for name, value in single["eval"].items():
+        assert found["eval"][name] == pytest.approx(value, rel=1e-5)
 
 
-@pytest.mark.parametrize("mesh", ["single", *MESHES])
-def test_a_checkpoint_goes_on_on_any_mesh(results, mesh):
+@pytest.mark.parametrize(("family", "mesh"), CASES)
+def test_a_checkpoint_goes_on_on_any_mesh(results, family, mesh):
     """What fsdp on eight devices has saved comes back bit for bit, and goes on to the losses of the unbroken run."""
-    assert results[mesh]["restored"]["same bits"]
-    np.testing.assert_allclose(results[mesh]["restored"]["losses"], results["unbroken"], rtol=1e-6)
+    restored = results[family][mesh]["restored"]
+    assert restored["same bits"]
+    np.testing.assert_allclose(restored["losses"], results[family]["unbroken"], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("mesh", "share"), [("data", 1), ("fsdp", 1 / 8), ("tensor", 1 / 4), ("mixed in parts", 1 / 4)]
+    ("family", "mesh", "share"),
+    [
+        ("the original's", "data", 1),
+        ("the original's", "fsdp", 1 / 8),
+        ("the original's", "tensor", 1 / 4),
+        ("the original's", "mixed in parts", 1 / 4),
+        ("modern", "fsdp", 1 / 8),
+    ],
 )
-def test_each_device_holds_its_part(results, mesh, share):
-    assert results[mesh]["share"] == share
+def test_each_device_holds_its_part(results, family, mesh, share):
+    assert results[family][mesh]["share"] == share
 
 
 def test_collectives(results):
     """Data alone sum up gradients; fsdp gathers parameters; tensor gathers nothing, least of all logits."""
-    assert results["single"]["collectives"] == {}
-    assert results["data"]["collectives"].keys() == {"all-reduce"}
-    assert "all-gather" in results["fsdp"]["collectives"]
-    assert results["tensor"]["collectives"].keys() == {"all-reduce"}
+    found = {mesh: result["collectives"] for mesh, result in results["the original's"].items() if mesh != "unbroken"}
+    assert found["single"] == {}
+    assert found["data"].keys() == {"all-reduce"}
+    assert "all-gather" in found["fsdp"]
+    assert found["tensor"].keys() == {"all-reduce"}
+
+
+def test_muon_gathers_one_layer_at_a_time(results):
+    """The largest array that is gathered is one layer's matrix of the MLP, 16 x 96, and not those of both layers."""
+    assert results["modern"]["fsdp"]["collectives"]["all-gather"] == 16 * 96
 
 
 def test_the_largest_recipe_fits_eight_devices_of_16_gb(results):
