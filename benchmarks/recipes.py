@@ -12,12 +12,15 @@ import tempfile
 import time
 import zlib
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 from absl import app, flags, logging
 
 from transformer_lm import models, recipe
 from transformer_lm.configs import base, v2
-from transformer_lm.data import preparation
+from transformer_lm.data import input_pipeline, preparation
+from transformer_lm.tokenizer import START_ID
 from transformer_lm.training import loop
 
 _LITERATURE = flags.DEFINE_string("literature", None, "Folder with aozora_{train,validation}.jsonl.gz.")
@@ -41,7 +44,8 @@ GATED = 512  # mlp_dim of a gated MLP with as many parameters as 768 without a g
 FULL, THIRD, SIXTH, TENTH = 400, 133, 67, 40  # steps, of 2,048 tokens
 V1 = {"learning_rate": 0.0016, "warmup_steps": 100}  # the original's, and a warm-up for so few steps
 NO_DROPOUT = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0}
-# Name: recipe, steps, and fields that are not the recipe's. All schedules follow the number of steps.
+# Name: recipe, steps, and fields that are not the recipe's. All schedules follow the number of steps. "batches" is no
+# field: what is done to the rows of training and evaluation.
 RUNS: dict[str, tuple[str, int, dict]] = {
     "v1": ("v1", FULL, {}),
     "v1 without dropout": ("v1", FULL, NO_DROPOUT),
@@ -60,12 +64,28 @@ RUNS: dict[str, tuple[str, int, dict]] = {
     "v2/6 with ReLU squared": ("v2", SIXTH, {"mlp": "relu_squared", "mlp_dim": 768}),
     "v2/6 with soft cap 15": ("v2", SIXTH, {"logits_soft_cap": 15.0}),
     "v2/6 with BPE": ("v2", SIXTH, {"spm_train_options": BPE}),
+    "v2/6 with rests that begin anew": ("v2", SIXTH, {"batches": "anew"}),
+    "v2/6 with attention across documents": ("v2", SIXTH, {"batches": "across"}),
     "v2/6 tied": ("v2", SIXTH, {"logits_via_embedding": True}),
     "v2/6 with dropout": ("v2", SIXTH, {"dropout_rate": 0.1, "attention_dropout_rate": 0.1}),
     "v2/6 with Muon 0.01": ("v2", SIXTH, {"learning_rate": 0.01}),
     "v2/6 with Muon 0.04": ("v2", SIXTH, {"learning_rate": 0.04}),
     "v2/6 with rsqrt": ("v2", SIXTH, {"schedule": "rsqrt"}),
 }
+
+
+def begin_anew(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What is left of a long text begins with id 0, as a document does, rather than with the token before it."""
+    return batch | {"inputs": np.where(batch["positions"] == 0, START_ID, batch["inputs"])}
+
+
+def join_documents(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Each row is one text to attention, whatever documents are in it."""
+    positions = np.broadcast_to(np.arange(batch["positions"].shape[1], dtype=np.int32), batch["positions"].shape)
+    return batch | {"segments": np.minimum(batch["segments"], 1), "positions": positions}
+
+
+BATCHES = {"": lambda batch: batch, "anew": begin_anew, "across": join_documents}
 
 
 def corpora() -> dict[str, dict]:
@@ -88,19 +108,22 @@ def fields_of(kind: str, steps: int, changes: dict, corpus: dict, seed: int, cac
     """The recipe of a run."""
     config = (base if kind == "v1" else v2).get_config()
     own = V1 if kind == "v1" else {"mlp_dim": GATED}
-    config.update(SIZE | own | corpus | changes | {"num_train_steps": steps, "seed": seed})
+    fields = {name: value for name, value in changes.items() if name != "batches"}
+    config.update(SIZE | own | corpus | fields | {"num_train_steps": steps, "seed": seed})
     tokenizer = f"{config.vocab_size} {config.spm_train_options}"
     config.vocab_path = str(cache / f"sentencepiece_model_{zlib.crc32(tokenizer.encode()):08x}")
     config.prepared_dir = str(cache)
     return config
 
 
-def run(config, workdir: str) -> dict:
+def run(config, workdir: str, batches: str = "") -> dict:
     """Trains, and says what came of it."""
     chosen = recipe.read(config)
     data = preparation.prepare(chosen.data, workdir)
+    read, change = input_pipeline.read_records, BATCHES[batches]
     start = time.perf_counter()
-    loop.train_and_evaluate(chosen, data, workdir)
+    with mock.patch.object(input_pipeline, "read_records", lambda *arguments: change(read(*arguments))):
+        loop.train_and_evaluate(chosen, data, workdir)
     lines = [json.loads(line) for line in Path(workdir, "metrics.jsonl").read_text().splitlines()]
     speeds = sorted(line["step_seconds"] for line in lines if "step_seconds" in line)
     return {
@@ -127,7 +150,7 @@ def main(_):
                         continue
                     config = fields_of(*RUNS[name], fields, seed, cache)
                     with tempfile.TemporaryDirectory() as workdir:
-                        results[key] = run(config, workdir)
+                        results[key] = run(config, workdir, RUNS[name][2].get("batches", ""))
                     logging.info("%s: %.4f bits a character", key, results[key]["bits_per_char"])
                     path.write_text(json.dumps(results, indent=1))
 
