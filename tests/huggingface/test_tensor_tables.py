@@ -177,10 +177,8 @@ def test_sizes_never_leave_the_ghosts_out():
     "fields",
     [
         {"positions": "rope"},
-        {"embedding_norm": True},
         MODERN | {"logits_soft_cap": 15.0},
         MODERN | {"qk_norm": False},
-        MODERN | {"embedding_norm": True},
     ],
 )
 def test_a_network_that_nobody_else_computes(fields):

@@ -25,7 +25,6 @@ FIELDS = {
     "positions": ("sinusoidal",),
     "qk_norm": (False,),
     "mlp": ("relu",),
-    "embedding_norm": (False,),
     "use_bias": (True,),
     "logits_soft_cap": (0,),
     "num_kv_heads": (0,),

@@ -13,7 +13,6 @@ FIELDS = {
     "positions": ("rope",),
     "qk_norm": (True,),
     "mlp": ("swiglu",),
-    "embedding_norm": (False,),
     "use_bias": (False,),
     "logits_soft_cap": (0,),
 }
