@@ -98,7 +98,8 @@ def run(corpus: str, size: int, options: dict[str, str]) -> dict:
 
 def table_of(results: dict[str, dict]) -> Table:
     """What was found, for people."""
-    table = Table("tokenizer", "literature", "Wikipedia leads", "bytes of the leads' tokens", "seconds to train")
+    columns = ("tokenizer", "literature", "Wikipedia leads", "bytes of the leads' tokens", "seconds to train")
+    table = Table(*columns, title="characters a token")
     for name, result in results.items():
         figures = [f"{result[text]['chars_per_token']:.3f}" for text in ("literature", "leads")]
         table.add_row(name, *figures, f"{result['leads']['bytes']:.2%}", f"{result['seconds']:.0f}")

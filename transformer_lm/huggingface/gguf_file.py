@@ -11,7 +11,6 @@ llama.cpp cuts texts by code of its own, so that tokenizers count whose ids it g
 
 import itertools
 import re
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -132,28 +131,23 @@ def _describe_tokenizer(writer: Any, proto: Any):
 
 def _write_tensors(gguf: ModuleType, writer: Any, network: TransformerConfig, params: models.Params, wanted: Any):
     """Writes the head of the file, then tensor by tensor."""
-    tensors = list(_tensors(gguf, network))
-    types = {}
-    for name, row, _ in tensors:
-        shape = row.shape(table_of(network).sizes)
-        block, _ = gguf.GGML_QUANT_SIZES[wanted]
-        types[name] = wanted if len(shape) > 1 and shape[-1] % block == 0 else gguf.GGMLQuantizationType.F32
-        block, size = gguf.GGML_QUANT_SIZES[types[name]]
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), int(np.prod(shape)) // block * size, types[name])
+    table = table_of(network)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, network.num_layers)
+    types = []
+    for name, row, _ in exported_model.layered(table):
+        shape = row.shape(table.sizes)
+        fits = len(shape) > 1 and shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] == 0
+        types.append(wanted if fits else gguf.GGMLQuantizationType.F32)
+        values, size = gguf.GGML_QUANT_SIZES[types[-1]]  # of a block
+        theirs = names.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor_info(theirs, shape, np.dtype(np.float32), int(np.prod(shape)) // values * size, types[-1])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     flat = traverse_util.flatten_dict(params, sep=".")
-    for name, row, layer in tensors:
-        tensor = row.export(table_of(network).sizes, *exported_model.parameters(flat, row, layer))
-        writer.write_tensor_data(gguf.quantize(np.ascontiguousarray(tensor), types[name]))
-
-
-def _tensors(gguf: ModuleType, network: TransformerConfig) -> Iterator[tuple[str, Any, int]]:
-    """Every tensor's name in GGUF, with its row of the table and its layer."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, network.num_layers)
-    for name, row, layer in exported_model.layered(table_of(network)):
-        yield names.get_name(name, try_suffixes=(".weight",)), row, layer
+    for (_, row, layer), kind in zip(exported_model.layered(table), types, strict=True):
+        tensor = row.export(table.sizes, *exported_model.parameters(flat, row, layer))
+        writer.write_tensor_data(gguf.quantize(np.ascontiguousarray(tensor), kind))
 
 
 def _is_unigram(proto: Any) -> bool:
