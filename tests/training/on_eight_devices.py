@@ -4,6 +4,7 @@ python on_eight_devices.py WORKDIR, an empty folder.
 """
 
 import contextlib
+import dataclasses
 import json
 import re
 import sys
@@ -90,7 +91,8 @@ class Run:
     def from_the_beginning(self) -> tuple[TrainState, dict]:
         """The state after twenty steps; their losses, an evaluation, what the compiled step and its devices hold."""
         placement = jax.tree.map(lambda x: x.sharding, self.abstract)
-        params = jax.jit(models.init, static_argnums=0)(models.TransformerConfig(**NETWORK), jax.random.key(0))
+        network = dataclasses.replace(self._network, remat="none")
+        params = jax.jit(models.init, static_argnums=0)(network, jax.random.key(0))
         state = jax.device_put(state_of(params, self._optimizer), placement)
         state, losses = self.steps(state)
         kernel = state.params["blocks"]["mlp"]["wi"]["kernel"]

@@ -144,11 +144,11 @@ def leave():
 @contextlib.contextmanager
 def losses_explained() -> Iterator[None]:
     """Says in one line when an error within means that another process has gone."""
+    global _is_said
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if global_state.num_processes > 1 and HAS_GONE.search(str(error)):
-            global _is_said
             _is_said = True
             raise UserError(GONE.removeprefix("error: ").strip()) from error
         raise
