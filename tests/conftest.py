@@ -1,12 +1,13 @@
 """What several tests share; processes.py says what keeps their processor time low."""
 
+import dataclasses
 import functools
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-from processes import run  # before JAX is imported, which reads the environment that is set there
+from processes import run, run_fork  # before JAX is imported, which reads the environment that is set there
 
 # isort: split
 import jax
@@ -92,9 +93,13 @@ def tales_tokenizer() -> tokenizer.Tokenizer:
     )
 
 
-@functools.cache
 def init(config: models.TransformerConfig) -> models.Params:
     """Parameters from seed 0."""
+    return _init(dataclasses.replace(config, dropout_rate=0, attention_dropout_rate=0, dtype="float32", remat="none"))
+
+
+@functools.cache
+def _init(config: models.TransformerConfig) -> models.Params:
     return jax.jit(models.init, static_argnums=0)(config, jax.random.key(0))
 
 
@@ -171,7 +176,7 @@ def memory_of_loading(folder: Path) -> tuple[int, int]:
     """Bytes that loading a model takes at its peak, in a process of its own, and bytes of its parameters."""
     if not Path("/proc/self/status").exists():
         pytest.skip("peak memory is read from Linux's /proc")
-    done = run([sys.executable, "-c", MEMORY, str(folder)])
+    done = run_fork([sys.executable, "-c", MEMORY, str(folder)])
     assert done.returncode == 0, done.stderr
     used, parameters = json.loads(done.stdout)
     return used, parameters

@@ -1,7 +1,8 @@
 """The processes of the tests, and what keeps their processor time low.
 
-- Small programs are compiled hundreds of times and run for a moment: XLA's code generator optimizes nothing, and fuses
-  as it did before it emitted fusions one by one. A step of training is compiled in 1.3 s of a processor, not 9.2.
+- Small programs are compiled hundreds of times and run for a moment: XLA's code generator optimizes nothing, fuses as
+  it did before it emitted fusions one by one, and does not split a program for several threads. A step of training is
+  compiled in 0.9 s of a processor, not 9.2.
 - What one process has compiled others take from JAX's persistent cache. It is of this session alone: a process that is
   killed may leave half an entry, which JAX would report, and not replace, for ever.
 - Commands are forks of a process that has imported what they import: the fork server, which is this file as a script.
@@ -27,7 +28,7 @@ from collections.abc import Mapping
 if "TRANSFORMER_LM_TESTS" not in os.environ:  # else, a process of a test has imported this
     quick = "--xla_backend_optimization_level=0"
     if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA dies of a flag that it does not know
-        quick += " --xla_cpu_use_fusion_emitters=false"
+        quick += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     CACHE = tempfile.TemporaryDirectory(prefix="transformer-lm-tests-")
     os.environ |= {
         "TRANSFORMER_LM_TESTS": "1",
@@ -48,14 +49,14 @@ READ_LATE = {
 
 
 class Fork:
-    """A command in a fork of the fork server; of the interface of subprocess.Popen, what tests need."""
+    """`python -m` or `python -c` in a fork of the fork server; of subprocess.Popen's interface, what tests need."""
 
     def __init__(self, arguments: list[str], env: Mapping[str, str] = os.environ, cwd: os.PathLike | str | None = None):
         self._outputs = [tempfile.NamedTemporaryFile("r") for _ in range(2)]  # noqa: SIM115
         files = [os.devnull, *(file.name for file in self._outputs)]
         self.returncode: int | None = None
         folder = os.fspath(cwd or os.getcwd())
-        self.pid = _ask("fork", list(map(os.fspath, arguments[2:])), dict(env), folder, files)
+        self.pid = _ask("fork", list(map(os.fspath, arguments[1:])), dict(env), folder, files)
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -82,6 +83,11 @@ def run(arguments: list[str], **options) -> subprocess.CompletedProcess:
     is_command = arguments[:2] == [sys.executable, "-m"] and arguments[2].startswith("transformer_lm.")
     if not is_command or not changed <= READ_LATE or not options.keys() <= {"env", "cwd"}:
         return subprocess.run(arguments, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, **options)
+    return run_fork(arguments, **options)
+
+
+def run_fork(arguments: list[str], **options) -> subprocess.CompletedProcess:
+    """Runs a `Fork` to its end."""
     process = Fork(arguments, **options)
     outputs = process.communicate()
     return subprocess.CompletedProcess(arguments, process.returncode, *outputs)
@@ -124,7 +130,7 @@ def serve() -> list:
 
 
 def become(arguments: list[str], environment: dict[str, str], folder: str, files: list[str]):
-    """Does what `python -m` with the arguments does, in an environment and a folder, with files for 0, 1 and 2."""
+    """Does what `python` with the arguments does, in an environment and a folder, with files for 0, 1 and 2."""
     for number, path in enumerate(files):
         os.dup2(os.open(path, os.O_RDWR), number)
     os.chdir(folder)
@@ -132,8 +138,13 @@ def become(arguments: list[str], environment: dict[str, str], folder: str, files
     os.environ.clear()
     os.environ.update(environment)
     sys.path[0] = folder
-    sys.argv = ["-m", *arguments[1:]]
-    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    sys.modules["torch"] = None  # which no command needs, and libraries import where it is
+    how, what, *rest = arguments
+    sys.argv = [how, *rest]
+    if how == "-c":
+        exec(what, {"__name__": "__main__"})
+    else:
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import FIXTURE, command, one_line_error, run
+from processes import run_fork
 from real_datasets import make_hub_cache, write_jsonl
 
 import transformer_lm
@@ -157,7 +158,7 @@ def test_by_its_address_on_the_hub(exported, tmp_path):
     )
     addresses = [str(exported), "hf://someone/mukashi-tiny", "hf://someone/llama"]
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    done = run([sys.executable, "-c", code, *addresses], env=environment)
+    done = run_fork([sys.executable, "-c", code, *addresses], env=environment)
     folder, hub = done.stdout.split()
     assert folder == hub
     assert "hf://someone/llama is no model of this project: it has no sentencepiece_model" in done.stderr
@@ -259,37 +260,38 @@ class TestInitFrom:
     """Training that goes on from a model elsewhere."""
 
     @pytest.fixture(scope="class", params=["workdir", "exported"])
-    def source(self, request):
-        return request.getfixturevalue(request.param)
+    def begun(self, request, tmp_path_factory):
+        """The workdir of a run of one step, and the source of its parameters, a copy."""
+        folder = tmp_path_factory.mktemp("begun")
+        source = shutil.copytree(request.getfixturevalue(request.param), folder / "source")
+        (folder / "run" / "checkpoints" / "1.orbax-checkpoint-tmp").mkdir(parents=True)  # killed in its first save
+        done = self.start(folder / "run", source)
+        assert done.returncode == 0, done.stderr
+        return folder / "run", source
 
     def start(self, folder, source, **changes):
         return run(command("main", folder, num_train_steps=1, init_from=source, learning_rate=1e-30, **changes))
 
-    def test_begins_with_its_parameters(self, source, tmp_path):
+    def test_begins_with_its_parameters(self, begun):
         """Also where it was killed in its first save."""
-        (tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp").mkdir(parents=True)
-        done = self.start(tmp_path, source)
+        run, source = begun
+        found = loading.load_model(run)
+        assert found.step == 1
+        assert_same_params(found.params, loading.load_model(source).params, atol=1e-25)  # but for a step of 1e-30
+        assert (run / "sentencepiece_model").read_bytes() == (source / "sentencepiece_model").read_bytes()
+
+    @pytest.mark.parametrize("begun", ["exported"], indirect=True)
+    def test_goes_on_without_it(self, begun, tmp_path):
+        shutil.copytree(begun[0], tmp_path / "run")
+        done = run(command("main", tmp_path / "run", num_train_steps=2, init_from=tmp_path / "gone"))
         assert done.returncode == 0, done.stderr
-        begun = loading.load_model(tmp_path)
-        assert begun.step == 1
-        assert_same_params(begun.params, loading.load_model(source).params, atol=1e-25)  # but for a step of 1e-30
-        assert (tmp_path / "sentencepiece_model").read_bytes() == (source / "sentencepiece_model").read_bytes()
+        assert loading.load_model(tmp_path / "run").step == 2
 
     def test_the_originals_checkpoint(self, tmp_path):
         sizes = {"emb_dim": 32, "qkv_dim": 32, "mlp_dim": 64}
         done = self.start(tmp_path, FIXTURE, **sizes)
         assert done.returncode == 0, done.stderr
         assert_same_params(loading.load_model(tmp_path).params, loading.load_model(FIXTURE).params, atol=1e-25)
-
-    def test_goes_on_without_it(self, exported, tmp_path):
-        source = tmp_path / "source"
-        shutil.copytree(exported, source)
-        assert self.start(tmp_path / "run", source).returncode == 0
-        shutil.rmtree(source)
-        again = command("main", tmp_path / "run", num_train_steps=2, init_from=source)
-        done = run(again)
-        assert done.returncode == 0, done.stderr
-        assert loading.load_model(tmp_path / "run").step == 2
 
     def test_prepare_data_takes_its_tokenizer(self, exported, tmp_path):
         done = run(command("prepare_data", tmp_path, init_from=exported))

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import FIXTURE, one_line_error, run
+from processes import run_fork
 from real_datasets import make_hub_cache
 
 from transformer_lm import tokenizer
@@ -51,7 +52,7 @@ def test_the_originals_readme_step_by_step(environment, tmp_path):
         f"    shutil.copy(hf_hub_download(repo_id='{REPOSITORY}', filename=name, revision='v1'), sys.argv[1])\n"
     )
     folder.mkdir(parents=True)
-    done = run([sys.executable, "-c", code, str(folder)], env=environment)
+    done = run_fork([sys.executable, "-c", code, str(folder)], env=environment)
     assert done.returncode == 0, done.stderr
     arguments = [
         "--config=configs/japanese_0.1b_v1.py", "--config.sampling_temperature=0.6", "--config.sampling_top_k=20",

@@ -109,7 +109,7 @@ F32 = b"\xa7float32"
         b"\xc6\xff\xff\xff\xff",  # bytes
         b"\x91" * 100_000 + b"\x00",  # lists in lists
         b"\x81\xa1a" * 100_000 + b"\x00",
-        b"\xdd\x00\x20\x00\x00" + b"\x90" * 2**21,  # two million empty lists
+        b"\xdd\x00\x02\x00\x00" + b"\x90" * 2**17,  # many empty lists
         b"\x81\x01\x01",  # a name that is a number
         b"\x81\xa2\xff\xfe\x01",  # a name that is not UTF-8
         b"\xc1",  # never used
@@ -123,7 +123,8 @@ F32 = b"\xa7float32"
         array(b"\x91\xc3", F32, 4, b"\0" * 4),  # True for a size
     ],
 )
-def test_hostile_values(value):
+def test_hostile_values(value, monkeypatch):
+    monkeypatch.setattr(msgpack_arrays, "MAX_VALUES", 100_000)
     with pytest.raises(MalformedError):
         read(b"\x81\xa6params" + value)
 

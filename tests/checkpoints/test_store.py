@@ -5,7 +5,6 @@ import dataclasses
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 
 import jax
@@ -15,6 +14,7 @@ import pytest
 from conftest import FIXTURE, init
 from etils import epath
 from flax import serialization
+from processes import run_fork
 
 from transformer_lm import models
 from transformer_lm.checkpoints import loading, store
@@ -199,6 +199,7 @@ def test_full_disk_harms_no_earlier_checkpoint(tmp_path):
     """In a process that may not write a file of more than 4 kB, which fails as a full disk does."""
     code = (
         "import resource, sys\n"
+        f"sys.path[:0] = {sys.path}\n"
         "from test_store import UserError, save, store, trees\n"
         "save(sys.argv[1], 3)\n"
         "saved = store.Checkpoints(sys.argv[1])\n"
@@ -209,8 +210,7 @@ def test_full_disk_harms_no_earlier_checkpoint(tmp_path):
         "except UserError as error:\n"
         "    print('told:', error)\n"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, env=environment)
+    done = run_fork([sys.executable, "-c", code, tmp_path])
     assert "told: A checkpoint could not be written" in done.stdout, done.stderr
     jax.tree.map(np.testing.assert_array_equal, restore(tmp_path), trees(3))
 

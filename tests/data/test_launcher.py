@@ -140,7 +140,7 @@ def test_slurm(config, local_way, tmp_path, monkeypatch):
         (folder / name).write_text(script)
         (folder / name).chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    launcher = Launcher("slurm", tasks=3, slurm_partition="cpu")
+    launcher = Launcher("slurm", tasks=2, slurm_partition="cpu")
     assert_same_documents(preparation.prepare(config, str(tmp_path / "run"), launcher), local_way)
 
 

@@ -89,6 +89,8 @@ class TestSample:
 
 
 class TestGenerate:
+    """With few numbers of prompts and samples, for each of which the sampler is compiled."""
+
     def test_deterministic_for_a_seed(self, tiny):
         params = without_eos(tiny, init(tiny))
         texts = [generate(tiny, params, [[3]], num_samples=4, seed=seed)[0] for seed in (5, 5, 6)]
@@ -98,23 +100,24 @@ class TestGenerate:
 
     def test_a_text_does_not_depend_on_its_neighbours(self, tiny):
         params = with_eos(tiny, init(tiny))
-        many = generate(tiny, params, [[3, 4], [5]], num_samples=6)
-        assert generate(tiny, params, [[3, 4]], num_samples=2)[0] == many[0][:2]
+        many = generate(tiny, params, [[3, 4], [5], []], num_samples=6)
+        assert generate(tiny, params, [[3, 4]], num_samples=4)[0] == many[0][:4]
 
     def test_ends_at_eos(self, tiny):
-        texts = generate(tiny, with_eos(tiny, init(tiny)), [[3, 4]], num_samples=40)[0]
+        params = with_eos(tiny, init(tiny))
+        texts = [text for seed in range(10) for text in generate(tiny, params, [[3, 4]], num_samples=4, seed=seed)[0]]
         assert all(EOS_ID not in text.tokens for text in texts)
         assert all(text.finished or len(text.tokens) == 24 - 2 for text in texts)
         assert {text.finished for text in texts} == {True, False}
 
     def test_length_counts_prompt_and_continuation(self, tiny):
-        texts = generate(tiny, without_eos(tiny, init(tiny)), [[3, 4, 5, 6], [7], []], num_samples=2)
-        assert [len(text.tokens) for samples in texts for text in samples] == [20, 20, 23, 23, 24, 24]
+        texts = generate(tiny, without_eos(tiny, init(tiny)), [[3, 4, 5, 6], [7], []], num_samples=6)
+        assert [len(text.tokens) for samples in texts for text in samples] == [20] * 6 + [23] * 6 + [24] * 6
 
     def test_may_be_longer_than_the_rows_of_training(self, tiny):
-        config = dataclasses.replace(tiny, max_len=8)
-        longer = generate(config, without_eos(config, init(config)), [[3]], temperature=0.0, max_length=30)
-        assert longer == generate(tiny, without_eos(tiny, init(tiny)), [[3]], temperature=0.0, max_length=30)
+        config, params = dataclasses.replace(tiny, max_len=8), without_eos(tiny, init(tiny))
+        longer = generate(config, params, [[3]], temperature=0.0, max_length=30)
+        assert longer == generate(tiny, params, [[3]], temperature=0.0, max_length=30)
 
     def test_bfloat16(self, tiny):
         config = dataclasses.replace(tiny, dtype="bfloat16")

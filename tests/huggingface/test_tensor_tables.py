@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from conftest import call
 from flax import traverse_util
 
 from transformer_lm import models
@@ -34,8 +35,11 @@ def config_of(shape: str) -> models.TransformerConfig:
 def random_params(config: models.TransformerConfig, seed: int = 0) -> models.Params:
     """No bias is zero and no scale one, so that none can be forgotten."""
     rng = np.random.default_rng(seed)
-    params = jax.tree.map(np.asarray, jax.jit(models.init, static_argnums=0)(config, jax.random.key(seed)))
-    return jax.tree.map(lambda x: (x + 0.3 * rng.standard_normal(x.shape)).astype(np.float32), params)
+
+    def random(path, x):
+        return (float(path[-1].key == "scale") + 0.3 * rng.standard_normal(x.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(random, models.abstract_params(config))
 
 
 def theirs(config: models.TransformerConfig, params: models.Params) -> dict[str, np.ndarray]:
@@ -125,7 +129,9 @@ def qwen3(settings: dict, w: dict[str, np.ndarray], ids: np.ndarray) -> np.ndarr
 def ours(config: models.TransformerConfig, params: models.Params, ids: np.ndarray) -> np.ndarray:
     """Logits [T, V] of ids [T]."""
     positions = np.arange(len(ids))[None]
-    return np.asarray(models.bind(config, params)(ids[None], positions, np.ones_like(positions)))[0]
+    return np.asarray(
+        call(config, params, {"inputs": ids[None], "positions": positions, "segments": positions * 0 + 1})
+    )[0]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

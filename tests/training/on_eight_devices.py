@@ -4,6 +4,7 @@ python on_eight_devices.py WORKDIR, an empty folder.
 """
 
 import contextlib
+import dataclasses
 import json
 import re
 import sys
@@ -16,7 +17,7 @@ from transformer_lm import models, recipe
 from transformer_lm.checkpoints import store
 from transformer_lm.configs import base
 from transformer_lm.training import batching, optimizers, sharding
-from transformer_lm.training.state import TrainState, abstract_state, init_state
+from transformer_lm.training.state import TrainState, abstract_state, state_of
 from transformer_lm.training.step import ROWS as ROW_ARRAYS
 from transformer_lm.training.step import make_eval_step, make_train_step
 
@@ -90,7 +91,9 @@ class Run:
     def from_the_beginning(self) -> tuple[TrainState, dict]:
         """The state after twenty steps; their losses, an evaluation, what the compiled step and its devices hold."""
         placement = jax.tree.map(lambda x: x.sharding, self.abstract)
-        state = jax.device_put(init_state(self._network, self._optimizer, jax.random.key(0)), placement)
+        network = dataclasses.replace(self._network, remat="none")
+        params = jax.jit(models.init, static_argnums=0)(network, jax.random.key(0))
+        state = jax.device_put(state_of(params, self._optimizer), placement)
         state, losses = self.steps(state)
         kernel = state.params["blocks"]["mlp"]["wi"]["kernel"]
         totals = jax.jit(make_eval_step(self._network, self._layout))(state.params, self._batch(0))

@@ -1,5 +1,6 @@
-"""Two processes of four devices each as one run: real processes, real kills."""
+"""Two processes of two devices each as one run: real processes, real kills."""
 
+import functools
 import json
 import os
 import pickle
@@ -17,21 +18,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from conftest import command, one_line_error, run
+from processes import Fork
 
 from transformer_lm.checkpoints import loading
 from transformer_lm.training.reporter import SPEEDS
 
 FIELDS = {
-    "num_train_steps": 6, "log_every_steps": 1, "eval_every_steps": 3, "checkpoint_every_steps": 2,
-    "keep_checkpoints": 3, "global_batch_size": 16, "num_heads": 2, "per_device_batch_size": 2, "mesh_fsdp": 2,
-    "num_eval_steps": 3, "eval_per_device_batch_size": 2, "vocab_size": 800,
+    "num_train_steps": 40, "log_every_steps": 1, "eval_every_steps": 20, "checkpoint_every_steps": 20,
+    "keep_checkpoints": 10, "global_batch_size": 8, "per_device_batch_size": 2, "mesh_fsdp": 2, "num_layers": 1,
+    "num_eval_steps": 3, "eval_per_device_batch_size": 2, "vocab_size": 800, "sampling_temperature": 0,
 }  # fmt: skip
-# A run of which another goes on twenty steps before its end.
-LONG = {"num_train_steps": 24, "eval_every_steps": 12, "checkpoint_every_steps": 4, "keep_checkpoints": 6}
-SCRIPT = Path(__file__).with_name("main_that_tells.py")
+ENDLESS = {"num_train_steps": 10_000, "eval_every_steps": 10_000, "checkpoint_every_steps": 2}
 
 
-def start(workdir, *, processes: int, devices: int, **fields) -> list[subprocess.Popen]:
+def start(workdir, *, processes: int, devices: int, **fields) -> list[Fork]:
     """Starts a run of so many processes, of so many devices each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -41,18 +41,16 @@ def start(workdir, *, processes: int, devices: int, **fields) -> list[subprocess
     for number in range(processes):
         place = workdir[number] if isinstance(workdir, list) else workdir
         own = [f"--coordinator_address=localhost:{port}", f"--num_processes={processes}", f"--process_id={number}"]
-        line = [sys.executable, SCRIPT, *command("main", place, *own * (processes > 1), **FIELDS | fields)[3:]]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(line, env=os.environ | {"XLA_FLAGS": flags}, **pipes))
+        arguments = command("main", place, *own * (processes > 1), **FIELDS | fields)[3:]
+        line = [sys.executable, "-m", "main_that_tells", *arguments]
+        started.append(Fork(line, env=os.environ | {"XLA_FLAGS": flags}, cwd=Path(__file__).parent))
     return started
 
 
-def finish(started: list[subprocess.Popen]) -> list[subprocess.CompletedProcess]:
-    ended = []
-    for process in started:
-        output, errors = process.communicate(timeout=300)
-        ended.append(subprocess.CompletedProcess(process.args, process.returncode, output, errors))
-    return ended
+def finish(started: list[Fork]) -> list[subprocess.CompletedProcess]:
+    outputs = [process.communicate() for process in started]
+    ended = zip(started, outputs, strict=True)
+    return [subprocess.CompletedProcess([], process.returncode, *output) for process, output in ended]
 
 
 def train(workdir, **options) -> list[subprocess.CompletedProcess]:
@@ -79,54 +77,45 @@ def assert_same(ours: list[dict], theirs: list[dict], rtol: float):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """The workdir of a run of one process of eight devices."""
+    """The workdir of a run of one process of four devices."""
     workdir = tmp_path_factory.mktemp("unbroken")
-    train(workdir, processes=1, devices=8, **LONG)
+    train(workdir, processes=1, devices=4)
     return workdir
 
 
+def half_of(unbroken, folder) -> Path:
+    """A copy of the run as it was after twenty of its forty steps."""
+    shutil.copytree(unbroken, folder / "copy", ignore=lambda _, names: {"40"} & set(names))
+    return folder / "copy"
+
+
+TENSOR = {"processes": 1, "devices": 2, "mesh_fsdp": 1, "mesh_tensor": 2, "global_batch_size": 0}
+TWO = {"processes": 2, "devices": 2, "mesh_fsdp": 4}
+
+
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """The workdir of a run of two processes, of which the second was killed after a save, and how the first ended."""
-    workdir = tmp_path_factory.mktemp("killed")
-    both = start(workdir, processes=2, devices=4, num_train_steps=10_000, checkpoint_every_steps=2, eval_every_steps=3)
-    deadline = time.monotonic() + 200
-    while not (workdir / "checkpoints" / "4").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    both[1].kill()
-    killed_at = time.monotonic()
-    first, _ = finish(both)
-    return workdir, first, time.monotonic() - killed_at
+def elsewhere(unbroken, tmp_path_factory):
+    """Gives the workdir, and how its processes ended, of the half run that has gone on to its end."""
+
+    @functools.cache
+    def gone_on(processes: int):
+        workdir = half_of(unbroken, tmp_path_factory.mktemp("elsewhere"))
+        return workdir, train(workdir, **(TENSOR if processes == 1 else TWO))
+
+    return gone_on
 
 
-def test_one_that_is_killed_ends_the_other(killed):
-    _, first, seconds = killed
-    assert "Another process of this run has gone" in one_line_error(first)
-    assert seconds < 60
-
-
-@pytest.mark.parametrize(
-    ("topology", "batch"),
-    [
-        (
-            {"processes": 1, "devices": 2, "mesh_fsdp": 1, "mesh_tensor": 2, "global_batch_size": 0},
-            "16 rows a step in 4 parts",
-        ),
-        ({"processes": 2, "devices": 4, "mesh_fsdp": 4}, "16 rows a step"),
-    ],
-)
-def test_goes_on_elsewhere(unbroken, tmp_path, topology, batch):
-    """From the fourth step, on another mesh, other devices or processes: the same bits, then the same rows, losses."""
-    workdir = tmp_path / "copy"
-    shutil.copytree(unbroken, workdir, ignore=lambda folder, names: {str(n) for n in range(8, 25, 4)} & set(names))
-    done = train(workdir, **LONG | topology)
-    assert re.search(rf"Resuming at step 4 of 24.*{batch}\.$", done[0].stderr, re.MULTILINE)
-    assert "step 24:" in done[0].stderr
+@pytest.mark.parametrize(("processes", "batch"), [(1, "8 rows a step in 2 parts"), (2, "8 rows a step")])
+def test_goes_on_elsewhere(unbroken, elsewhere, processes, batch):
+    """On another mesh, other devices or processes: the same bits, then for twenty steps the same rows and losses."""
+    workdir, done = elsewhere(processes)
+    assert re.search(rf"Resuming at step 20 of 40.*{batch}\.$", done[0].stderr, re.MULTILINE)
+    assert "step 40:" in done[0].stderr
     assert not any("step" in process.stderr for process in done[1:])  # one process speaks
-    assert_as_saved(workdir, 4, topology["processes"])
-    assert rows_of(workdir, topology["processes"]) == rows_of(unbroken, 1)[4:]
+    assert_as_saved(workdir, 20, processes)
+    assert rows_of(workdir, processes) == rows_of(unbroken, 1)[20:]
     assert_same(metrics_of(workdir), metrics_of(unbroken), rtol=1e-6)
-    assert loading.load_model(workdir).step == 24
+    assert loading.load_model(workdir).step == 40
 
 
 def assert_as_saved(workdir, step: int, processes: int):
@@ -158,31 +147,57 @@ def rows_of(workdir, processes: int) -> list[dict[str, list[int]]]:
     return [{row: tokens for part in parts for row, tokens in part.items()} for parts in zip(*told, strict=True)]
 
 
-def test_stopped_together(tmp_path):
-    """A signal to one of two stops both after the same step, with a checkpoint of it; both end well."""
-    both = start(tmp_path, processes=2, devices=4, num_train_steps=10_000, eval_every_steps=5000)
-    while not (tmp_path / "checkpoints" / "2").exists():
+def wait_for(path):
+    deadline = time.monotonic() + 200
+    while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
+
+
+def test_stopped_together(unbroken, tmp_path):
+    """A signal to one of two stops both after the same step, with a checkpoint of it; till then they are as one."""
+    both = start(tmp_path, processes=2, devices=2, **ENDLESS)
+    wait_for(tmp_path / "checkpoints" / "2")
     both[1].send_signal(signal.SIGTERM)
     done = finish(both)
     assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr
     [step] = re.findall(r"Stopped by another process at step (\d+): a checkpoint is saved", done[0].stderr)
     assert (tmp_path / "checkpoints" / step).exists()
+    ours, theirs = ([line for line in metrics_of(run) if "train_loss" in line] for run in (tmp_path, unbroken))
+    assert len(ours) == int(step)
+    assert_same(ours[:20], theirs[: len(ours[:20])], rtol=1e-6)
 
 
-def test_started_again_it_is_the_unbroken_run(killed, unbroken, tmp_path):
-    """After a kill, both go on to the very bits of a run that nothing befell, which is as one of one process."""
+@pytest.fixture(scope="module")
+def killed(unbroken, tmp_path_factory):
+    """The half run that goes on in two processes, the second of them killed after a save; and how the first ended."""
+    workdir = half_of(unbroken, tmp_path_factory.mktemp("killed"))
+    both = start(workdir, **TWO | ENDLESS)
+    wait_for(workdir / "checkpoints" / "24")
+    both[1].send_signal(signal.SIGKILL)
+    killed_at = time.monotonic()
+    first, _ = finish(both)
+    return workdir, first, time.monotonic() - killed_at
+
+
+def test_one_that_is_killed_ends_the_other(killed):
+    _, first, seconds = killed
+    assert "Another process of this run has gone" in one_line_error(first)
+    assert seconds < 60
+
+
+def test_started_again_it_is_the_unbroken_run(killed, elsewhere):
+    """After a kill, both go on to the very bits of a run that nothing befell."""
     workdir, *_ = killed
-    train(tmp_path, processes=2, devices=4, num_train_steps=9)
-    ours, theirs = ([line for line in metrics_of(run) if "train_loss" in line][:9] for run in (tmp_path, unbroken))
-    assert_same(ours, theirs, rtol=1e-6)
-    saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
-    for step in range(saved, 7, -1):
-        subprocess.run(["rm", "-rf", workdir / "checkpoints" / str(step)], check=True)
-    train(workdir, processes=2, devices=4, num_train_steps=9)
-    ours, theirs = (loading.load_model(folder).params for folder in (workdir, tmp_path))
-    for one, other in zip(_leaves(ours), _leaves(theirs), strict=True):
-        np.testing.assert_array_equal(one, other)
+    steps = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    assert max(steps) > 20
+    for step in steps:
+        if step > 38:
+            shutil.rmtree(workdir / "checkpoints" / str(step))
+    train(workdir, **TWO)
+    expected, _ = elsewhere(2)
+    assert metrics_of(workdir) == metrics_of(expected)
+    params = [loading.load_model(folder).params for folder in (workdir, expected)]
+    jax.tree.map(np.testing.assert_array_equal, *params)
 
 
 def test_a_folder_that_is_not_shared(tmp_path):
@@ -196,9 +211,3 @@ def test_a_folder_that_is_not_shared(tmp_path):
 def test_flags_that_do_not_suffice(tmp_path):
     done = run(command("main", tmp_path, "--num_processes=2"))
     assert "--coordinator_address=HOST:PORT --num_processes=N --process_id=0..N-1" in one_line_error(done)
-
-
-def _leaves(tree) -> list[np.ndarray]:
-    return (
-        [leaf for value in tree.values() for leaf in _leaves(value)] if isinstance(tree, dict) else [np.asarray(tree)]
-    )

@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from processes import run_fork
 
 from transformer_lm import models
 from transformer_lm.errors import UserError
@@ -19,9 +19,8 @@ from transformer_lm.training import sharding
 def results(tmp_path_factory) -> dict[str, dict]:
     """What on_eight_devices.py finds, by family of networks and mesh."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    script = Path(__file__).with_name("on_eight_devices.py")
-    arguments = [sys.executable, script, tmp_path_factory.mktemp("workdir")]
-    done = subprocess.run(arguments, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True)
+    arguments = [sys.executable, "-m", "on_eight_devices", tmp_path_factory.mktemp("workdir")]
+    done = run_fork(arguments, env=os.environ | {"XLA_FLAGS": flags}, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr
     assert "rematerialization" not in done.stderr  # XLA's warning of an array that it gathers for want of a better way
     return json.loads(done.stdout)

@@ -144,10 +144,12 @@ def leave():
 @contextlib.contextmanager
 def losses_explained() -> Iterator[None]:
     """Says in one line when an error within means that another process has gone."""
+    global _is_said
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if global_state.num_processes > 1 and HAS_GONE.search(str(error)):
+            _is_said = True
             raise UserError(GONE.removeprefix("error: ").strip()) from error
         raise
 
@@ -161,8 +163,10 @@ def _explain_abort():
 
 def _on_abort(number: int):
     del number
-    os.write(2, GONE.encode())
+    if not _is_said:
+        os.write(2, GONE.encode())
     os._exit(1)
 
 
 _handler: Any = None  # C keeps no reference
+_is_said = False  # that another process has gone
