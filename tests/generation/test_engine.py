@@ -145,8 +145,10 @@ class TestNetwork:
         assert (len(tokens), reason) == (18, "length")
         with pytest.raises(UserError, match=r"30 tokens, and max_tokens=19: .* context of 48"):
             Scheduler(engine, tokenizer).submit(Request([5] * 30, max_tokens=19))
-        with pytest.raises(UserError, match="id 10000000"):
+        with pytest.raises(UserError, match="prompt has the token 10000000"):
             engine.prefill(0, [10_000_000], Settings())
+        with pytest.raises(UserError, match="logit_bias has the token 10000000"):
+            engine.prefill(0, [5], Settings(logit_bias={10_000_000: 1}))
 
 
 class TestSettings:

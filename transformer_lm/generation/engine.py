@@ -137,13 +137,15 @@ class Engine:
         self._state: Slots | None = None  # the old one goes before the new one comes
         self._state = _empty(self.network, self.slots, self.context)
 
-    def check_prompt(self, prompt: list[int], max_tokens: int):
-        """Raises UserError if a prompt has ids that are no tokens, or no room for so many more."""
-        if wrong := [token for token in prompt if not 0 <= token < self.network.vocab_size]:
-            raise UserError(f"The prompt has the id {wrong[0]}; the model has 0 to {self.network.vocab_size - 1}.")
+    def check(self, prompt: list[int], max_tokens: int, settings: Settings | None = None):
+        """Raises UserError if there is no room for so many tokens behind a prompt, or an id is no token's."""
+        for name, tokens in (("prompt", prompt), ("logit_bias", settings.logit_bias if settings else ())):
+            if wrong := [token for token in tokens if not 0 <= token < self.network.vocab_size]:
+                last = self.network.vocab_size - 1
+                raise UserError(f"{name} has the token {wrong[0]}; the model has those from 0 to {last}.")
         if len(prompt) + max_tokens > self.context:
             raise UserError(
-                f"The prompt has {len(prompt)} tokens, and max_tokens={max_tokens}: together more than the context of "
+                f"prompt has {len(prompt)} tokens, and max_tokens={max_tokens}: together more than the context of "
                 f"{self.context}; shorten one of the two."
             )
 
@@ -159,13 +161,12 @@ class Engine:
         Raises:
           UserError: the prompt leaves no room for a token, or has ids that are none.
         """
-        self.check_prompt(prompt, 1)
+        self.check(prompt, 1, settings)
         tokens = with_start(prompt)
         prompted, bias = np.zeros(self.network.vocab_size, bool), np.zeros(self.network.vocab_size, np.float32)
         prompted[prompt] = True
         for token, value in settings.logit_bias.items():
-            if token < len(bias):  # as for a token that is never drawn
-                bias[token] = value
+            bias[token] = value
         self._state = _insert(self._state, self._read(tokens), slot, bias, prompted)
         for name in self._table.keys() & vars(settings).keys() - {"seed"}:
             self._table[name][slot] = getattr(settings, name)
@@ -205,7 +206,7 @@ class Engine:
         Returns:
           a choice whose first axis is the prompt's tokens; of a START_ID in front nothing is known: NaN.
         """
-        self.check_prompt(prompt, 0)
+        self.check(prompt, 0)
         tokens = with_start(prompt)
         width = padded_length(len(tokens) - 1)
         inputs, targets, segments = (np.zeros((1, width), np.int32) for _ in range(3))
@@ -319,7 +320,9 @@ def _keep_likeliest(logits, table):
     """Logits [N, V] with -inf for what top_k, top_p and min_p leave out, without sorting them."""
     top_k, top_p, min_p = (table[name][:, None] for name in ("top_k", "top_p", "min_p"))
     bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
-    order = jax.lax.bitcast_convert_type(bits ^ (bits >> 31 & 0x7FFFFFFF), jnp.uint32) ^ jnp.uint32(1 << 31)  # as the logits'
+    order = jax.lax.bitcast_convert_type(bits ^ (bits >> 31 & 0x7FFFFFFF), jnp.uint32) ^ jnp.uint32(
+        1 << 31
+    )  # as the logits'
     least = _largest(lambda value: jnp.sum(order >= value, axis=-1, keepdims=True) >= top_k, len(logits))
     logits = jnp.where((top_k == 0) | (order >= least), logits, -jnp.inf)
 

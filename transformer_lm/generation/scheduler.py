@@ -27,6 +27,7 @@ class Request:
     number: int = 0  # texts of one prompt, with one seed, differ by it
     echo: bool = False  # whether the text begins with the prompt
     log_probs: bool = False  # whether tokens of the prompt are scored, where it is echoed
+    ignore_eos: bool = False  # whether a text goes on behind an EOS, as benchmarks want it
 
     def __post_init__(self):
         for name in ("max_tokens", "number"):
@@ -57,11 +58,13 @@ class Part:
     Attributes:
       text: more of it, perhaps "".
       tokens: those that begin in what is known by now.
+      written: how many tokens the network has written so far, EOS included.
       finish_reason: "" while it goes on, "stop" at its end or at a stop string, "length" for want of room.
     """
 
     text: str
     tokens: list[Token]
+    written: int = 0
     finish_reason: str = ""
 
 
@@ -95,7 +98,7 @@ class Job:
         """What the token that was chosen in a slot makes new."""
         token = int(choice.tokens[slot])
         self.written += 1
-        if token == EOS_ID:
+        if token == EOS_ID and not self.request.ignore_eos:
             return self._part(self._stream.finish(), "stop")
         self._tokens.append(
             Token(token, self._stream.decoded, *_told(choice, slot, self.request.settings.alternatives))
@@ -113,7 +116,7 @@ class Job:
         whole = finish_reason and not self._stream.stopped
         count = sum(whole or token.offset < self._shown for token in self._tokens)
         tokens, self._tokens = self._tokens[:count], self._tokens[count:]
-        return Part(text, tokens, finish_reason)
+        return Part(text, tokens, self.written, finish_reason)
 
 
 def _told(choice: Choice, place: int, count: int) -> tuple[float | None, list[tuple[int, float]]]:
@@ -134,13 +137,18 @@ class Scheduler:
         self._running: dict[int, Job] = {}  # by slot
 
     @property
+    def running(self) -> int:
+        """How many texts are being written."""
+        return len(self._running)
+
+    @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do."""
         return not (self._waiting or self._running)
 
     def submit(self, request: Request) -> Job:
-        """Takes a request; raises UserError for one that does not fit into the context."""
-        self.engine.check_prompt(request.prompt, request.max_tokens)
+        """Takes a request; raises UserError for one that the engine cannot work on."""
+        self.engine.check(request.prompt, request.max_tokens, request.settings)
         job = Job(request, self.tokenizer)
         self._waiting.append(job)
         return job
@@ -181,7 +189,7 @@ class Scheduler:
                 scores = self.engine.score(request.prompt) if request.log_probs else None
                 yield job, job.echo(self.tokenizer, scores)
             if not request.max_tokens:
-                yield job, Part("", [], "length")
+                yield job, Part("", [], 0, "length")
                 continue
             slot = free.pop(0)
             self.engine.prefill(slot, request.prompt, request.settings, request.number)

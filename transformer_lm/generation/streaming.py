@@ -1,4 +1,4 @@
-"""Token ids in, one after the other; text out, of which no part is ever taken back, and no character comes in halves."""
+"""Token ids in, one after the other; text out: no part is ever taken back, and no character comes in halves."""
 
 import unicodedata
 from collections.abc import Iterable
