@@ -131,10 +131,10 @@ class TestCompletions:
         expected = jax.nn.log_softmax(call(network, init(network), batch_of([ids], CONTEXT)))[0]
         np.testing.assert_allclose(choice.logprobs.token_logprobs, expected[np.arange(len(ids)), ids], atol=1e-4)
         for top, best, token, row in zip(
-            choice.logprobs.top_logprobs, choice.logprobs.top_token_ids, ids, expected, strict=False
+            choice.logprobs.top_logprobs, choice.logprobs.alternatives, ids, expected, strict=False
         ):
             np.testing.assert_allclose(sorted(top.values())[-2:], np.sort(row)[-2:], atol=1e-4)
-            assert best[0] == np.argmax(row)
+            assert best[0]["id"] == np.argmax(row)
             assert tokenizer.piece_text(token) in top
         assert found.usage.completion_tokens == 5
 
@@ -191,6 +191,19 @@ class TestOthers:
         with pytest.raises(openai.BadRequestError, match="has no turns") as caught:
             server.openai.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "こんにちは"}])
         assert caught.value.code == "model_has_no_turns"
+
+    def test_the_page_is_whole(self, server):
+        """Nothing of it comes from elsewhere, and it knows its model, whose name cannot end its script."""
+        answer = server.http.get("/")
+        assert answer.headers["content-type"] == "text/html; charset=utf-8"
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert not re.search(r"""(src|href)=|url\(|@import|https?://""", answer.text)
+        [facts] = re.findall(r'<script id="facts" type="application/json">(.*?)</script>', answer.text)
+        assert (json.loads(facts)["name"], json.loads(facts)["context"]) == (NAME, CONTEXT)
+        words = dict(re.findall(r"^  (ja|en): \{(.*?)^  \},", answer.text, re.M | re.S))
+        names = [re.findall(r'(\w+): "', words[language]) for language in ("ja", "en")]
+        assert names[0] == names[1]
+        assert set(re.findall(r'data-say="(\w+)"|say\("(\w+)"\)', answer.text)[0]) - {""} <= set(names[0])
 
 
 class TestErrors:

@@ -395,7 +395,8 @@ class TransformerLM(nnx.Module):
         graphdef, stacked = nnx.split(self.blocks)
         keys_values = []
         for i, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
-            block = nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], stacked))
+            one = jax.tree.map(lambda p, i=i: p[i], stacked, is_leaf=lambda p: isinstance(p, tuple))
+            block = nnx.merge(graphdef, one)
             x, layer_keys_values = block(x, seen, rotation=rotation, cache=(keys, values, cache.length))
             keys_values.append(layer_keys_values)
         keys, values = zip(*keys_values, strict=True)
@@ -436,6 +437,21 @@ def init(config: TransformerConfig, key: jax.Array) -> Params:
 def head(config: TransformerConfig, params: Params) -> Params:
     """Those of the parameters that `to_logits` reads."""
     return {name: params[name] for name in ("norm", "embed" if config.logits_via_embedding else "logits")}
+
+
+def unstack(params: Params) -> Params:
+    """The parameters with a tuple of arrays, one a layer, for each array that has all layers'.
+
+    Only `extend` reads them so: called once a token it would have to cut them out of one array each time, which costs
+    as much as what it computes with them. `stack` is the way back.
+    """
+    return params | {"blocks": jax.tree.map(tuple, params["blocks"])}
+
+
+def stack(params: Params) -> Params:
+    """What `unstack` was given."""
+    blocks = jax.tree.map(jnp.stack, params["blocks"], is_leaf=lambda p: isinstance(p, tuple))
+    return params | {"blocks": blocks}
 
 
 def bind(config: TransformerConfig, params: Params) -> TransformerLM:

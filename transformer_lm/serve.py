@@ -53,12 +53,17 @@ def main(config: ConfigDict, workdir: str):
         listener = _listen(_HOST.value, _PORT.value)
     model = language_model.load(workdir, dtype=chosen.network.dtype)
     with stage("making room for texts", lower="--slots or --context"):
-        engine = Engine(
-            model.network, model.params, slots=_SLOTS.value, context=_CONTEXT.value or model.network.context
-        )
+        context = _CONTEXT.value or model.network.context
+        engine = Engine(model.network, model.params, slots=_SLOTS.value, context=context)
         scheduler = Scheduler(engine, model.tokenizer)
+        del model  # its parameters lie in the engine as it needs them
         _warm_up(scheduler)
-    _serve(scheduler, listener, _NAME.value or _name(workdir))
+    key = os.environ.get("TRANSFORMER_LM_API_KEY", "") if _API_KEY.value is None else _API_KEY.value
+    _serve(
+        scheduler, listener, name=_NAME.value or _name(workdir), api_key=key, max_body_bytes=_MAX_BODY_BYTES.value,
+        cors_origins=tuple(_CORS_ORIGINS.value), openings=tuple(chosen.prompts), sampling=chosen.sampling,
+        is_mukashi=chosen.data.dataset_name == "mukashi",
+    )  # fmt: skip
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -81,15 +86,16 @@ def _warm_up(scheduler: Scheduler):
         scheduler.advance()
 
 
-def _serve(scheduler: Scheduler, listener: socket.socket, name: str):
+def _serve(scheduler: Scheduler, listener: socket.socket, **options):
+    """Answers until a signal comes, and then what has begun; `options` are those of `ServerConfig`."""
     import uvicorn
 
     from transformer_lm.serving.app import ServerConfig, make_app
     from transformer_lm.serving.worker import Worker
 
     worker = Worker(scheduler, limit=scheduler.engine.slots + _QUEUE.value)
-    key = os.environ.get("TRANSFORMER_LM_API_KEY", "") if _API_KEY.value is None else _API_KEY.value
-    app = make_app(scheduler, worker, ServerConfig(name, key, _MAX_BODY_BYTES.value, tuple(_CORS_ORIGINS.value)))
+    config = ServerConfig(**options)
+    app = make_app(scheduler, worker, config)
     server = uvicorn.Server(
         uvicorn.Config(
             app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=_GRACE_SECONDS.value
@@ -97,7 +103,7 @@ def _serve(scheduler: Scheduler, listener: socket.socket, name: str):
     )
     signal.signal(signal.SIGTERM, lambda number, frame: None)  # uvicorn raises it again at its end: which is the end
     host, port = listener.getsockname()[:2]
-    logging.info("Serving %s at http://%s:%d.", name, f"[{host}]" if ":" in host else host, port)
+    logging.info("Serving %s at http://%s:%d.", config.name, f"[{host}]" if ":" in host else host, port)
     server.run(sockets=[listener])
     worker.stop()
 

@@ -127,7 +127,7 @@ class Engine:
         check_value("slots", slots, Annotated[int, Range(least=1, most=4096)])
         check_value("context", context, Annotated[int, Range(least=1, most=2**20)])
         self.network = dataclasses.replace(network, max_len=max(network.max_len, context))
-        self.params, self.slots, self.context = params, slots, context
+        self._params, self.slots, self.context = models.unstack(params), slots, context
         self.reset()
 
     def reset(self):
@@ -181,7 +181,7 @@ class Engine:
             width = min(padded_length(len(tokens) - 1), self.context)
             inputs = np.zeros((1, width), np.int32)
             inputs[0, width - len(tokens) :] = tokens
-            read = _read(self.network, self.params, inputs, np.int32(len(tokens)))
+            read = _read(self.network, self._params, inputs, np.int32(len(tokens)))
             self._last_prompt = tuple(tokens), read
         return self._last_prompt[1]
 
@@ -190,7 +190,7 @@ class Engine:
         table = {name: values.copy() for name, values in self._table.items()}  # which JAX may read later
         choice, counts = _choose(self._state, table)
         state = dataclasses.replace(self._state, counts=counts)
-        self._state = _extend(self.network, self.params, state, choice[0], table["length"])
+        self._state = _extend(self.network, self._params, state, choice[0], table["length"])
         self._table["written"] += 1
         self._table["length"] = np.minimum(self._table["length"] + 1, self.context)
         return Choice(*map(np.asarray, jax.block_until_ready(choice)))
@@ -213,7 +213,7 @@ class Engine:
         inputs[0, : len(tokens) - 1], targets[0, : len(tokens) - 1] = tokens[:-1], tokens[1:]
         segments[0, : len(tokens) - 1] = 1
         network = dataclasses.replace(self.network, max_len=max(self.network.max_len, width))
-        scored = _score(network, self.params, inputs, targets, segments)
+        scored = _score(network, self._params, inputs, targets, segments)
         log_probs, ids, id_log_probs = (np.asarray(part)[: len(tokens) - 1] for part in scored)
         given = len(prompt) - len(log_probs)  # 1 where the prompt has START_ID itself
         empty = np.zeros((given, MAX_ALTERNATIVES))
@@ -310,29 +310,39 @@ def choose(logits, keys, table) -> jax.Array:
     """Chooses a token a row: logits [N, V], one key a row [N] -> ids [N] int32."""
     greedy = table["temperature"] < SMALLEST_TEMPERATURE
     scaled = logits / jnp.where(greedy, 1, table["temperature"])[:, None]
-    cuts = jnp.any((table["top_k"] > 0) | (table["top_p"] < 1) | (table["min_p"] > 0))
-    scaled = jax.lax.cond(cuts, _keep_likeliest, lambda logits, _: logits, scaled, table)
+    for needed, cut in (
+        (table["top_k"] > 0, _cut_top_k), (table["top_p"] < 1, _cut_top_p), (table["min_p"] > 0, _cut_min_p)
+    ):  # fmt: skip
+        scaled = jax.lax.cond(jnp.any(needed), cut, lambda logits, _: logits, scaled, table)
     drawn = jax.vmap(jax.random.categorical)(keys, scaled)
     return jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
 
 
-def _keep_likeliest(logits, table):
-    """Logits [N, V] with -inf for what top_k, top_p and min_p leave out, without sorting them."""
-    top_k, top_p, min_p = (table[name][:, None] for name in ("top_k", "top_p", "min_p"))
+def _cut_top_k(logits, table):
+    """Logits [N, V] with -inf for what top_k leaves out, without sorting them."""
+    top_k = table["top_k"][:, None]
     bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
-    order = jax.lax.bitcast_convert_type(bits ^ (bits >> 31 & 0x7FFFFFFF), jnp.uint32) ^ jnp.uint32(
-        1 << 31
-    )  # as the logits'
+    order = jax.lax.bitcast_convert_type(bits ^ (bits >> 31 & 0x7FFFFFFF), jnp.uint32) ^ jnp.uint32(1 << 31)
     least = _largest(lambda value: jnp.sum(order >= value, axis=-1, keepdims=True) >= top_k, len(logits))
-    logits = jnp.where((top_k == 0) | (order >= least), logits, -jnp.inf)
+    return jnp.where((top_k == 0) | (order >= least), logits, -jnp.inf)
 
-    probabilities = jax.nn.softmax(logits, axis=-1)
+
+def _cut_top_p(logits, table):
+    """Logits [N, V] with -inf for what top_p leaves out."""
+    top_p, probabilities = table["top_p"][:, None], jax.nn.softmax(logits, axis=-1)
     order = jax.lax.bitcast_convert_type(probabilities, jnp.uint32)  # as the probabilities', none being negative
-    least = _largest(
-        lambda value: jnp.sum(jnp.where(order >= value, probabilities, 0), axis=-1, keepdims=True) >= top_p, len(logits)
-    )
-    logits = jnp.where((top_p == 1) | (order >= least), logits, -jnp.inf)
-    return jnp.where(probabilities >= min_p * probabilities.max(axis=-1, keepdims=True), logits, -jnp.inf)
+
+    def reaches(value):
+        return jnp.sum(jnp.where(order >= value, probabilities, 0), axis=-1, keepdims=True) >= top_p
+
+    return jnp.where((top_p == 1) | (order >= _largest(reaches, len(logits))), logits, -jnp.inf)
+
+
+def _cut_min_p(logits, table):
+    """Logits [N, V] with -inf for what min_p leaves out."""
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    enough = probabilities >= table["min_p"][:, None] * probabilities.max(axis=-1, keepdims=True)
+    return jnp.where(enough, logits, -jnp.inf)
 
 
 def _largest(holds, rows: int):
@@ -348,7 +358,7 @@ def _largest(holds, rows: int):
 @functools.partial(jax.jit, static_argnums=0)
 def _score(network, params, inputs, targets, segments):
     """[1, W] -> log probabilities of targets [W], the likeliest tokens there and theirs [W, MAX_ALTERNATIVES]."""
-    transformer = models.bind(network, params)
+    transformer = models.bind(network, models.stack(params))
     features = transformer.read(inputs, jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape), segments)[0]
 
     def score(one):

@@ -2,9 +2,11 @@
 
 import asyncio
 import dataclasses
+import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import prometheus_client
 from absl import logging
@@ -13,19 +15,26 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from transformer_lm.errors import UserError, one_line
+from transformer_lm.generation.sampler import SamplingConfig
 from transformer_lm.generation.scheduler import Part, Scheduler
 from transformer_lm.serving import schema
 from transformer_lm.serving.completions import Answer, error_of, read_requests
 from transformer_lm.serving.schema import ApiError
 from transformer_lm.serving.worker import BusyError, Texts, Worker, WorkerError
+from transformer_lm.tokenizer import EOS_ID
 
 NO_TURNS = (
     "This model continues texts; it was not trained on conversations and has no turns, so that there is no chat. "
     "Ask POST /v1/completions."
+)
+PAGE = Path(__file__).with_name("page.html")
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
 TIMES = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)  # seconds, borders of the histograms
 
@@ -35,9 +44,13 @@ class ServerConfig:
     """What a server is told besides its model."""
 
     name: str  # of the model
-    api_key: str = ""  # without which nothing is answered but /health; "" for none
+    api_key: str = ""  # without which nothing is answered but / and /health; "" for none
     max_body_bytes: int = 1 << 20
     cors_origins: tuple[str, ...] = ()  # whose pages may ask; "*" for all
+    # What the page begins with, and whether it says that this model knows tales alone.
+    openings: tuple[str, ...] = ()
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    is_mukashi: bool = False
 
 
 class Metrics:
@@ -88,6 +101,18 @@ class Server:
             "max_model_len": self.scheduler.engine.context,
         }  # fmt: skip
         return JSONResponse({"object": "list", "data": [model]})
+
+    async def page(self, request: Request) -> Response:
+        """GET /."""
+        sampling = self.config.sampling
+        facts = {
+            "name": self.config.name, "context": self.scheduler.engine.context, "eos": EOS_ID,
+            "openings": self.config.openings, "is_mukashi": self.config.is_mukashi,
+            "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p,
+        }  # fmt: skip
+        text = PAGE.read_text(encoding="utf-8")
+        text = text.replace("{{facts}}", json.dumps(facts, ensure_ascii=False).replace("<", "\\u003c"))
+        return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_POLICY})
 
     async def health(self, request: Request) -> Response:
         """GET /health."""
@@ -207,6 +232,7 @@ def make_app(scheduler: Scheduler, worker: Worker, config: ServerConfig) -> Star
         return JSONResponse(error.body(), error.status, headers)
 
     routes = [
+        Route("/", server.page),
         Route("/health", server.health),
         Route("/metrics", guarded(server.show_metrics)),
         Route("/v1/models", guarded(server.models)),

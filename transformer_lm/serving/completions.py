@@ -135,7 +135,10 @@ class Answer:
             "text_offset": [token.offset for token in tokens],
         }  # fmt: skip
         if self._asked.return_token_ids:  # for who would go on from one of them
-            found["top_token_ids"] = [[id for id, _ in token.alternatives] for token in tokens]
+            found["alternatives"] = [
+                [{"id": id, "token": name(id), "logprob": value} for id, value in token.alternatives]
+                for token in tokens
+            ]
         return found
 
 
