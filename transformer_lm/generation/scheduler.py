@@ -98,11 +98,10 @@ class Job:
         """What the token that was chosen in a slot makes new."""
         token = int(choice.tokens[slot])
         self.written += 1
+        told = _told(choice, slot, self.request.settings.alternatives)
+        self._tokens.append(Token(token, self._stream.decoded, *told))
         if token == EOS_ID and not self.request.ignore_eos:
             return self._part(self._stream.finish(), "stop")
-        self._tokens.append(
-            Token(token, self._stream.decoded, *_told(choice, slot, self.request.settings.alternatives))
-        )
         text = self._stream.push(token)
         if self._stream.stopped:
             return self._part(text, "stop")
