@@ -4,11 +4,12 @@ python -m transformer_lm.serve --workdir=logs/demo &
 python benchmarks/serve.py                                   # asks http://127.0.0.1:8000/v1
 python benchmarks/serve.py --url=http://127.0.0.1:9000/v1    # vLLM, `transformers serve`, ...
 
-Each client asks for one text after the other, streamed: 64 tokens behind the prompt, at temperature 0.6. Servers are told
-to ignore the end of a text; where one does not know `ignore_eos`, say --noignore_eos. Tokens are counted by the server.
+Each client asks for one text after the other, streamed: 64 tokens behind the prompt, at temperature 0.6. Servers are
+told to ignore the end of a text; where one does not know `ignore_eos`, say --noignore_eos. Tokens are counted by the server.
 """
 
 import asyncio
+import logging
 import statistics
 import time
 
@@ -48,8 +49,9 @@ async def measure(clients: int) -> list[str]:
             return [await write(client, model) for _ in range(ROUNDS.value)]
 
         start = time.perf_counter()
-        texts = sum(await asyncio.gather(*(ask_again_and_again() for _ in range(clients))), [])
+        found = await asyncio.gather(*(ask_again_and_again() for _ in range(clients)))
         seconds = time.perf_counter() - start
+    texts = [text for of_client in found for text in of_client]
     firsts = sorted(first for first, _ in texts)
     return [
         str(clients), f"{len(texts) / seconds:.2f}", f"{sum(tokens for _, tokens in texts) / seconds:.0f}",
@@ -59,6 +61,7 @@ async def measure(clients: int) -> list[str]:
 
 def main(_):
     """Prints the table."""
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     table = Table("clients", "texts a second", "tokens a second", "first part, median (ms)", "first part, longest (ms)")
     for clients in CLIENTS.value:
         table.add_row(*asyncio.run(measure(int(clients))))
