@@ -5,7 +5,8 @@ python benchmarks/serve.py                                   # asks http://127.0
 python benchmarks/serve.py --url=http://127.0.0.1:9000/v1    # vLLM, `transformers serve`, ...
 
 Each client asks for one text after the other, streamed: 64 tokens behind the prompt, at temperature 0.6. Servers are
-told to ignore the end of a text; where one does not know `ignore_eos`, say --noignore_eos. Tokens are counted by the server.
+told to ignore the end of a text; where one does not know `ignore_eos`, say --noignore_eos. Tokens are as the server
+counts them.
 """
 
 import asyncio
