@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from transformer_lm.attention import attend, attend_in_rows, check_kind
+from transformer_lm.attention import attend, attend_in_rows, attend_to_filled, check_kind
 from transformer_lm.axes import named
 from transformer_lm.dropout import Keys, dropout, split
 from transformer_lm.errors import UserError
@@ -390,6 +390,9 @@ class TransformerLM(nnx.Module):
         slots = jnp.arange(valid.shape[1])
         mask = (slots <= cache.length[..., None, None] + jnp.arange(length)[:, None]) & valid[:, None, :]  # [B, T, S]
         seen = functools.partial(attend, mask=mask)
+        if cache.length.ndim:
+            filled = jnp.minimum(cache.length.max() + length, len(slots))
+            seen = functools.partial(attend_to_filled, mask=mask, filled=filled)
         x = self._embed(inputs, positions)
         rotation = self._rotation(positions)
         graphdef, stacked = nnx.split(self.blocks)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import FIXTURE, batch_of, call, init
 
-from transformer_lm import models
+from transformer_lm import attention, models
 from transformer_lm.errors import UserError
 from transformer_lm.generation import engine as engines
 from transformer_lm.generation.engine import Engine, Settings
@@ -73,6 +73,21 @@ def requests_of_all_kinds(vocab_size: int) -> list[Request]:
         Request(rng.integers(3, vocab_size, length).tolist(), kind, max_tokens=12, number=number)
         for number, (kind, length) in enumerate(zip(kinds, lengths, strict=True))
     ]
+
+
+def test_attention_to_what_is_filled_is_attention():
+    """And its bits do not depend on how many more slots others have filled."""
+    rng = np.random.default_rng(0)
+    block, slots = attention.SLOT_BLOCK, 3 * attention.SLOT_BLOCK
+    query, key, value = (rng.normal(size=(3, heads, n, 8)) for heads, n in ((4, 1), (2, slots), (2, slots)))
+    query, key, value = (x.astype(np.float32) for x in (query, key, value))
+    mask = np.arange(slots) < np.array([1, block - 5, block + 7])[:, None, None]  # [B, 1, S]
+    found = [jax.jit(attention.attend_to_filled)(query, key, value, mask, n) for n in (block + 7, 2 * block, slots)]
+    np.testing.assert_allclose(found[0], attention.attend(query, key, value, mask), atol=1e-6)
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+    alone = jax.jit(attention.attend_to_filled)(query, key, value, mask, block)
+    np.testing.assert_array_equal(alone[:2], found[0][:2])
 
 
 class TestCompany:

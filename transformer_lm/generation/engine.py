@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from transformer_lm import models
+from transformer_lm.attention import SLOT_BLOCK
 from transformer_lm.errors import UserError
 from transformer_lm.fields import CountOrZero, NotNegative, Positive, Range, Share, check, check_value
 from transformer_lm.generation.sampler import SMALLEST_TEMPERATURE, padded_length
@@ -90,7 +91,7 @@ class Slots:
     """What the device keeps.
 
     Attributes:
-      keys, values: one array a layer, [N, G, C, K].
+      keys, values: one array a layer, [N, G, C, K], C rounded up to whole blocks of attention.
       logits: [N, V] float32, for the next token.
       bias: [N, V] float32, added to them.
       counts: [N, V] int32, how often the text has each token.
@@ -116,6 +117,7 @@ def _table(slots: int) -> dict[str, np.ndarray]:
         "alternatives": np.zeros(slots, np.int32),
         "written": np.zeros(slots, np.int32),
         "length": np.zeros(slots, np.int32),  # tokens read, START_ID included
+        "active": np.zeros(slots, np.int32),  # 1 where a text is being written
     }
 
 
@@ -172,7 +174,7 @@ class Engine:
             self._table[name][slot] = getattr(settings, name)
         self._table["seed"][slot] = settings.seed >> 32, settings.seed & 0xFFFFFFFF
         self._table["number"][slot], self._table["written"][slot] = number, 0
-        self._table["length"][slot] = len(tokens)
+        self._table["length"][slot], self._table["active"][slot] = len(tokens), 1
 
     def _read(self, tokens: list[int]) -> tuple:
         """Logits, keys and values of a prompt; those of the last one are kept: several texts may begin with it."""
@@ -192,11 +194,11 @@ class Engine:
         state = dataclasses.replace(self._state, counts=counts)
         self._state = _extend(self.network, self._params, state, choice[0], table["length"])
         self._table["written"] += 1
-        self._table["length"] = np.minimum(self._table["length"] + 1, self.context)
+        self._table["length"] = np.minimum(self._table["length"] + self._table["active"], self.context)
         return Choice(*map(np.asarray, jax.block_until_ready(choice)))
 
     def release(self, slot: int):
-        """Frees a slot: what is computed of it on and on costs the least."""
+        """Frees a slot: what is computed of it on and on costs nothing that grows."""
         for name, values in _table(1).items():
             self._table[name][slot] = values[0]
 
@@ -232,7 +234,8 @@ def with_start(prompt: list[int]) -> list[int]:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _empty(network: models.TransformerConfig, slots: int, context: int) -> Slots:
-    cache = models.empty_cache(network, slots, context)
+    block = min(SLOT_BLOCK, context)
+    cache = models.empty_cache(network, slots, -(-context // block) * block)
     zeros = jnp.zeros((slots, network.vocab_size), jnp.float32)
     return Slots(cache.keys, cache.values, zeros, zeros, zeros.astype(jnp.int32), zeros.astype(bool))
 
