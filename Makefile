@@ -1,4 +1,5 @@
 # make demo   train a small model in front of your eyes, and read what it writes (some minutes on 2 cores)
+# make play   the demo's model (trained if it is not there) on a page in your browser
 # make test   all tests that need no PyTorch (of thousands of alike inputs a tenth; all: pytest --exhaustive)
 # make test-interop  the exported models in PyTorch: installs it (the extra interop), and tests against it
 # make faults real faults on real processes (kills, a full disk, damaged files): half an hour at the most
@@ -9,9 +10,13 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-interop faults lint bench clean
+.PHONY: demo play test test-interop faults lint bench clean
 demo: $(VENV)/core
 	$(VENV)/bin/python -m transformer_lm.demo
+
+play: $(VENV)/serve
+	test -e logs/demo/summary.json || $(VENV)/bin/python -m transformer_lm.demo
+	$(VENV)/bin/python -m transformer_lm.serve --workdir=logs/demo --model_name=mukashi
 
 test: $(VENV)/dev
 	$(VENV)/bin/python -m pytest --ignore=tests/interop
@@ -41,6 +46,6 @@ $(VENV)/core: pyproject.toml constraints.txt
 	$(PIP) --editable .
 	touch $@
 
-$(VENV)/dev $(VENV)/interop: $(VENV)/core
+$(VENV)/dev $(VENV)/interop $(VENV)/serve: $(VENV)/core
 	$(PIP) --editable ".[$(notdir $@)]"
 	touch $@

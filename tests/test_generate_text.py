@@ -9,9 +9,10 @@ from conftest import FIXTURE, run
 from transformer_lm import tokenizer
 
 
-def generate(*arguments, workdir=FIXTURE):
+def generate(*arguments, workdir=FIXTURE, **options):
     recipe = ["--config=configs/japanese_0.1b_v1.py", "--config.use_bfloat16=false", "--config.max_predict_length=32"]
-    return run([sys.executable, "-m", "transformer_lm.generate_text", f"--workdir={workdir}", *recipe, *arguments])
+    command = [sys.executable, "-m", "transformer_lm.generate_text", f"--workdir={workdir}", *recipe, *arguments]
+    return run(command, **options)
 
 
 def test_jsonl_of_several_prompts():
@@ -39,6 +40,19 @@ def test_greedy_lines_are_the_originals(original):
     assert done.stdout == ""
 
 
+def test_streamed_greedy_texts_are_the_originals(original):
+    """From the recipe's prompts, and from lines that are typed."""
+    spm = tokenizer.Tokenizer.load(original.path / "sentencepiece_model")
+    prompts = original.about["texts"][:2]
+    expected = "".join(f"{spm.decode(tokens)}\n\n" for tokens in original.reference["greedy"][:2])
+    greedy = ["--num_generated_texts=1", "--config.sampling_temperature=0"]
+    done = generate("--stream", *greedy, "--config.prompts=" + "\n".join(prompts), workdir=original.path)
+    assert (done.returncode, done.stdout) == (0, expected), done.stderr
+    done = generate("--interactive", *greedy, workdir=original.path, input="\n".join(["", *prompts, "長" * 99]))
+    assert (done.returncode, done.stdout) == (0, expected), done.stderr
+    assert "leaves no room to write" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -52,6 +66,7 @@ def test_greedy_lines_are_the_originals(original):
             "error: memory is exhausted while generating text; lower the number of prompts, of texts for each,",
         ),
         (["--workdir=/no/such/folder"], "No model at /no/such/folder"),
+        (["--stream", "--output=jsonl"], "error: --output=jsonl writes whole texts"),
     ],
 )
 def test_errors(arguments, words):

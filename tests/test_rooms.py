@@ -17,11 +17,11 @@ FLOORS = [
     {"data", "huggingface"},
     {"checkpoints"},
     {"generation"},
-    {"training", "evaluation"},
+    {"training", "evaluation", "serving"},
     {"configs"},
     {"recipe"},
     {"cli"},
-    {"main", "prepare_data", "generate_text", "evaluate", "export_huggingface", "export_gguf", "demo"}
+    {"main", "prepare_data", "generate_text", "evaluate", "serve", "export_huggingface", "export_gguf", "demo"}
     | {"tokenizer.__main__", ""},
 ]
 

@@ -17,6 +17,7 @@ from transformer_lm.fields import check_value
 KINDS = ("xla", "cudnn", "tpu")  # for any device, NVIDIA GPUs, TPUs
 LONG = 1024  # attention of more queries is computed in blocks
 QUERY_BLOCK = 256  # of so many
+SLOT_BLOCK = 128  # slots of a cache that are attended to at a time, where rows begin at different times
 TPU_BLOCK = 128  # lengths that the TPU's kernel takes are multiples of it
 HEADS = ("batch", "num_heads", None, None)  # names of the axes of queries
 
@@ -78,6 +79,43 @@ def attend(query, key, value, mask, *, dropout_rate=0.0, dropout_keys: Keys = No
     scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)  # [B, H, T, S]
     weights = dropout(jax.nn.softmax(scores, axis=-1).astype(query.dtype), dropout_rate, dropout_keys)
     return jnp.einsum("bgts,bgsk->bgtk", weights.reshape(*by_key, -1), value).reshape(query.shape)
+
+
+def attend_to_filled(query, key, value, mask, filled, **no_dropout):
+    """As `attend`, of the first `filled` slots alone, a scalar that is known when it runs: the rest costs nothing.
+
+    The softmax is computed block after block (Milakov and Gimelshein 2018). A row's rounding does not depend on
+    `filled`: of a block in which it sees nothing it gets zeros, exactly.
+
+    Args:
+      query: [B, H, T, K].
+      key, value: [B, G, S, K], S a multiple of SLOT_BLOCK unless it is smaller.
+      mask: [B, T, S].
+      no_dropout: what says that there is none, as to `attend`.
+      filled: int32 scalar, at most S; no row sees a slot from there on, and each sees one in the first block.
+    """
+    batch, heads, length, size = query.shape
+    block = min(SLOT_BLOCK, key.shape[2])
+    grouped = query.reshape(batch, key.shape[1], -1, size)  # [B, G, H / G * T, K]
+
+    def add_block(number, state):
+        most, total, attended = state
+        keys, values, seen = (
+            jax.lax.dynamic_slice_in_dim(x, number * block, block, axis=2) for x in (key, value, mask)
+        )
+        scores = jnp.einsum("bgtk,bgsk->bgts", grouped, keys, preferred_element_type=jnp.float32)
+        scores = jnp.where(seen[:, None], scores.reshape(batch, heads, length, -1), jnp.finfo(jnp.float32).min)
+        higher = jnp.maximum(most, scores.max(axis=-1, keepdims=True))  # [B, H, T, 1]
+        weights, before = jnp.exp(scores - higher), jnp.exp(most - higher)
+        by_key = weights.astype(query.dtype).reshape(*grouped.shape[:3], block)
+        values = jnp.einsum("bgts,bgsk->bgtk", by_key, values, preferred_element_type=jnp.float32)
+        total = total * before + weights.sum(axis=-1, keepdims=True)
+        return higher, total, attended * before + values.reshape(query.shape)
+
+    nothing = jnp.full((batch, heads, length, 1), jnp.finfo(jnp.float32).min)
+    state = nothing, jnp.zeros_like(nothing), jnp.zeros(query.shape, jnp.float32)
+    _, total, attended = jax.lax.fori_loop(0, -(-filled // block), add_block, state)
+    return (attended / total).astype(query.dtype)
 
 
 def _attend_in_blocks(query, key, value, segments, dropout_rate, dropout_keys):

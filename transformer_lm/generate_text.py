@@ -9,15 +9,25 @@ checkpoint_N, a folder that export_huggingface.py wrote, or a model of the Huggi
 hf://fukugawa/transformer-lm-japanese-0.1b@v1. The network is the one that lies there; of the recipe only sampling_*,
 max_predict_length, prompts (one a line), use_bfloat16 and seed count.
 Without --config, the workdir's own recipe is taken.
+
+With --stream, texts come on standard output while they are written, one after the other. With --interactive, each line
+of standard input is a beginning, and is gone on from in the same way; Ctrl-D ends it. Both draw their random numbers by
+the seed, too, but other texts than without them.
 """
 
 import json
+import sys
+from collections.abc import Iterable
 
 from absl import flags, logging
 from ml_collections import ConfigDict
 
 from transformer_lm import cli, recipe
+from transformer_lm.errors import UserError, stage
 from transformer_lm.generation import language_model
+from transformer_lm.generation.engine import Engine, Settings
+from transformer_lm.generation.scheduler import Request, Scheduler
+from transformer_lm.training.config import Recipe
 
 _NUM_GENERATED_TEXTS = flags.DEFINE_integer(
     "num_generated_texts", 10, "Texts to generate for each prompt.", 1, language_model.MAX_SAMPLES
@@ -25,13 +35,22 @@ _NUM_GENERATED_TEXTS = flags.DEFINE_integer(
 _OUTPUT = flags.DEFINE_enum(
     "output", "log", ["log", "jsonl"], "log: lines 'Sample: ...' in the log; jsonl: one JSON object a text on stdout."
 )
+_STREAM = flags.DEFINE_bool("stream", False, "Write texts to stdout while they come, one after the other.")
+_INTERACTIVE = flags.DEFINE_bool("interactive", False, "Go on from each line of stdin, with --stream; Ctrl-D ends it.")
 
 
 def main(config: ConfigDict, workdir: str):
     """Continues the recipe's prompts with the workdir's model."""
     chosen = recipe.read(config)
+    streams = _STREAM.value or _INTERACTIVE.value
+    if streams and _OUTPUT.value == "jsonl":
+        raise UserError("--output=jsonl writes whole texts; leave out --stream and --interactive.")
     model = language_model.load(workdir, dtype=chosen.network.dtype)
     logging.info("Generating text with the model of step %d.", model.step)
+    if streams:
+        with stage("generating text", lower="max_predict_length"):
+            stream_texts(model, chosen)
+        return
     number = _NUM_GENERATED_TEXTS.value
     texts = model.continue_texts(chosen.prompts, chosen.sampling, seed=chosen.seed, num_samples=number)
     for text in texts:
@@ -39,6 +58,44 @@ def main(config: ConfigDict, workdir: str):
             print(json.dumps(text, ensure_ascii=False), flush=True)
         else:
             logging.info("Sample: %s", text["text"])
+
+
+def stream_texts(model: language_model.LanguageModel, chosen: Recipe):
+    """Writes texts to standard output as they come: of the recipe's prompts, or of lines that somebody types."""
+    sampling = chosen.sampling
+    engine = Engine(model.network, model.params, slots=1, context=sampling.max_length)
+    scheduler = Scheduler(engine, model.tokenizer)
+    settings = Settings(sampling.temperature, sampling.top_k, sampling.top_p, seed=chosen.seed)
+    prompts = chosen.prompts
+    if _INTERACTIVE.value:
+        prompts = typed_lines()
+    else:
+        language_model.check_prompts(model.tokenizer, prompts, sampling)  # before the first is written
+    for place, prompt in enumerate(prompts):
+        try:
+            [ids] = language_model.check_prompts(model.tokenizer, [prompt], sampling)
+        except UserError as error:
+            logging.error("%s", error)
+            continue
+        for number in range(1 if _INTERACTIVE.value else _NUM_GENERATED_TEXTS.value):
+            number += place * language_model.MAX_SAMPLES
+            scheduler.submit(Request(ids, settings, sampling.max_length - len(ids), number=number, echo=True))
+            while not scheduler.is_idle:
+                for _, part in scheduler.advance():
+                    print(part.text, end="", flush=True)
+            print("\n", flush=True)
+
+
+def typed_lines() -> Iterable[str]:
+    """Lines of standard input; a terminal shows a mark where one is awaited."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if text := line.rstrip("\n"):
+            yield text
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from transformer_lm.attention import attend, attend_in_rows, check_kind
+from transformer_lm.attention import attend, attend_in_rows, attend_to_filled, check_kind
 from transformer_lm.axes import named
 from transformer_lm.dropout import Keys, dropout, split
 from transformer_lm.errors import UserError
@@ -165,7 +165,7 @@ class Cache:
       keys: one array a layer, [B, G, S, K].
       values: one array a layer, [B, G, S, K].
       valid: [B, S] bool, which slots hold a token that may be attended to (padding of a prompt may not).
-      length: int32 scalar, number of slots filled.
+      length: int32, number of slots filled: a scalar, or one a row [B] where rows began at different times.
     """
 
     keys: tuple[jax.Array, ...]
@@ -179,6 +179,13 @@ def empty_cache(config: TransformerConfig, batch_size: int, slots: int) -> Cache
     shape = (batch_size, config.kv_heads, slots, config.head_size)
     zeros = tuple(jnp.zeros(shape, DTYPES[config.dtype]) for _ in range(config.num_layers))
     return Cache(zeros, zeros, jnp.zeros((batch_size, slots), bool), jnp.zeros((), jnp.int32))
+
+
+def write_slots(array, update, start, axis: int):
+    """The array [B, ...] with the update [B, ...] in it from slot `start` on, a scalar or one a row [B]."""
+    if jnp.ndim(start) == 0:
+        return jax.lax.dynamic_update_slice_in_dim(array, update, start, axis)
+    return jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1))(array, update, start)
 
 
 def sinusoidal_positions(max_len: int, emb_dim: int) -> np.ndarray:
@@ -239,7 +246,7 @@ class Attention(nnx.Module):
           rotation: as `rotations` gives it, where positions are rotary.
           dropout_keys: one a row [B].
           cache: (keys, values, start): keys and values [B, G, S, K], into which this call's are written from slot
-            `start` on.
+            `start` on, a scalar or one a row [B].
         """
         # Heads before tokens: as plain matrix products attention is a fifth faster on CPU.
         query = named(self.query(x).swapaxes(1, 2), "batch", "num_heads", None, None)  # [B, H, T, K]
@@ -251,8 +258,8 @@ class Attention(nnx.Module):
         query, key = rotate(query, rotation), rotate(key, rotation)
         if cache is not None:
             keys, values, start = cache
-            key = jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), start, axis=2)  # [B, G, S, K]
-            value = jax.lax.dynamic_update_slice_in_dim(values, value.astype(values.dtype), start, axis=2)
+            key = write_slots(keys, key.astype(keys.dtype), start, axis=2)  # [B, G, S, K]
+            value = write_slots(values, value.astype(values.dtype), start, axis=2)
         query = query / np.sqrt(query.shape[-1]).astype(query.dtype)
         attended = attend(query, key, value, dropout_rate=self.dropout_rate, dropout_keys=dropout_keys)
         return self.out(attended.swapaxes(1, 2)), (key, value)
@@ -379,16 +386,20 @@ class TransformerLM(nnx.Module):
           logits [B, V] float32 for the token after the last, and the cache with the T tokens in it.
         """
         length = inputs.shape[1]
-        valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, valid, cache.length, axis=1)  # [B, S]
+        valid = write_slots(cache.valid, valid, cache.length, axis=1)  # [B, S]
         slots = jnp.arange(valid.shape[1])
-        mask = (slots <= cache.length + jnp.arange(length)[:, None]) & valid[:, None, :]  # [B, T, S]
+        mask = (slots <= cache.length[..., None, None] + jnp.arange(length)[:, None]) & valid[:, None, :]  # [B, T, S]
         seen = functools.partial(attend, mask=mask)
+        if cache.length.ndim:
+            filled = jnp.minimum(cache.length.max() + length, len(slots))
+            seen = functools.partial(attend_to_filled, mask=mask, filled=filled)
         x = self._embed(inputs, positions)
         rotation = self._rotation(positions)
         graphdef, stacked = nnx.split(self.blocks)
         keys_values = []
         for i, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
-            block = nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], stacked))
+            one = jax.tree.map(lambda p, i=i: p[i], stacked, is_leaf=lambda p: isinstance(p, tuple))
+            block = nnx.merge(graphdef, one)
             x, layer_keys_values = block(x, seen, rotation=rotation, cache=(keys, values, cache.length))
             keys_values.append(layer_keys_values)
         keys, values = zip(*keys_values, strict=True)
@@ -429,6 +440,21 @@ def init(config: TransformerConfig, key: jax.Array) -> Params:
 def head(config: TransformerConfig, params: Params) -> Params:
     """Those of the parameters that `to_logits` reads."""
     return {name: params[name] for name in ("norm", "embed" if config.logits_via_embedding else "logits")}
+
+
+def unstack(params: Params) -> Params:
+    """The parameters with a tuple of arrays, one a layer, for each array that has all layers'.
+
+    Only `extend` reads them so: called once a token it would have to cut them out of one array each time, which costs
+    as much as what it computes with them. `stack` is the way back.
+    """
+    return params | {"blocks": jax.tree.map(tuple, params["blocks"])}
+
+
+def stack(params: Params) -> Params:
+    """What `unstack` was given."""
+    blocks = jax.tree.map(jnp.stack, params["blocks"], is_leaf=lambda p: isinstance(p, tuple))
+    return params | {"blocks": blocks}
 
 
 def bind(config: TransformerConfig, params: Params) -> TransformerLM:

@@ -118,6 +118,21 @@ class Tokenizer:
             raise UserError(f"{self.source} has the ids 0 to {self.vocab_size - 1}; {wrong[0]} is none of them.")
         return self._processor.decode(numbers)
 
+    @functools.cached_property
+    def _bytes(self) -> dict[int, int]:
+        numbers = range(self.vocab_size)
+        return {i: int(self._processor.id_to_piece(i)[3:5], 16) for i in numbers if self._processor.is_byte(i)}
+
+    def byte_of(self, token: int) -> int | None:
+        """The byte that a byte piece is; None of other pieces."""
+        return self._bytes.get(token)
+
+    def piece_text(self, token: int) -> str:
+        r"""What a single piece is called: its text with spaces as spaces, of a byte piece bytes:\xe3."""
+        byte = self.byte_of(token)
+        text = self._processor.id_to_piece(token).replace("\u2581", " ")
+        return text if byte is None else f"bytes:\\x{byte:02x}"
+
     def pieces(self, text: str) -> list[str]:
         """The pieces that a text is cut into."""
         return self._encode([text], out_type=str)[0]

@@ -1,0 +1,399 @@
+"""The server, asked by OpenAI's own client and by hand: answers, streams, errors, load, and its end."""
+
+import asyncio
+import contextlib
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+from conftest import FIXTURE, batch_of, call, init, one_line_error, run
+
+from transformer_lm import models
+from transformer_lm.generation.engine import Engine
+from transformer_lm.generation.language_model import LanguageModel
+from transformer_lm.generation.scheduler import Scheduler
+from transformer_lm.tokenizer import EOS_ID, START_ID, Tokenizer
+
+httpx = pytest.importorskip("httpx2", reason="the extra serve is not installed")
+openai = pytest.importorskip("openai", reason="the extra dev's openai is not installed")
+uvicorn = pytest.importorskip("uvicorn", reason="the extra serve is not installed")
+
+from transformer_lm.serving.app import ServerConfig, make_app  # noqa: E402
+from transformer_lm.serving.worker import Worker  # noqa: E402
+
+SLOTS, LIMIT, CONTEXT = 4, 80, 64
+NAME = "tiny"
+LONG = {"max_tokens": 60, "logit_bias": {str(EOS_ID): -100}}  # a text of so many tokens
+
+
+class Running:
+    """A server in a thread of this process, on a free port."""
+
+    def __init__(self, scheduler: Scheduler, limit: int = LIMIT, **config):
+        self.worker = Worker(scheduler, limit)
+        app = make_app(scheduler, self.worker, ServerConfig(**{"name": NAME} | config))
+        self._server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
+        listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._server.run, args=([listener],))
+        self._thread.start()
+        self.http = httpx.Client(base_url=self.url, timeout=120)
+        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def stop(self):
+        self.openai.close()
+        self.http.close()
+        self._server.should_exit = True
+        self._thread.join()
+        self.worker.stop()
+
+    def post(self, path: str = "/v1/completions", **body):
+        return self.http.post(path, json=body)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(FIXTURE / "sentencepiece_model")
+
+
+@pytest.fixture(scope="module")
+def network(tokenizer) -> models.TransformerConfig:
+    return models.TransformerConfig(
+        vocab_size=tokenizer.vocab_size, emb_dim=16, num_heads=2, num_layers=1, qkv_dim=16, mlp_dim=32, max_len=CONTEXT
+    )
+
+
+@pytest.fixture(scope="module")
+def scheduler(network, tokenizer) -> Scheduler:
+    return Scheduler(Engine(network, init(network), slots=SLOTS, context=CONTEXT), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def server(scheduler):
+    running = Running(scheduler)
+    yield running
+    running.stop()
+
+
+@contextlib.contextmanager
+def serving(scheduler, **options):
+    """Another server for the same slots, which the module's own does not use meanwhile."""
+    running = Running(scheduler, **options)
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+def events(response) -> list[dict]:
+    """The data of a stream of server-sent events, which must end as OpenAI's do."""
+    blocks = response.text.split("\n\n")
+    assert blocks[-2:] == ["data: [DONE]", ""]
+    return [json.loads(block.removeprefix("data: ")) for block in blocks[:-2]]
+
+
+class TestCompletions:
+    def test_a_stream_joined_is_the_whole(self, server):
+        asked = {"model": NAME, "prompt": "吾輩は", "seed": 3, "n": 3, "max_tokens": 20, "extra_body": {"top_k": 50}}
+        whole = server.openai.completions.create(**asked)
+        stream = server.openai.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+        texts, reasons = [""] * 3, [None] * 3
+        for chunk in stream:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.text
+                reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+                assert chunk.usage is None
+        assert texts == [choice.text for choice in whole.choices]
+        assert len(set(texts)) == 3
+        assert reasons == [choice.finish_reason for choice in whole.choices]
+        assert chunk.usage == whole.usage
+        assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+        assert whole.usage.completion_tokens <= 60
+
+    def test_log_probs_and_echo_are_the_networks(self, server, network, tokenizer):
+        prompt = tokenizer.encode("昔々あるところに")
+        found = server.openai.completions.create(
+            model=NAME, prompt="昔々あるところに", echo=True, logprobs=2, max_tokens=5, temperature=0,
+            logit_bias={str(EOS_ID): -100}, extra_body={"return_token_ids": True},
+        )  # fmt: skip
+        [choice] = found.choices
+        ids = choice.token_ids
+        assert ids[: len(prompt)] == prompt
+        assert choice.text == tokenizer.decode(ids)
+        expected = jax.nn.log_softmax(call(network, init(network), batch_of([ids], CONTEXT)))[0]
+        np.testing.assert_allclose(choice.logprobs.token_logprobs, expected[np.arange(len(ids)), ids], atol=1e-4)
+        for top, best, token, row in zip(
+            choice.logprobs.top_logprobs, choice.logprobs.alternatives, ids, expected, strict=False
+        ):
+            np.testing.assert_allclose(sorted(top.values())[-2:], np.sort(row)[-2:], atol=1e-4)
+            assert best[0]["id"] == np.argmax(row)
+            assert tokenizer.piece_text(token) in top
+        assert found.usage.completion_tokens == 5
+
+    def test_prompts_in_all_forms(self, server, tokenizer):
+        texts = ["昔々", "吾輩は猫である。"]
+        ids = [tokenizer.encode(text) for text in texts]
+        asked = {"model": NAME, "temperature": 0, "max_tokens": 6}
+        answers = [server.openai.completions.create(prompt=prompt, **asked) for prompt in (texts, ids)]
+        answers += [server.openai.completions.create(prompt=prompt, **asked) for prompt in texts]
+        found = [[choice.text for choice in answer.choices] for answer in answers]
+        assert found[0] == found[1] == found[2] + found[3]
+        assert answers[0].usage.prompt_tokens == sum(map(len, ids))
+
+    def test_stop_strings(self, server):
+        asked = {"prompt": "昔々", "temperature": 0, **LONG, "max_tokens": 40}
+        text = server.post(**asked).json()["choices"][0]["text"]
+        stop = text[5:8]
+        for streamed in (False, True):
+            answer = server.post(**asked, stop=["ない", stop], stream=streamed)
+            choices = [event["choices"][0] for event in events(answer)] if streamed else answer.json()["choices"]
+            assert "".join(choice["text"] for choice in choices) == text[: text.index(stop)]
+            assert choices[-1]["finish_reason"] == "stop"
+
+    def test_benchmarks_ignore_the_end(self, server):
+        answer = server.post(prompt="昔", max_tokens=30, ignore_eos=True, logit_bias={str(EOS_ID): 5}).json()
+        assert answer["usage"]["completion_tokens"] == 30
+        assert answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_lm_evals_local_completions_get_the_adapters_scores(server, network, tokenizer):
+    """What lm_eval's client for such servers asks, and what it reads from the answers, against our own adapter."""
+    client = pytest.importorskip("lm_eval.models.openai_completions", reason="lm_eval is not installed")
+    from transformer_lm.evaluation.harness import HarnessModel
+
+    pairs = [("吾輩は", "猫である。"), ("日本の首都は", "東京"), ("昔々あるところに、", "お爺さん👍")]
+    pairs = [tuple(map(tokenizer.encode, pair)) for pair in pairs]
+    pairs.append(([*pairs[0][0]], np.array([tokenizer.encode("猫")[-1]]).tolist()))
+    asked = client.LocalCompletionsAPI._create_payload(
+        types.SimpleNamespace(model=NAME), [context + continuation for context, continuation in pairs]
+    )
+    found = client.LocalCompletionsAPI.parse_logprobs(server.post(**asked).json(), ctxlens=[len(c) for c, _ in pairs])
+    adapter = HarnessModel(LanguageModel(network, init(network), tokenizer, step=0))
+    expected = adapter._loglikelihood_tokens([(None, [START_ID, *c], rest) for c, rest in pairs], disable_tqdm=True)
+    for (log_prob, greedy), (expected_log_prob, expected_greedy) in zip(found, expected, strict=True):
+        assert log_prob == pytest.approx(expected_log_prob, abs=1e-3)
+        assert greedy == expected_greedy
+
+
+class TestOthers:
+    def test_models_health_metrics(self, server):
+        [model] = server.openai.models.list().data
+        assert (model.id, model.max_model_len) == (NAME, CONTEXT)
+        assert server.http.get("/health").json() == {"status": "ok"}
+        server.post(prompt="昔", max_tokens=3)
+        metrics = server.http.get("/metrics")
+        assert metrics.headers["content-type"].startswith("text/plain")
+        assert re.search(r'^transformer_lm_answers_total\{status="200"\} [1-9]', metrics.text, re.M)
+        for name in ("written_tokens_total", "first_token_seconds_count", "texts_running 0.0", "texts_waiting 0.0"):
+            assert f"transformer_lm_{name}" in metrics.text
+
+    def test_tokenize_and_back(self, server, tokenizer):
+        text = "吾輩は猫である。👍"
+        found = server.post("/tokenize", model=NAME, prompt=text, return_token_strs=True).json()
+        assert found["tokens"] == tokenizer.encode(text)
+        assert found["count"] == len(found["tokens"]) == len(found["token_strs"])
+        assert found["max_model_len"] == CONTEXT
+        assert server.post("/detokenize", tokens=found["tokens"]).json() == {
+            "prompt": tokenizer.decode(found["tokens"])
+        }
+        assert server.post("/detokenize", tokens=[10**6]).status_code == 400
+
+    def test_no_chat_with_a_base_model(self, server):
+        with pytest.raises(openai.BadRequestError, match="has no turns") as caught:
+            server.openai.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "こんにちは"}])
+        assert caught.value.code == "model_has_no_turns"
+
+    def test_the_page_is_whole(self, server):
+        """Nothing of it comes from elsewhere, and it knows its model, whose name cannot end its script."""
+        answer = server.http.get("/")
+        assert answer.headers["content-type"] == "text/html; charset=utf-8"
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert not re.search(r"""(src|href)=|url\(|@import|https?://""", answer.text)
+        [facts] = re.findall(r'<script id="facts" type="application/json">(.*?)</script>', answer.text)
+        assert (json.loads(facts)["name"], json.loads(facts)["context"]) == (NAME, CONTEXT)
+        words = dict(re.findall(r"^  (ja|en): \{(.*?)^  \},", answer.text, re.M | re.S))
+        names = [re.findall(r'(\w+): "', words[language]) for language in ("ja", "en")]
+        assert names[0] == names[1]
+        assert set(re.findall(r'data-say="(\w+)"|say\("(\w+)"\)', answer.text)[0]) - {""} <= set(names[0])
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("fields", "param", "words"),
+        [
+            ({"suffix": "。"}, "suffix", "suffix is not supported"),
+            ({"best_of": 2}, "best_of", "not supported"),
+            ({"user": "me"}, "user", "not supported"),
+            ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
+            ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other", "not supported"),
+            ({"temperature": -1}, "temperature", "greater than or equal to 0"),
+            ({"temperature": "hot"}, "temperature", "number"),
+            ({"top_p": 0}, "top_p", "greater than 0"),
+            ({"n": 0}, "n", "greater"),
+            ({"n": 1000}, "n", "less"),
+            ({"logprobs": 21}, "logprobs", "less"),
+            ({"stop": [""]}, "stop", "at least 1"),
+            ({"max_tokens": -1}, "max_tokens", "greater"),
+            ({"logit_bias": {"1000000": 1}}, "logit_bias", "token 1000000"),
+            ({"logit_bias": {"5": 101}}, "logit_bias", "100"),
+            ({"prompt": 5}, "prompt", "must be a text"),
+            ({"prompt": []}, "prompt", "empty list"),
+            ({"prompt": [1000000]}, "prompt", "token 1000000"),
+            ({"max_tokens": 64}, "prompt", "more than the context of 64"),
+            ({"seed": 2**63}, "seed", "less"),
+        ],
+    )
+    def test_impossible_fields_are_named(self, server, fields, param, words):
+        answer = server.post(**{"model": NAME, "prompt": "昔々"} | fields)
+        assert answer.status_code == 400, answer.text
+        error = answer.json()["error"]
+        assert error.keys() == {"message", "type", "param", "code"}
+        assert (error["type"], error["param"]) == ("invalid_request_error", param)
+        assert words in error["message"]
+
+    def test_null_is_as_good_as_no_field(self, server):
+        assert server.post(prompt="昔", max_tokens=1, suffix=None, logprobs=None, stop=None, n=None).status_code == 200
+
+    @pytest.mark.parametrize(
+        "body", [b"{", b"[1]", b'{"prompt": "\\ud800"}', b"\xff", b'{"prompt": "a", "top_p": NaN}']
+    )
+    def test_what_is_no_request(self, server, body):
+        answer = server.http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+
+    def test_statuses(self, server):
+        assert server.post().json()["error"]["code"] == "missing_required_parameter"
+        assert server.post(prompt="昔", model="gpt-5").status_code == 404
+        with pytest.raises(openai.NotFoundError, match="does not exist"):
+            server.openai.completions.create(model="gpt-5", prompt="昔")
+        for method, path, status in (("GET", "/v1/completions", 405), ("GET", "/nowhere", 404)):
+            answer = server.http.request(method, path)
+            assert (answer.status_code, answer.json()["error"]["type"]) == (status, "invalid_request_error")
+        plain = server.http.post("/v1/completions", content=b'{"prompt": "a"}', headers={"Content-Type": "text/plain"})
+        assert plain.status_code == 415  # what any web page may send, wherever it is from
+
+    def test_a_failure_of_the_engine_is_told_and_survived(self, server, monkeypatch):
+        engine = server.worker.scheduler.engine
+        for streamed in (False, True):
+            with monkeypatch.context() as patch:
+                patch.setattr(engine, "step", lambda: 1 / 0)
+                answer = server.post(prompt="昔", stream=streamed)
+                assert "ZeroDivisionError" in answer.text
+                assert '"server_error"' in answer.text
+            assert server.post(prompt="昔", max_tokens=2).status_code == 200
+
+
+class TestLimits:
+    def test_64_clients_at_once(self, server):
+        """None is lost, and each gets the text that it gets alone."""
+        alone = server.post(prompt="昔々", seed=5, max_tokens=16).json()["choices"][0]["text"]
+
+        async def ask_all():
+            async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+                return await asyncio.gather(*map(lambda number: ask(client, number), range(64)))
+
+        async def ask(client, number):
+            asked = {"model": NAME, "prompt": "昔々", "seed": 5 + number % 3, "max_tokens": 16}
+            if number % 2:
+                return (await client.completions.create(**asked)).choices[0].text
+            return "".join([c.choices[0].text async for c in await client.completions.create(**asked, stream=True)])
+
+        texts = asyncio.run(ask_all())
+        assert texts[::3] == [alone] * 22
+        assert len(set(texts)) == 3
+
+    @pytest.mark.parametrize("streamed", [True, False])
+    def test_a_client_that_goes_away_frees_its_slot(self, server, streamed):
+        body = json.dumps({"prompt": "昔", "stream": streamed, "n": SLOTS, **LONG}).encode()
+        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as client:
+            client.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
+            )  # fmt: skip
+            wait_until(lambda: server.worker.scheduler.running)
+        wait_until(lambda: not server.worker.open and not server.worker.scheduler.running)
+
+    def test_a_full_queue(self, scheduler):
+        with serving(scheduler, limit=3) as server, ThreadPoolExecutor() as pool:
+            waiting = pool.submit(server.post, prompt="昔", n=3, **LONG)
+            wait_until(lambda: server.worker.open == 3)
+            with pytest.raises(openai.RateLimitError, match="3 texts are at work"):
+                server.openai.completions.create(model=NAME, prompt="昔")
+            assert waiting.result().status_code == 200
+            assert server.post(prompt="昔", max_tokens=1).status_code == 200
+            assert "too many" in server.post(prompt="昔", n=4).json()["error"]["message"]
+
+    def test_a_large_body(self, scheduler):
+        with serving(scheduler, max_body_bytes=1000) as server:
+            with pytest.raises(openai.APIStatusError, match="more than 1000 bytes") as caught:
+                server.openai.completions.create(model=NAME, prompt="昔" * 1000)
+            assert caught.value.status_code == 413
+            chunks = iter([b'{"prompt": "'] + [b"a" * 500] * 4)
+            answer = server.http.post("/v1/completions", content=chunks, headers={"Content-Type": "application/json"})
+            assert answer.status_code == 413
+
+    def test_keys_and_origins(self, scheduler):
+        with serving(scheduler, api_key="秘密", cors_origins=("https://a.example",)) as server:
+            for key in ("none", "秘"):
+                answer = server.http.get("/v1/models", headers={b"Authorization": f"Bearer {key}".encode()})
+                assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+            assert server.http.get("/health").status_code == 200
+            key = "Bearer 秘密".encode()
+            answer = server.http.get("/v1/models", headers=[(b"Authorization", key), (b"Origin", b"https://a.example")])
+            assert answer.status_code == 200
+            assert answer.headers["access-control-allow-origin"] == "https://a.example"
+            answer = server.http.get("/health", headers={"Origin": "https://b.example"})
+            assert "access-control-allow-origin" not in answer.headers
+
+
+def wait_until(holds, seconds: float = 60):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+class TestCommand:
+    def start(self, *arguments) -> tuple[subprocess.Popen, str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "transformer_lm.serve", f"--workdir={FIXTURE}", "--port=0", "--slots=2",
+             "--context=512", *arguments],
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        for line in process.stderr:
+            if found := re.search(r"Serving original at (http://127\.0\.0\.1:\d+)\.", line):
+                return process, found[1]
+        raise AssertionError(f"ended with {process.wait()}")
+
+    def test_sigterm_finishes_what_has_begun(self):
+        process, url = self.start()
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            stream = client.completions.create(
+                model="original", prompt="吾輩は", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+            )
+            next(stream)
+            process.send_signal(signal.SIGTERM)
+            reasons = [chunk.choices[0].finish_reason for chunk in stream]
+        assert reasons[-1] == "length"
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        assert "Traceback" not in errors
+
+    def test_errors(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            done = run([sys.executable, "-m", "transformer_lm.serve", f"--workdir={FIXTURE}", f"--port={port}"])
+        assert f"Cannot listen on 127.0.0.1:{port}" in one_line_error(done)
+        done = run([sys.executable, "-m", "transformer_lm.serve", "--workdir=/no/such/folder", "--port=0"])
+        assert "No model at /no/such/folder" in one_line_error(done)

@@ -1,0 +1,199 @@
+"""Requests for texts, worked on side by side: who waits, who has a slot, what text each has so far.
+
+A request goes through `submit`; each `advance` fills free slots in the order of arrival, writes one token of every text
+and tells what is new. Nothing here waits or runs in a thread: whoever calls `advance` does the work.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from transformer_lm.fields import CountOrZero, check_value
+from transformer_lm.generation.engine import Choice, Engine, Settings
+from transformer_lm.generation.streaming import TextStream
+from transformer_lm.tokenizer import EOS_ID, Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A text to be written."""
+
+    prompt: list[int]  # token ids
+    settings: Settings = dataclasses.field(default_factory=Settings)
+    max_tokens: int = 16  # new ones
+    stop: tuple[str, ...] = ()  # the text ends before the first of them
+    number: int = 0  # texts of one prompt, with one seed, differ by it
+    echo: bool = False  # whether the text begins with the prompt
+    log_probs: bool = False  # whether tokens of the prompt are scored, where it is echoed
+    ignore_eos: bool = False  # whether a text goes on behind an EOS, as benchmarks want it
+
+    def __post_init__(self):
+        for name in ("max_tokens", "number"):
+            check_value(name, getattr(self, name), CountOrZero)
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """A token of a text.
+
+    Attributes:
+      id: which.
+      offset: where its text begins, in characters.
+      log_prob: how likely it was, by the network's own logits; None for a text's START_ID.
+      alternatives: the likeliest tokens there and their log probabilities, likeliest first.
+    """
+
+    id: int
+    offset: int
+    log_prob: float | None
+    alternatives: list[tuple[int, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What is new of a text.
+
+    Attributes:
+      text: more of it, perhaps "".
+      tokens: those that begin in what is known by now.
+      written: how many tokens the network has written so far, EOS included.
+      finish_reason: "" while it goes on, "stop" at its end or at a stop string, "length" for want of room.
+    """
+
+    text: str
+    tokens: list[Token]
+    written: int = 0
+    finish_reason: str = ""
+
+
+class Job:
+    """A request that is being worked on.
+
+    Attributes:
+      request: what was asked for.
+      written: number of tokens so far, EOS included.
+    """
+
+    def __init__(self, request: Request, tokenizer: Tokenizer):
+        self.request, self.written = request, 0
+        self._stream = TextStream(tokenizer, request.prompt, request.stop)
+        self._shown = 0  # characters
+        self._tokens: list[Token] = []  # whose text is not shown yet
+
+    def echo(self, tokenizer: Tokenizer, scores: Choice | None) -> Part:
+        """The prompt as the text's first part."""
+        stream, tokens = TextStream(tokenizer), []
+        text = ""
+        for place, token in enumerate(self.request.prompt):
+            told = (None, []) if scores is None else _told(scores, place, self.request.settings.alternatives)
+            tokens.append(Token(token, stream.decoded, *told))
+            text += stream.push(token)
+        self._shown = len(text := text + stream.finish())
+        self._stream.decoded += len(text)
+        return Part(text, tokens)
+
+    def add(self, choice: Choice, slot: int) -> Part:
+        """What the token that was chosen in a slot makes new."""
+        token = int(choice.tokens[slot])
+        self.written += 1
+        told = _told(choice, slot, self.request.settings.alternatives)
+        self._tokens.append(Token(token, self._stream.decoded, *told))
+        if token == EOS_ID and not self.request.ignore_eos:
+            return self._part(self._stream.finish(), "stop")
+        text = self._stream.push(token)
+        if self._stream.stopped:
+            return self._part(text, "stop")
+        if self.written >= self.request.max_tokens:
+            text += self._stream.finish()
+            return self._part(text, "stop" if self._stream.stopped else "length")
+        return self._part(text, "")
+
+    def _part(self, text: str, finish_reason: str) -> Part:
+        self._shown += len(text)
+        whole = finish_reason and not self._stream.stopped
+        count = sum(whole or token.offset < self._shown for token in self._tokens)
+        tokens, self._tokens = self._tokens[:count], self._tokens[count:]
+        return Part(text, tokens, self.written, finish_reason)
+
+
+def _told(choice: Choice, place: int, count: int) -> tuple[float | None, list[tuple[int, float]]]:
+    """Log probability and alternatives at a place, as plain numbers."""
+    log_prob = float(choice.log_probs[place])
+    if np.isnan(log_prob):
+        return None, []
+    best = zip(choice.alternatives[place, :count], choice.alternative_log_probs[place, :count], strict=True)
+    return log_prob, [(int(token), float(value)) for token, value in best if np.isfinite(value)]
+
+
+class Scheduler:
+    """Who waits, and who has a slot."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer):
+        self.engine, self.tokenizer = engine, tokenizer
+        self._waiting: collections.deque[Job] = collections.deque()
+        self._running: dict[int, Job] = {}  # by slot
+
+    @property
+    def running(self) -> int:
+        """How many texts are being written."""
+        return len(self._running)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self._waiting or self._running)
+
+    def submit(self, request: Request) -> Job:
+        """Takes a request; raises UserError for one that the engine cannot work on."""
+        self.engine.check(request.prompt, request.max_tokens, request.settings)
+        job = Job(request, self.tokenizer)
+        self._waiting.append(job)
+        return job
+
+    def cancel(self, job: Job):
+        """Forgets a request, wherever it is; its slot is free at once."""
+        if job in self._waiting:
+            self._waiting.remove(job)
+        for slot in [slot for slot, other in self._running.items() if other is job]:
+            self._free(slot)
+
+    def clear(self):
+        """Forgets all requests."""
+        self._waiting.clear()
+        self._running.clear()
+        self.engine.reset()
+
+    def advance(self) -> list[tuple[Job, Part]]:
+        """Fills free slots, writes one token of every text, and says what is new."""
+        parts = list(self._start_waiting())
+        if not self._running:
+            return parts
+        choice = self.engine.step()
+        for slot, job in list(self._running.items()):
+            part = job.add(choice, slot)
+            if part.finish_reason:
+                self._free(slot)
+            parts.append((job, part))
+        return parts
+
+    def _start_waiting(self) -> Iterator[tuple[Job, Part]]:
+        """Gives free slots to those who have waited longest."""
+        free = [slot for slot in range(self.engine.slots) if slot not in self._running]
+        while self._waiting and free:
+            job = self._waiting.popleft()
+            request = job.request
+            if request.echo:
+                scores = self.engine.score(request.prompt) if request.log_probs else None
+                yield job, job.echo(self.tokenizer, scores)
+            if not request.max_tokens:
+                yield job, Part("", [], 0, "length")
+                continue
+            slot = free.pop(0)
+            self.engine.prefill(slot, request.prompt, request.settings, request.number)
+            self._running[slot] = job
+
+    def _free(self, slot: int):
+        del self._running[slot]
+        self.engine.release(slot)

@@ -1,0 +1,113 @@
+"""What a client may ask, field by field, and how it is told what is wrong. What is not here is refused, not ignored."""
+
+import json
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from transformer_lm.generation.engine import LARGEST_SEED, MAX_ALTERNATIVES
+
+MAX_TEXTS = 128  # of one prompt
+MAX_STOPS = 16
+CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 429: "server_busy", 500: "server_error"}
+
+TokenId = Annotated[int, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class ApiError(Exception):
+    """What a client gets in place of an answer, in OpenAI's form."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.message, self.param = status, message, param
+        self.code = code or CODES.get(status, "invalid_value")
+
+    def body(self) -> dict[str, Any]:
+        """The error as JSON has it."""
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, "invalid_request_error")
+        kind = "server_error" if self.status >= 500 else kind
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+class _Body(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    model: str | None = None
+
+
+class StreamOptions(pydantic.BaseModel):
+    """What a stream has besides text."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool = False
+
+
+class CompletionRequest(_Body):
+    """POST /v1/completions: OpenAI's fields, and those of vLLM that local models are used to."""
+
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    max_tokens: int = Field(16, ge=0)
+    n: int = Field(1, ge=1, le=MAX_TEXTS)
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=MAX_ALTERNATIVES)
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] = Field(default_factory=list)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    seed: int | None = Field(None, ge=0, le=LARGEST_SEED)
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict)
+    # Not OpenAI's:
+    top_k: int = Field(0, ge=-1, le=2**31 - 1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    ignore_eos: bool = False
+    return_token_ids: bool = False
+
+
+class TokenizeRequest(_Body):
+    """POST /tokenize."""
+
+    prompt: str
+    add_special_tokens: Literal[False] = False  # the server puts the start of a text in front of every prompt
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(_Body):
+    """POST /detokenize."""
+
+    tokens: list[TokenId]
+
+
+def parse(kind: type[pydantic.BaseModel], body: bytes) -> Any:
+    """A request of a kind; raises ApiError that names a field that is wrong. null is as good as no field."""
+    try:
+        values = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"The body is no JSON: {error}.", code="invalid_json") from error
+    if not isinstance(values, dict):
+        raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
+    try:
+        return kind.model_validate_json(json.dumps({k: v for k, v in values.items() if v is not None}))
+    except pydantic.ValidationError as error:
+        raise _told(error, kind) from error
+
+
+def _told(error: pydantic.ValidationError, kind: type[pydantic.BaseModel]) -> ApiError:
+    first = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))  # of a union's, what came furthest
+    param = str(first["loc"][0]) if first["loc"] else None
+    if first["type"] == "extra_forbidden":
+        name = ".".join(map(str, first["loc"]))
+        return ApiError(400, f"{name} is not supported by this server.", param=name, code="unsupported_parameter")
+    if first["type"] == "missing":
+        return ApiError(400, f"{param} is missing.", param=param, code="missing_required_parameter")
+    if param == "prompt" and kind is CompletionRequest:
+        return ApiError(
+            400, "prompt must be a text, a list of texts, token ids or a list of lists of them.", param=param
+        )
+    return ApiError(400, f"{param or 'The body'}: {first['msg']}.", param=param)
