@@ -7,8 +7,13 @@ import ml_collections
 
 from transformer_lm.configs import base
 
-# Of the tokenizer: with pieces for all bytes nothing is unknown.
-SPM_OPTIONS = "--character_coverage=0.9995 --byte_fallback=true"
+# Of the tokenizer: what SentencePiece, a fast tokenizer and llama.cpp cut alike, with pieces for all bytes, so that
+# nothing is unknown, and 16 control pieces that no text can hold, for turns of a conversation.
+SPM_OPTIONS = " ".join([
+    "--model_type=bpe --byte_fallback=true --character_coverage=0.9995 --normalization_rule_name=identity",
+    "--remove_extra_whitespaces=false --add_dummy_prefix=false",
+    f"--control_symbols={','.join(f'<|reserved_{number}|>' for number in range(16))}",
+])  # fmt: skip
 HEAD_SIZE = 64
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022, table 3
 
