@@ -138,7 +138,6 @@ def become(arguments: list[str], environment: dict[str, str], folder: str, files
     os.environ.clear()
     os.environ.update(environment)
     sys.path[0] = folder
-    sys.modules["torch"] = None  # which no command needs, and libraries import where it is
     how, what, *rest = arguments
     sys.argv = [how, *rest]
     if how == "-c":

@@ -230,11 +230,11 @@ def test_no_jax_where_data_are_prepared(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
     code = (
-        "import sys, colorsys\n"  # the main module: without a guard, and with what workers need not have
+        "import sys, wave\n"  # the main module: without a guard, and with what workers need not have
         "from transformer_lm.data import workers\n"
         "with workers._pool(1) as pool, workers._without_main_module():\n"
         "    modules = pool.submit(eval, 'sorted(__import__(\"sys\").modules)').result()\n"
-        "print(sorted({'colorsys', 'jax', 'flax', 'optax', 'orbax'} & set(modules)))\n"
+        "print(sorted({'wave', 'jax', 'flax', 'optax', 'orbax'} & set(modules)))\n"
     )
     script = tmp_path / "script.py"
     script.write_text(code)

@@ -147,7 +147,7 @@ def losses_explained() -> Iterator[None]:
     global _is_said
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, UserError) as error:  # a save says it in words of its own
         if global_state.num_processes > 1 and HAS_GONE.search(str(error)):
             _is_said = True
             raise UserError(GONE.removeprefix("error: ").strip()) from error
