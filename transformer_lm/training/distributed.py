@@ -147,8 +147,10 @@ def losses_explained() -> Iterator[None]:
     global _is_said
     try:
         yield
-    except (jax.errors.JaxRuntimeError, UserError) as error:  # a save says it in words of its own
-        if global_state.num_processes > 1 and HAS_GONE.search(str(error)):
+    except (jax.errors.JaxRuntimeError, UserError) as error:
+        reason = error.__cause__ if isinstance(error, UserError) else error  # of a save that failed for it
+        is_ours = isinstance(reason, jax.errors.JaxRuntimeError) and HAS_GONE.search(str(reason))
+        if global_state.num_processes > 1 and is_ours:
             _is_said = True
             raise UserError(GONE.removeprefix("error: ").strip()) from error
         raise
