@@ -2,7 +2,7 @@
 
 python3 main.py --workdir=logs/mukashi --config=configs/mukashi.py
 
-On 2 CPU cores, 5 minutes: 0.283 bits a character on tales never seen, 1.09 times the grammar's entropy.
+On 2 CPU cores, 4 to 7 minutes: 0.271 bits a character on tales never seen, 1.04 times the grammar's entropy.
 """
 
 from transformer_lm.configs import v2
@@ -32,10 +32,10 @@ def get_config():
     config.mlp_dim = 512
     config.num_heads = 3
     config.use_bfloat16 = False
-    config.num_train_steps = 600
+    config.num_train_steps = 500
     config.log_every_steps = 10
-    config.eval_every_steps = 150
-    config.checkpoint_every_steps = 150
+    config.eval_every_steps = 125
+    config.checkpoint_every_steps = 125
     config.prompts = "昔々あるところに"
     config.max_predict_length = 136
     config.sampling_temperature = 0.4
