@@ -3,10 +3,11 @@
 python benchmarks/recipes.py --literature=FOLDER [--only=v1,v2] [--seeds=0,1,2] [--results=docs/recipes.json]
 
 FOLDER holds aozora_train.jsonl.gz and aozora_validation.jsonl.gz, lines with a field "text"; without one the runs are
-on tales alone, whose entropy is known. Runs that the results have already are not made again. docs/recipes.py draws the
-tables and curves of docs/recipes.md from the results.
+on tales alone, whose entropy is known. Runs that the results have already are not made again. candidates.py has the
+networks that no recipe offers; docs/recipes.py draws the tables and curves of docs/recipes.md from the results.
 """
 
+import contextlib
 import json
 import tempfile
 import time
@@ -16,9 +17,10 @@ from unittest import mock
 
 import numpy as np
 from absl import app, flags, logging
+from candidates import NETWORKS
 
 from transformer_lm import models, recipe
-from transformer_lm.configs import base, v2
+from transformer_lm.configs import base, mukashi, v2
 from transformer_lm.data import input_pipeline, preparation
 from transformer_lm.tokenizer import START_ID
 from transformer_lm.training import loop
@@ -44,13 +46,16 @@ GATED = 512  # mlp_dim of a gated MLP with as many parameters as 768 without a g
 FULL, THIRD, SIXTH, TENTH = 400, 133, 67, 40  # steps, of 2,048 tokens
 V1 = {"learning_rate": 0.0016, "warmup_steps": 100}  # the original's, and a warm-up for so few steps
 NO_DROPOUT = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0}
-# Name: recipe, steps, and fields that are not the recipe's. All schedules follow the number of steps. "batches" is no
-# field: what is done to the rows of training and evaluation.
-RUNS: dict[str, tuple[str, int, dict]] = {
+# Name: recipe, steps, and fields that are not the recipe's. All schedules follow the number of steps. No fields are
+# "batches", what is done to the rows of training and evaluation, and "network", which stands in for the recipe's.
+LITERATURE: dict[str, tuple[str, int, dict]] = {
     "v1": ("v1", FULL, {}),
+    "v1 with half its rate": ("v1", FULL, {"learning_rate": 0.0008}),
+    "v1 with twice its rate": ("v1", FULL, {"learning_rate": 0.0032}),
     "v1 without dropout": ("v1", FULL, NO_DROPOUT),
-    "v1 without dropout linear 0.002": ("v1", FULL, NO_DROPOUT | {"schedule": "wsd", "learning_rate": 0.002}),
-    "v1 without dropout linear 0.004": ("v1", FULL, NO_DROPOUT | {"schedule": "wsd", "learning_rate": 0.004}),
+    "v1 without dropout, linear, 0.002": ("v1", FULL, NO_DROPOUT | {"schedule": "wsd", "learning_rate": 0.002}),
+    "v1 without dropout, linear, 0.004": ("v1", FULL, NO_DROPOUT | {"schedule": "wsd", "learning_rate": 0.004}),
+    "v1 with decay 0.01": ("v1", FULL, {"weight_decay": 0.01}),
     "v2/10": ("v2", TENTH, {}),
     "v2/6": ("v2", SIXTH, {}),
     "v2/3": ("v2", THIRD, {}),
@@ -60,8 +65,12 @@ RUNS: dict[str, tuple[str, int, dict]] = {
     "v2/6 with LayerNorm": ("v2", SIXTH, {"norm": "layer"}),
     "v2/6 without QK-norm": ("v2", SIXTH, {"qk_norm": False}),
     "v2/6 without zero init": ("v2", SIXTH, {"zero_init": False}),
+    "v2/6 with biases": ("v2", SIXTH, {"use_bias": True}),
     "v2/6 with ReLU": ("v2", SIXTH, {"mlp": "relu", "mlp_dim": 768}),
     "v2/6 with ReLU squared": ("v2", SIXTH, {"mlp": "relu_squared", "mlp_dim": 768}),
+    "v2/6 with heads of 32": ("v2", SIXTH, {"num_heads": 6}),
+    "v2/6 with heads of 96": ("v2", SIXTH, {"num_heads": 2}),
+    "v2/6 with one head of keys and values": ("v2", SIXTH, {"num_kv_heads": 1}),
     "v2/6 with soft cap 15": ("v2", SIXTH, {"logits_soft_cap": 15.0}),
     "v2/6 with BPE": ("v2", SIXTH, {"spm_train_options": BPE}),
     "v2/6 with rests that begin anew": ("v2", SIXTH, {"batches": "anew"}),
@@ -71,6 +80,16 @@ RUNS: dict[str, tuple[str, int, dict]] = {
     "v2/6 with Muon 0.01": ("v2", SIXTH, {"learning_rate": 0.01}),
     "v2/6 with Muon 0.04": ("v2", SIXTH, {"learning_rate": 0.04}),
     "v2/6 with rsqrt": ("v2", SIXTH, {"schedule": "rsqrt"}),
+    "v2/6 with cosine": ("v2", SIXTH, {"schedule": "cosine"}),
+    "v2/6 with x0": ("v2", SIXTH, {"network": "x0"}),
+    "v2/6 with value embeddings": ("v2", SIXTH, {"network": "values"}),
+    "v2/6 with smear": ("v2", SIXTH, {"network": "smear"}),
+}
+# The demo as it was with v1, whose numbers were chosen for it, and as it is.
+TALES = {
+    "v1": ("v1", 3000, NO_DROPOUT | {"per_device_batch_size": 2, "num_heads": 6, "learning_rate": 0.003}),
+    "v2": ("v2", 500, {"per_device_batch_size": 8}),
+    "v2 of half the steps": ("v2", 250, {"per_device_batch_size": 8}),
 }
 
 
@@ -88,27 +107,37 @@ def join_documents(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 BATCHES = {"": lambda batch: batch, "anew": begin_anew, "across": join_documents}
 
 
-def corpora() -> dict[str, dict]:
-    """Fields of the corpora that there are."""
+def corpora() -> dict[str, tuple[dict, dict]]:
+    """The corpora that there are: their runs, and their fields."""
+    found = {"mukashi": (TALES, tales())}
     if not _LITERATURE.value:
-        return {}
+        return found
     folder = Path(_LITERATURE.value)
-    return {
-        "literature": {
-            "dataset_name": f"jsonl:{folder / 'aozora_train.jsonl.gz'}",
-            "eval_dataset_name": f"jsonl:{folder / 'aozora_validation.jsonl.gz'}",
-            "train_split": "train[:10%]",
-            "eval_split": "train[:10%]",
-            "spm_train_options": UNIGRAM,
-        }
+    literature = {
+        "dataset_name": f"jsonl:{folder / 'aozora_train.jsonl.gz'}",
+        "eval_dataset_name": f"jsonl:{folder / 'aozora_validation.jsonl.gz'}",
+        "train_split": "train[:10%]",
+        "eval_split": "train[:10%]",
+        "spm_train_options": UNIGRAM,
     }
+    return {"literature": (LITERATURE, literature)} | found
+
+
+def tales() -> dict:
+    """What the demo's recipe says of its corpus and its sizes."""
+    config = mukashi.get_config()
+    names = (
+        "vocab_size", "max_corpus_chars", "spm_train_options", "dataset_name", "train_split", "eval_split",
+        "max_target_length", "max_eval_target_length", "num_layers",
+    )  # fmt: skip
+    return {name: config[name] for name in names}
 
 
 def fields_of(kind: str, steps: int, changes: dict, corpus: dict, seed: int, cache: Path):
     """The recipe of a run."""
     config = (base if kind == "v1" else v2).get_config()
     own = V1 if kind == "v1" else {"mlp_dim": GATED}
-    fields = {name: value for name, value in changes.items() if name != "batches"}
+    fields = {name: value for name, value in changes.items() if name not in ("batches", "network")}
     config.update(SIZE | own | corpus | fields | {"num_train_steps": steps, "seed": seed})
     tokenizer = f"{config.vocab_size} {config.spm_train_options}"
     config.vocab_path = str(cache / f"sentencepiece_model_{zlib.crc32(tokenizer.encode()):08x}")
@@ -116,20 +145,31 @@ def fields_of(kind: str, steps: int, changes: dict, corpus: dict, seed: int, cac
     return config
 
 
-def run(config, workdir: str, batches: str = "") -> dict:
+@contextlib.contextmanager
+def changed(batches: str = "", network: str = "", **_):
+    """While a run has other rows, or another network."""
+    read, change = input_pipeline.read_records, BATCHES[batches]
+    models._abstract.cache_clear()
+    with (
+        mock.patch.object(input_pipeline, "read_records", lambda *arguments: change(read(*arguments))),
+        mock.patch.object(models, "TransformerLM", NETWORKS[network]),
+    ):
+        yield
+
+
+def run(config, workdir: str) -> dict:
     """Trains, and says what came of it."""
     chosen = recipe.read(config)
     data = preparation.prepare(chosen.data, workdir)
-    read, change = input_pipeline.read_records, BATCHES[batches]
     start = time.perf_counter()
-    with mock.patch.object(input_pipeline, "read_records", lambda *arguments: change(read(*arguments))):
-        loop.train_and_evaluate(chosen, data, workdir)
+    loop.train_and_evaluate(chosen, data, workdir)
     lines = [json.loads(line) for line in Path(workdir, "metrics.jsonl").read_text().splitlines()]
     speeds = sorted(line["step_seconds"] for line in lines if "step_seconds" in line)
     return {
         "bits_per_char": next(line["eval_bits_per_char"] for line in lines[::-1] if "eval_bits_per_char" in line),
         "step_seconds": speeds[len(speeds) // 2],
         "steps": chosen.train.num_train_steps,
+        "tokens": chosen.train.num_train_steps * chosen.train.per_device_batch_size * chosen.data.max_target_length,
         "seconds": time.perf_counter() - start,
         "parameters": models.count_params(chosen.network),
         "train": [(line["step"], line["train_loss"]) for line in lines if "train_loss" in line],
@@ -141,16 +181,16 @@ def main(_):
     path = Path(_RESULTS.value)
     results = json.loads(path.read_text()) if path.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        for corpus, fields in corpora().items():
+        for corpus, (runs, fields) in corpora().items():
             cache = Path(_CACHE.value or folder) / corpus
             for seed in map(int, _SEEDS.value):
-                for name in _ONLY.value or RUNS:
+                for name in _ONLY.value or runs:
                     key = f"{corpus}: {name}: {seed}"
-                    if key in results:
+                    if key in results or name not in runs:
                         continue
-                    config = fields_of(*RUNS[name], fields, seed, cache)
-                    with tempfile.TemporaryDirectory() as workdir:
-                        results[key] = run(config, workdir, RUNS[name][2].get("batches", ""))
+                    config = fields_of(*runs[name], fields, seed, cache)
+                    with tempfile.TemporaryDirectory() as workdir, changed(**runs[name][2]):
+                        results[key] = run(config, workdir)
                     logging.info("%s: %.4f bits a character", key, results[key]["bits_per_char"])
                     path.write_text(json.dumps(results, indent=1))
 

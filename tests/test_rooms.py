@@ -2,6 +2,9 @@
 
 import ast
 import importlib.util
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,3 +88,14 @@ def test_no_circle():
         for name in ready:
             del rest[name]
     assert not rest, f"import each other, or one that does: {sorted(rest)}"
+
+
+def test_no_command_imports_jax_before_cli():
+    """JAX reads where to keep what it compiles when it is imported: cli.py must have said it by then."""
+    check = "import sys, transformer_lm.cli; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], check=True)
+    for command in FLOORS[-1] - {""}:
+        tree = ast.parse(MODULES[command].read_text(encoding="utf-8"))
+        lines = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        before = lines[: next(i for i, line in enumerate(lines) if line.startswith("from transformer_lm "))]
+        assert not [line for line in before if re.search(r"\b(jax|flax|optax|orbax)\b", line)], command

@@ -50,6 +50,7 @@ def _keep_compilations():
             processor = next((line for line in file if line.startswith(("flags", "Features"))), "")
         name = f"xla-{zlib.crc32(processor.encode()):08x}"
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / name))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")  # small programs are many
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # it is compiled again
 
 

@@ -25,7 +25,6 @@ import math
 import os
 import sys
 
-import jax
 from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
@@ -40,8 +39,7 @@ from transformer_lm.generation import language_model
 from transformer_lm.tokenizer import Tokenizer
 from transformer_lm.training import batching, sharding
 from transformer_lm.training.config import Recipe
-from transformer_lm.training.evaluation import evaluate_rows
-from transformer_lm.training.step import make_eval_step
+from transformer_lm.training.evaluation import evaluate_network
 
 _TASKS = flags.DEFINE_list("tasks", None, "Tasks of lm-evaluation-harness; jglue: the three whose data are published.")
 _TASKS_DATA = flags.DEFINE_string("tasks_data", None, "Folder with JGLUE's files; JGLUE_DIR says it, too.")
@@ -100,13 +98,10 @@ def evaluate_corpus(model: language_model.LanguageModel, chosen: Recipe, workdir
     rows = _rows(model.tokenizer, chosen.data, workdir)
     layout = sharding.make_layout(chosen.train.mesh_fsdp, chosen.train.mesh_tensor)
     network = dataclasses.replace(model.network, max_len=max(model.network.max_len, rows.row_length))
-    layout.check(network)
-    params = jax.device_put(model.params, layout.of_state(model.params))
     batches = batching.plan(chosen.train, layout)
-    return evaluate_rows(
-        jax.jit(make_eval_step(network, layout)), params, rows, layout,
-        batch_size=batches.eval_rows, max_rows=batches.max_eval_rows,
-    )  # fmt: skip
+    return evaluate_network(
+        network, model.params, rows, layout, batch_size=batches.eval_rows, max_rows=batches.max_eval_rows
+    )
 
 
 def _rows(tokenizer: Tokenizer, data: preparation.DataConfig, workdir: str):

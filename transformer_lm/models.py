@@ -396,11 +396,15 @@ class TransformerLM(nnx.Module):
         x = self._embed(inputs, positions)
         rotation = self._rotation(positions)
         graphdef, stacked = nnx.split(self.blocks)
+
+        @jax.jit  # within another: traced once for all layers, and then part of the whole
+        def run_layer(x, params, keys, values):
+            return nnx.merge(graphdef, params)(x, seen, rotation=rotation, cache=(keys, values, cache.length))
+
         keys_values = []
         for i, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
             one = jax.tree.map(lambda p, i=i: p[i], stacked, is_leaf=lambda p: isinstance(p, tuple))
-            block = nnx.merge(graphdef, one)
-            x, layer_keys_values = block(x, seen, rotation=rotation, cache=(keys, values, cache.length))
+            x, layer_keys_values = run_layer(x, one, keys, values)
             keys_values.append(layer_keys_values)
         keys, values = zip(*keys_values, strict=True)
         return self.to_logits(x[:, -1]), Cache(keys, values, valid, cache.length + length)

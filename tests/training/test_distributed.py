@@ -1,6 +1,5 @@
-"""Two processes of two devices each as one run: real processes, real kills."""
+"""Two processes of four devices each as one run: real processes, real kills."""
 
-import functools
 import json
 import os
 import pickle
@@ -25,7 +24,7 @@ from transformer_lm.training.reporter import SPEEDS
 
 FIELDS = {
     "num_train_steps": 40, "log_every_steps": 1, "eval_every_steps": 20, "checkpoint_every_steps": 20,
-    "keep_checkpoints": 10, "global_batch_size": 8, "per_device_batch_size": 2, "mesh_fsdp": 2, "num_layers": 1,
+    "keep_checkpoints": 10, "global_batch_size": 8, "per_device_batch_size": 1, "mesh_fsdp": 2, "num_layers": 1,
     "num_eval_steps": 3, "eval_per_device_batch_size": 2, "vocab_size": 800, "sampling_temperature": 0,
 }  # fmt: skip
 ENDLESS = {"num_train_steps": 10_000, "eval_every_steps": 10_000, "checkpoint_every_steps": 2}
@@ -77,38 +76,46 @@ def assert_same(ours: list[dict], theirs: list[dict], rtol: float):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """The workdir of a run of one process of four devices."""
+    """The workdir of a run of one process of eight devices."""
     workdir = tmp_path_factory.mktemp("unbroken")
-    train(workdir, processes=1, devices=4)
+    train(workdir, processes=1, devices=8)
     return workdir
 
 
-def half_of(unbroken, folder) -> Path:
-    """A copy of the run as it was after twenty of its forty steps."""
-    shutil.copytree(unbroken, folder / "copy", ignore=lambda _, names: {"40"} & set(names))
-    return folder / "copy"
-
-
-TENSOR = {"processes": 1, "devices": 2, "mesh_fsdp": 1, "mesh_tensor": 2, "global_batch_size": 0}
-TWO = {"processes": 2, "devices": 2, "mesh_fsdp": 4}
+TWO = {"processes": 2, "devices": 4}
 
 
 @pytest.fixture(scope="module")
-def elsewhere(unbroken, tmp_path_factory):
-    """Gives the workdir, and how its processes ended, of the half run that has gone on to its end."""
-
-    @functools.cache
-    def gone_on(processes: int):
-        workdir = half_of(unbroken, tmp_path_factory.mktemp("elsewhere"))
-        return workdir, train(workdir, **(TENSOR if processes == 1 else TWO))
-
-    return gone_on
+def two(tmp_path_factory):
+    """The workdir of the same run in two processes of four devices, which nothing befalls."""
+    workdir = tmp_path_factory.mktemp("two")
+    train(workdir, **TWO)
+    return workdir
 
 
-@pytest.mark.parametrize(("processes", "batch"), [(1, "8 rows a step in 2 parts"), (2, "8 rows a step")])
-def test_goes_on_elsewhere(unbroken, elsewhere, processes, batch):
+def half_of(run, folder) -> Path:
+    """A copy of a run as it was after twenty of its forty steps."""
+    shutil.copytree(run, folder / "copy", ignore=lambda _, names: {"40"} & set(names))
+    return folder / "copy"
+
+
+def test_two_processes_are_as_one(unbroken, two):
+    """One process of eight devices, and two of four: the same metrics, of the same rows."""
+    assert rows_of(two, 2) == rows_of(unbroken, 1)
+    assert_same(metrics_of(two), metrics_of(unbroken), rtol=1e-6)
+
+
+TENSOR = {"processes": 1, "devices": 2, "mesh_fsdp": 1, "mesh_tensor": 2, "global_batch_size": 0}
+
+
+@pytest.mark.parametrize(
+    ("begun", "options", "batch"),
+    [("two", TENSOR, "8 rows a step in 4 parts"), ("unbroken", TWO | {"mesh_fsdp": 8}, "8 rows a step")],
+)
+def test_goes_on_elsewhere(begun, options, batch, unbroken, request, tmp_path):
     """On another mesh, other devices or processes: the same bits, then for twenty steps the same rows and losses."""
-    workdir, done = elsewhere(processes)
+    workdir, processes = half_of(request.getfixturevalue(begun), tmp_path), options["processes"]
+    done = train(workdir, **options)
     assert re.search(rf"Resuming at step 20 of 40.*{batch}\.$", done[0].stderr, re.MULTILINE)
     assert "step 40:" in done[0].stderr
     assert not any("step" in process.stderr for process in done[1:])  # one process speaks
@@ -155,7 +162,7 @@ def wait_for(path):
 
 def test_stopped_together(unbroken, tmp_path):
     """A signal to one of two stops both after the same step, with a checkpoint of it; till then they are as one."""
-    both = start(tmp_path, processes=2, devices=2, **ENDLESS)
+    both = start(tmp_path, **TWO | ENDLESS)
     wait_for(tmp_path / "checkpoints" / "2")
     both[1].send_signal(signal.SIGTERM)
     done = finish(both)
@@ -168,9 +175,9 @@ def test_stopped_together(unbroken, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def killed(unbroken, tmp_path_factory):
+def killed(two, tmp_path_factory):
     """The half run that goes on in two processes, the second of them killed after a save; and how the first ended."""
-    workdir = half_of(unbroken, tmp_path_factory.mktemp("killed"))
+    workdir = half_of(two, tmp_path_factory.mktemp("killed"))
     both = start(workdir, **TWO | ENDLESS)
     wait_for(workdir / "checkpoints" / "24")
     both[1].send_signal(signal.SIGKILL)
@@ -185,7 +192,7 @@ def test_one_that_is_killed_ends_the_other(killed):
     assert seconds < 60
 
 
-def test_started_again_it_is_the_unbroken_run(killed, elsewhere):
+def test_started_again_it_is_the_unbroken_run(killed, two):
     """After a kill, both go on to the very bits of a run that nothing befell."""
     workdir, *_ = killed
     steps = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
@@ -194,9 +201,8 @@ def test_started_again_it_is_the_unbroken_run(killed, elsewhere):
         if step > 38:
             shutil.rmtree(workdir / "checkpoints" / str(step))
     train(workdir, **TWO)
-    expected, _ = elsewhere(2)
-    assert metrics_of(workdir) == metrics_of(expected)
-    params = [loading.load_model(folder).params for folder in (workdir, expected)]
+    assert metrics_of(workdir) == metrics_of(two)
+    params = [loading.load_model(folder).params for folder in (workdir, two)]
     jax.tree.map(np.testing.assert_array_equal, *params)
 
 

@@ -13,6 +13,7 @@ from transformer_lm.data.rows import PreparedRows
 from transformer_lm.training import batching
 from transformer_lm.training.loss import perplexity
 from transformer_lm.training.sharding import Layout
+from transformer_lm.training.step import make_eval_step
 
 LN2 = math.log(2)
 
@@ -32,6 +33,15 @@ def evaluate_rows(
     batches = input_pipeline.eval_batches(rows, batch_size=batch_size, max_rows=max_rows, only=only)
     batches = itertools.takewhile(lambda _: not stopped(), batches)
     return mean_metrics(eval_step(params, batching.place(layout, batch_size, batch)) for batch in batches)
+
+
+def evaluate_network(
+    network: models.TransformerConfig, params: models.Params, rows: PreparedRows, layout: Layout, **options
+) -> dict[str, float]:
+    """`evaluate_rows`, with its options, of parameters that lie anywhere."""
+    layout.check(network)
+    params = jax.device_put(params, layout.of_state(params))
+    return evaluate_rows(jax.jit(make_eval_step(network, layout)), params, rows, layout, **options)
 
 
 def mean_metrics(sums: Iterable[dict[str, jax.Array]]) -> dict[str, float]:

@@ -51,5 +51,5 @@ def abstract_state(
     network: models.TransformerConfig, optimizer: optax.GradientTransformation, layout: Layout
 ) -> TrainState:
     """Shapes, dtypes and shardings of a state, which is not made: what to restore, or to compile for."""
-    state = jax.eval_shape(lambda: init_state(network, optimizer, jax.random.key(0)))
+    state = jax.eval_shape(lambda params: state_of(params, optimizer), models.abstract_params(network))
     return jax.tree.map(lambda x, place: x.update(sharding=place), state, layout.of_state(state))
