@@ -1,14 +1,21 @@
-"""How much faster ten texts are written in one batch than one at a time, token by token, as the original does.
+"""How fast texts are written: against one at a time, as the original does, and against the memory's bandwidth.
 
 python benchmarks/generate.py
 
-10 texts of 128 tokens, 16 of them a prompt; 12 layers x 768, vocabulary 30,000, random weights, float32. The two ways
-take turns; the table shows the median of the rounds.
+12 layers x 768, vocabulary 30,000, random weights, float32; tables show the medians of the rounds.
+
+The first table: 10 texts of 128 tokens, 16 of them a prompt, in turns with the original's way: one after the other, the
+prompt token by token, too. The second: a decoding step, as the difference between long texts and short ones, by the
+number of texts. A step reads all weights but the embedding, and the cache; at best it takes as long as that at the
+bandwidth that was measured beside it, by adding up a large array.
 """
 
+import dataclasses
 import functools
+import math
 import statistics
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +34,9 @@ SAMPLING = sampler.SamplingConfig(temperature=0.6, top_k=20, max_length=128)
 NUM_TEXTS = 10
 PROMPT = list(range(100, 116))
 ROUNDS = 5
+BATCHES = (1, 10, 64)
+SHORT = 32  # tokens of the short texts
+SUMMED = 2**28  # float32 numbers, 1 GiB
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -59,21 +69,13 @@ def in_one_batch(params):
     assert all(len(text.tokens) == SAMPLING.max_length - len(PROMPT) for text in texts)
 
 
-def main():
-    """Prints the table."""
-    params = jax.jit(models.init, static_argnums=0)(CONFIG, jax.random.key(0))
-    params["logits"]["bias"] = params["logits"]["bias"].at[EOS_ID].set(-1e9)  # no text ends early
+def compare_ways(params) -> Table:
+    """Ten texts in two ways."""
     ways = {
         "one text at a time, token by token": one_at_a_time,
         "all texts in one batch, prompt in one pass": in_one_batch,
     }
-    seconds = {name: [] for name in ways}
-    for turn in range(ROUNDS + 1):
-        for name, write in ways.items():
-            start = time.perf_counter()
-            write(params)
-            if turn:  # the first compiles
-                seconds[name].append(time.perf_counter() - start)
+    seconds = in_turns({name: functools.partial(write, params) for name, write in ways.items()})
     new_tokens = NUM_TEXTS * (SAMPLING.max_length - len(PROMPT))
     first, second = seconds.values()
     ratios = [a / b for a, b in zip(first, second, strict=True)]
@@ -82,7 +84,63 @@ def main():
         median = statistics.median(times)
         ratio = "1" if times is first else f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
         table.add_row(name, f"{median:.2f}", f"{new_tokens / median:.1f}", ratio)
-    rich.console.Console(width=120).print(table)
+    return table
+
+
+def in_turns(ways: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds that each way takes in each round."""
+    seconds = {name: [] for name in ways}
+    for turn in range(ROUNDS + 1):
+        for name, run in ways.items():
+            start = time.perf_counter()
+            run()
+            if turn:  # the first compiles
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def write_texts(params, number: int, length: int):
+    """So many texts of so many tokens."""
+    sampling = dataclasses.replace(SAMPLING, max_length=length)
+    sampler.generate(CONFIG, params, [PROMPT], num_samples=number, sampling=sampling, seed=0)
+
+
+def bytes_of_step(params, number: int) -> int:
+    """What a decoding step of so many texts reads: weights, and the cache's slots."""
+    weights = sum(x.nbytes for x in jax.tree.leaves(params)) - params["embed"]["embedding"].nbytes
+    slots = sampler.padded_length(len(PROMPT)) + SAMPLING.max_length
+    cache = jax.eval_shape(lambda: models.empty_cache(CONFIG, number, slots))
+    return weights + sum(math.prod(x.shape) * x.dtype.itemsize for x in (*cache.keys, *cache.values))
+
+
+def compare_with_bandwidth(params) -> Table:
+    """A decoding step against the memory."""
+    numbers, add_up = jnp.ones(SUMMED), jax.jit(jnp.sum)
+    ways = {"memory": lambda: jax.block_until_ready(add_up(numbers))}
+    for number in BATCHES:
+        for length in (SHORT, SAMPLING.max_length):
+            ways[f"{number} {length}"] = functools.partial(write_texts, params, number, length)
+    seconds = in_turns(ways)
+    bandwidth = numbers.nbytes / min(seconds["memory"])
+    table = Table("texts", "ms a step", "tokens/s", "MB a step", "GB/s", "of the bandwidth", title="Decoding steps")
+    for number in BATCHES:
+        pairs = zip(seconds[f"{number} {SAMPLING.max_length}"], seconds[f"{number} {SHORT}"], strict=True)
+        step = statistics.median(long - short for long, short in pairs) / (SAMPLING.max_length - SHORT)
+        read = bytes_of_step(params, number)
+        table.add_row(
+            str(number), f"{step * 1000:.1f}", f"{number / step:.1f}", f"{read / 1e6:.0f}", f"{read / step / 1e9:.1f}",
+            f"{100 * read / step / bandwidth:.0f} % of {bandwidth / 1e9:.1f} GB/s",
+        )  # fmt: skip
+    return table
+
+
+def main():
+    """Prints the tables."""
+    params = jax.jit(models.init, static_argnums=0)(CONFIG, jax.random.key(0))
+    params["logits"]["bias"] = params["logits"]["bias"].at[EOS_ID].set(-1e9)  # no text ends early
+    console = rich.console.Console(width=120)
+    console.print(compare_ways(params))
+    console.print(compare_with_bandwidth(params))
 
 
 if __name__ == "__main__":

@@ -263,16 +263,19 @@ def contenders() -> dict[str, Callable]:
 
 
 def serve(make: Callable[[Case], Callable[[], None]], case: Case, pipe):
-    """Runs in a contender's process: for every message the seconds that one run takes; None where it cannot run."""
+    """Runs in a contender's process: for every message the seconds that one run takes, and first whether it can run."""
     try:
         run = make(case)
-        while pipe.recv():
-            start = time.perf_counter()
-            run()
-            pipe.send(time.perf_counter() - start)
+        run()  # compiles
     except Exception:
         traceback.print_exc()
-        pipe.send(None)
+        return pipe.send(False)
+    pipe.send(True)
+    while pipe.recv():
+        start = time.perf_counter()
+        run()
+        pipe.send(time.perf_counter() - start)
+    return None
 
 
 def take_turns(makers: dict[str, Callable], case: Case) -> dict[str, list[float]]:
@@ -280,18 +283,19 @@ def take_turns(makers: dict[str, Callable], case: Case) -> dict[str, list[float]
     context = multiprocessing.get_context("spawn")
     pipes = {}
     for name, make in makers.items():
-        pipes[name], theirs = context.Pipe()
+        pipe, theirs = context.Pipe()
         context.Process(target=serve, args=(make, case, theirs), daemon=True).start()
-    seconds: dict[str, list[float]] = {name: [] for name in makers}
-    for turn in range(_ROUNDS.value + 2):
-        for name in list(seconds):
-            pipes[name].send(True)
-            if (taken := pipes[name].recv()) is None:
-                del seconds[name]
-            elif turn >= 2:  # the first ones compile and warm up
+        if pipe.recv():
+            pipes[name] = pipe
+    seconds: dict[str, list[float]] = {name: [] for name in pipes}
+    for turn in range(_ROUNDS.value + 1):
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            taken = pipe.recv()
+            if turn:  # the first one warms up
                 seconds[name].append(taken)
-    for name in seconds:
-        pipes[name].send(False)
+    for pipe in pipes.values():
+        pipe.send(False)
     return seconds
 
 

@@ -1,6 +1,6 @@
 """How many characters a token stands for, by kind, size and options of the tokenizer.
 
-python benchmarks/tokenizers.py --folder=FOLDER [--json=FILE] [--only=REGEX] [--max_chars=10000000]
+python benchmarks/tokenizer_choices.py --folder=FOLDER [--json=FILE] [--only=REGEX] [--max_chars=10000000]
 
 FOLDER holds aozora_train.jsonl.gz (literature, to train on), aozora_validation.jsonl.gz and wikipedia_leads.jsonl.gz,
 lines with a field "text". Measured on the validation file and on every other article of the leads. Tokenizers of the
