@@ -11,6 +11,7 @@ def test_summary(tmp_path, capsys):
     workdir = tmp_path / "demo"
     workdir.mkdir()
     (workdir / "stale").touch()
+    (workdir / "summary.json").touch()
     fields = config.get_config()
     fields.update(
         train_split="train[:200]", eval_split="validation[:10]", vocab_size=1600, num_layers=1, emb_dim=32, qkv_dim=32,
@@ -30,3 +31,11 @@ def test_summary(tmp_path, capsys):
         assert sample.startswith("昔々あるところに")
         assert sample in printed
     assert f"{summary['eval_bits_per_char']:.4f}" in printed
+
+    (workdir / "summary.json").unlink()  # as if it had been interrupted
+    (workdir / "kept").touch()
+    lines = (workdir / "metrics.jsonl").read_text()
+    demo.main(recipe.read(fields), workdir)
+    assert (workdir / "kept").exists()
+    assert (workdir / "metrics.jsonl").read_text() == lines
+    assert json.loads((workdir / "summary.json").read_text())["samples"] == summary["samples"]

@@ -1,6 +1,8 @@
-"""The demo: trains the recipe `mukashi` afresh in logs/demo, reads what the model writes, and says how good it is.
+"""The demo: trains the recipe `mukashi` in logs/demo, reads what the model writes, and says how good it is.
 
 python -m transformer_lm.demo
+
+One that was interrupted goes on; one that came to its end begins afresh.
 """
 
 import shutil
@@ -17,12 +19,14 @@ from transformer_lm.training import loop, metrics
 from transformer_lm.training.config import Recipe
 
 WORKDIR = Path("logs/demo")
+SUMMARY_FILE = "summary.json"
 NUM_TALES = 3
 
 
 def main(demo: Recipe, workdir: Path):
-    """Trains the recipe, prints tales and scores, and leaves them in workdir/summary.json."""
-    shutil.rmtree(workdir, ignore_errors=True)
+    """Trains the recipe, prints tales and scores, and leaves them in the workdir's summary."""
+    if (workdir / SUMMARY_FILE).exists():
+        shutil.rmtree(workdir)
     data = preparation.prepare(demo.data, str(workdir))
     start = time.perf_counter()
     loop.train_and_evaluate(demo, data, str(workdir))
@@ -37,7 +41,7 @@ def main(demo: Recipe, workdir: Path):
         "samples": [text["text"] for text in texts],
         "params": models.count_params(model.network),
     }
-    write_atomically(workdir / "summary.json", json_bytes(summary))
+    write_atomically(workdir / SUMMARY_FILE, json_bytes(summary))
 
     print(f"\n{NUM_TALES} tales from {demo.prompts[0]}:\n")
     print("\n\n".join(summary["samples"]))

@@ -64,6 +64,10 @@ def test_errors(model, tmp_path, monkeypatch):
         model.score(["短い", "長" * 30])
     with pytest.raises(UserError, match="No model"):
         transformer_lm.load(tmp_path)
+    with pytest.raises(UserError, match="None is no address of a model"):
+        transformer_lm.load(None)
+    with pytest.raises(UserError, match="hf://OWNER/NAME"):
+        transformer_lm.load("https://huggingface.co/owner/name")
     for name in ("checkpoint_499999", "sentencepiece_model"):
         (tmp_path / name).write_bytes((FIXTURE / name).read_bytes())
     from transformer_lm.data.corpora import mukashi

@@ -77,6 +77,10 @@ def find_model(address: os.PathLike | str) -> FoundModel:
     Raises:
       UserError: there is no model, or it cannot be read.
     """
+    if not isinstance(address, str | os.PathLike):
+        raise UserError(f"{address!r} is no address of a model: give a folder or a file, or hf://OWNER/NAME.")
+    if str(address).startswith(("http://", "https://")):
+        raise UserError(f"{address} is a web page: name a model of the hub as hf://OWNER/NAME, or download it.")
     path = epath.Path(hub.fetch(address) if hub.is_address(address) else address).expanduser()
     if not path.exists():
         raise UserError(f"No model at {path}: no such file or folder.")
