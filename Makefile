@@ -19,10 +19,10 @@ play: $(VENV)/serve
 	$(VENV)/bin/python -m transformer_lm.serve --workdir=logs/demo --model_name=mukashi
 
 test: $(VENV)/dev
-	$(VENV)/bin/python -m pytest --ignore=tests/interop
+	$(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile --ignore=tests/interop
 
 test-interop: $(VENV)/interop
-	$(VENV)/bin/python -m pytest tests/interop
+	$(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile tests/interop
 
 faults: $(VENV)/dev
 	$(VENV)/bin/python tests/faults/faults.py
