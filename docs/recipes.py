@@ -11,8 +11,10 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-TOKENS = 2048  # of a step
-CURVES = ("v1", "v1, tuned", "v2/6", "v2/3", "v2")
+from transformer_lm.data.corpora import mukashi
+
+CURVES = ("v1", "v2/6", "v2/3", "v2", "v2 of half the steps")
+LEAST = {"mukashi": mukashi.bits_per_char()}  # what no model can do better than, where it is known
 
 
 def main(results: str, picture: str):
@@ -24,19 +26,19 @@ def main(results: str, picture: str):
     figure, axes = plt.subplots(1, len(corpora), figsize=(4.5 * len(corpora), 3.4), layout="constrained", squeeze=False)
     for axis, (corpus, runs) in zip(axes[0], corpora.items(), strict=True):
         print(f"\n{corpus}\n")
-        print("| run | tokens | bits a character | seeds | step, of v1's | parameters |\n|:-|-:|-:|-:|-:|-:|")
-        first = statistics.median(result["step_seconds"] for result in runs["v1"])
+        least = LEAST.get(corpus, 0.0)
+        measure = f"bits a character above {least:.4f}" if least else "bits a character"
+        print(f"| run | tokens | {measure} | seeds | parameters |\n|:-|-:|-:|-:|-:|")
         for name, found in runs.items():
-            bits = [result["bits_per_char"] for result in found]
-            spread = f" ± {statistics.stdev(bits):.3f}" if len(bits) > 1 else ""
-            step = statistics.median(result["step_seconds"] for result in found) / first
-            print(
-                f"| {name} | {found[0]['steps'] * TOKENS:,} | {statistics.mean(bits):.3f}{spread} | {len(bits)} "
-                f"| {step:.2f} | {found[0]['parameters']:,} |"
-            )
+            bits = [result["bits_per_char"] - least for result in found]
+            digits = 4 if least else 3
+            spread = f" ± {statistics.stdev(bits):.{digits}f}" if len(bits) > 1 else ""
+            mean = f"{statistics.mean(bits):.{digits}f}{spread}"
+            print(f"| {name} | {found[0]['tokens']:,} | {mean} | {len(bits)} | {found[0]['parameters']:,} |")
             if name in CURVES:
                 steps, losses = zip(*found[0]["train"], strict=True)
-                axis.plot([step * TOKENS for step in steps], losses, label=name)
+                tokens = found[0]["tokens"] / found[0]["steps"]  # of a step
+                axis.plot([step * tokens for step in steps], losses, label=name)
         axis.set(title=corpus, xlabel="tokens", ylabel="training loss, nats a token")
         axis.grid(alpha=0.3)
         axis.legend()
