@@ -46,6 +46,18 @@ GATED = 512  # mlp_dim of a gated MLP with as many parameters as 768 without a g
 FULL, THIRD, SIXTH, TENTH = 400, 133, 67, 40  # steps, of 2,048 tokens
 V1 = {"learning_rate": 0.0016, "warmup_steps": 100}  # the original's, and a warm-up for so few steps
 NO_DROPOUT = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0}
+NARROW = {"emb_dim": 96, "qkv_dim": 96, "mlp_dim": 256, "num_heads": 2}
+WIDE = {"emb_dim": 384, "qkv_dim": 384, "mlp_dim": 1024, "num_heads": 6}
+FEW_ROWS = {"per_device_batch_size": 4}
+
+
+def rates(*, adam: float, muon: float = 1.0) -> dict:
+    """The v2 recipe's learning rates, times something."""
+    config = v2.get_config()
+    names = {"embedding_learning_rate": adam, "head_learning_rate": adam, "learning_rate": muon}
+    return {name: factor * config[name] for name, factor in names.items()}
+
+
 # Name: recipe, steps, and fields that are not the recipe's. All schedules follow the number of steps. No fields are
 # "batches", what is done to the rows of training and evaluation, and "network", which stands in for the recipe's.
 LITERATURE: dict[str, tuple[str, int, dict]] = {
@@ -81,6 +93,12 @@ LITERATURE: dict[str, tuple[str, int, dict]] = {
     "v2/6 with Muon 0.04": ("v2", SIXTH, {"learning_rate": 0.04}),
     "v2/6 with rsqrt": ("v2", SIXTH, {"schedule": "rsqrt"}),
     "v2/6 with cosine": ("v2", SIXTH, {"schedule": "cosine"}),
+    "v2/6 of width 96": ("v2", SIXTH, NARROW),
+    "v2/6 of width 96 with Adam's rates x 1.4": ("v2", SIXTH, NARROW | rates(adam=2**0.5)),
+    "v2/6 of width 384": ("v2", SIXTH, WIDE),
+    "v2/6 of width 384 with Adam's rates x 0.7": ("v2", SIXTH, WIDE | rates(adam=0.5**0.5)),
+    "v2/6 of 4 rows a step": ("v2", 4 * SIXTH, FEW_ROWS),
+    "v2/6 of 4 rows a step with rates x 0.5": ("v2", 4 * SIXTH, FEW_ROWS | rates(adam=0.5, muon=0.5)),
     "v2/6 with x0": ("v2", SIXTH, {"network": "x0"}),
     "v2/6 with value embeddings": ("v2", SIXTH, {"network": "values"}),
     "v2/6 with smear": ("v2", SIXTH, {"network": "smear"}),
