@@ -35,6 +35,7 @@ bench: $(VENV)/interop
 	$(VENV)/bin/python benchmarks/generate.py
 	$(VENV)/bin/python benchmarks/train_step.py
 	$(VENV)/bin/python benchmarks/prepare.py
+	$(VENV)/bin/python benchmarks/start.py
 
 clean:
 	rm -rf $(VENV) logs
