@@ -61,7 +61,7 @@ def _write(folder: Path, loaded: loading.LoadedModel, tokenizer: Tokenizer, card
     """Writes all files of an export into a folder, to the disk."""
     positions = table_of(loaded.config).sizes.positions
     fast_tokenizer.save(folder, tokenizer, positions)  # first, since it may refuse
-    exported_model.save(folder, loaded.config, loaded.params, loaded.step)
+    exported_model.save(folder, loaded.config, loaded.params, loaded.step, has_turns=loaded.has_turns)
     files.write_json(folder / "generation_config.json", _generation_settings(sampling, positions))
     (folder / TOKENIZER_FILE).write_bytes(tokenizer.model)
     (folder / "README.md").write_bytes(card.encode(errors="backslashreplace"))  # as in JSON

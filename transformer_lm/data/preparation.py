@@ -35,6 +35,7 @@ class DataConfig:
     eval_dataset_name: str | list | tuple | None
     eval_split: str
     text_field: str
+    conversations: bool
     streaming: bool
     preprocessor: str | None  # a key of `dataset_preprocessor.PREPROCESSORS`
     unicode_normalization: str

@@ -21,6 +21,7 @@ from transformer_lm.errors import UserError, stage
 from transformer_lm.fields import Range, Seed, check_value
 from transformer_lm.generation import sampler
 from transformer_lm.tokenizer import START_ID, Tokenizer
+from transformer_lm.tokenizer.turns import Turns
 
 BATCH_TOKENS = 4096  # tokens that are scored at once
 LENGTH_STEP = 64  # lengths are padded to multiples of it, so that few shapes are compiled
@@ -53,10 +54,18 @@ class LanguageModel:
       params: its parameters, on the default device.
       tokenizer: the tokenizer it was trained with.
       step: training steps behind it.
+      turns: how it takes turns in a conversation; None for a model that only continues texts.
     """
 
-    def __init__(self, network: models.TransformerConfig, params: models.Params, tokenizer: Tokenizer, step: int):
-        self.network, self.params, self.tokenizer, self.step = network, params, tokenizer, step
+    def __init__(
+        self,
+        network: models.TransformerConfig,
+        params: models.Params,
+        tokenizer: Tokenizer,
+        step: int,
+        turns: Turns | None = None,
+    ):
+        self.network, self.params, self.tokenizer, self.step, self.turns = network, params, tokenizer, step, turns
 
     def generate(
         self,
@@ -171,7 +180,8 @@ def load(address: os.PathLike | str, *, dtype: str = "float32") -> LanguageModel
         loaded = loading.load_model(address)
         tokenizer = Tokenizer.load_for(loaded.tokenizer_path, loaded.config.vocab_size)
         network = dataclasses.replace(loaded.config, dtype=dtype)
-        return LanguageModel(network, jax.device_put(loaded.params), tokenizer, loaded.step)
+        turns = Turns.of(tokenizer) if loaded.has_turns else None
+        return LanguageModel(network, jax.device_put(loaded.params), tokenizer, loaded.step, turns)
 
 
 def list_of_texts(texts: str | Iterable[str], name: str) -> list[str]:

@@ -24,6 +24,7 @@ class Request:
     settings: Settings = dataclasses.field(default_factory=Settings)
     max_tokens: int = 16  # new ones
     stop: tuple[str, ...] = ()  # the text ends before the first of them
+    end_ids: tuple[int, ...] = ()  # tokens that end the text as EOS does
     number: int = 0  # texts of one prompt, with one seed, differ by it
     echo: bool = False  # whether the text begins with the prompt
     log_probs: bool = False  # whether tokens of the prompt are scored, where it is echoed
@@ -100,7 +101,7 @@ class Job:
         self.written += 1
         told = _told(choice, slot, self.request.settings.alternatives)
         self._tokens.append(Token(token, self._stream.decoded, *told))
-        if token == EOS_ID and not self.request.ignore_eos:
+        if token in (EOS_ID, *self.request.end_ids) and not self.request.ignore_eos:
             return self._part(self._stream.finish(), "stop")
         text = self._stream.push(token)
         if self._stream.stopped:

@@ -25,16 +25,15 @@ from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
 from transformer_lm.files import write_json
 from transformer_lm.huggingface.tensor_tables import SPECIAL_TOKENS
-from transformer_lm.tokenizer import START_ID, UNK_ID, Tokenizer
+from transformer_lm.tokenizer import NAME_MARK, SPACE, START_ID, UNK_ID, Tokenizer
 
-SPACE = "▁"  # U+2581, what SentencePiece writes a space as
 NORMALIZATIONS = ("identity", "nfkc", "nmt_nfkc")
 # What "nmt_nfkc" has that NFKC has not (SentencePiece's builder.cc), as classes of regular expressions.
 NMT_NOTHING = r"[\x01-\x08\x0b\x0e-\x1f\x7f\x8f\x9f]"
 NMT_SPACES = r"[\t\n\f\r\u061c\u1680\u200b\u200c\u200e\u200f\u2028\u2029\u2581\ufeff\ufffd]"
 NMT_KEPT = "～"  # U+FF5E, which NFKC would make a tilde
 # Code points that Unicode keeps free for uses like these, so that no text holds them.
-STAND_IN, SYMBOL_MARK, BEGIN, NAME_MARK = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
+STAND_IN, SYMBOL_MARK, BEGIN = "\ufdd0", "\ufdd1", "\ufdd2"  # and NAME_MARK
 # What is easily cut otherwise: compared before every export.
 HARD_STRINGS = (
     "", " ", "  昔々  あるところに ", "<s>昔々</s>", "a<unk>b", "<0x41>", "ｶﾞ", "か\u3099", "Ａ①㌀", "\t昔\n", "▁昔▁",
