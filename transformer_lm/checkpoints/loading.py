@@ -17,6 +17,8 @@ from transformer_lm.checkpoints import workdir as contract
 from transformer_lm.checkpoints.workdir import CHECKPOINTS_DIR, CONFIG_FILE, TOKENIZER_FILE
 from transformer_lm.errors import UserError
 from transformer_lm.huggingface import exported_model
+from transformer_lm.tokenizer import Tokenizer
+from transformer_lm.tokenizer.turns import Turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,15 @@ class LoadedModel:
     step: int
     tokenizer_path: epath.Path
     has_turns: bool
+
+    def tokenizer(self) -> tuple[Tokenizer, Turns | None]:
+        """Its tokenizer, and how it takes turns; None for a model that only continues texts.
+
+        Raises:
+          UserError: the tokenizer does not belong to it, or can do no turns.
+        """
+        found = Tokenizer.load_for(self.tokenizer_path, self.config.vocab_size)
+        return found, Turns.of(found) if self.has_turns else None
 
 
 @dataclasses.dataclass(frozen=True)

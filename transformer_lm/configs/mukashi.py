@@ -12,12 +12,12 @@ from transformer_lm.data.corpora import mukashi
 def get_config():
     """The v2 recipe, smaller, on tales that need no download."""
     config = v2.get_config()
-    config.vocab_size = 6_000
+    config.vocab_size = 6_272  # 6,000, and pieces for bytes and for turns
     config.max_corpus_chars = 1_000_000
     # BPE makes long pieces of the tales' phrases. The prompt, marks and names stay pieces of their own: a model learns
     # sooner to repeat a name that is the same piece wherever it stands.
     symbols = [mukashi.OPENING, *"。、「」", *mukashi.WORDS["男の名"].split(), *mukashi.WORDS["女の名"].split()]
-    config.spm_train_options = f"--model_type=bpe --character_coverage=1.0 --user_defined_symbols={','.join(symbols)}"
+    config.spm_train_options = f"{v2.SPM_OPTIONS} --character_coverage=1.0 --user_defined_symbols={','.join(symbols)}"
     config.dataset_name = "mukashi"
     config.train_split = "train"
     config.eval_split = "validation[:500]"

@@ -10,6 +10,7 @@ that begin with a sign, which is left out of the texts: "◆ユーザー こん�
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -117,10 +118,29 @@ class Turns:
         text = self.tokenizer.decode(ids[: min(ends, default=len(ids))])
         return text.partition(self.sign)[0].strip() if self.sign else text
 
+    @property
+    def _shown(self) -> list[str]:
+        """The marks as they stand in one text with what is said, where an exported tokenizer finds them."""
+        return [f" {name} " if self.sign else name + NAME_MARK for name in self.names]
+
+    def render(self, messages: Any, add_generation_prompt: bool = True) -> str:
+        """A conversation as one text, which opens the assistant's turn, or else leaves the last message unended."""
+        user, assistant, system, end = self._shown
+        marks = dict(zip(ROLES, (user, assistant, system), strict=True))
+        text = "".join(marks[role] + self._clean(said) + end for role, said in read_messages(messages))
+        return text + assistant if add_generation_prompt else text.removesuffix(end)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of a text that `render` gave, or of one that goes on with such a text."""
+        if self.sign:
+            return self.tokenizer.encode(text)
+        marks = dict(zip(self._shown, self.marks, strict=True))
+        parts = re.split(f"({'|'.join(map(re.escape, marks))})", text)
+        return [token for part in parts for token in marks.get(part) or self.tokenizer.encode(part)]
+
     def jinja(self) -> str:
         """`encode` as a template of transformers' apply_chat_template, with START_ID in front."""
-        ending, gap = ("", " ") if self.sign else (NAME_MARK, "")
-        user, assistant, system, end = (f"'{gap}{name}{ending}{gap}'" for name in self.names)
+        user, assistant, system, end = (f"'{mark}'" for mark in self._shown)
         clean = "".join(f" | replace('{character}', '')" for character in NAME_MARK + self.sign)
         return _TEMPLATE.format(user=user, assistant=assistant, system=system, end=end, clean=clean)
 
