@@ -9,7 +9,7 @@ from conftest import command, one_line_error, run
 import transformer_lm
 from transformer_lm.checkpoints import loading
 from transformer_lm.errors import UserError
-from transformer_lm.tokenizer import EOS_ID
+from transformer_lm.tokenizer import EOS_ID, NAME_MARK, START_ID
 from transformer_lm.tokenizer.turns import Turns
 
 ASKED = ["猿が出てくる昔話をお願いします。", "どこで聞きましたか。"]
@@ -96,6 +96,27 @@ def test_gguf(trained_chat, model, tmp_path):
     fields = gguf.GGUFReader(output).fields
     assert fields["tokenizer.chat_template"].contents() == model.turns.jinja()
     assert fields["tokenizer.ggml.eot_token_id"].contents() == model.turns.end_ids[0]
+
+
+def test_tasks_are_asked_in_conversations(model, trained, tmp_path):
+    pytest.importorskip("lm_eval")
+    from transformer_lm.evaluation import harness
+
+    question = {"sentence1": "猫が二匹いる。", "sentence2": "動物がいる。", "label": "entailment"}
+    (tmp_path / "jnli-valid-v1.3.json").write_text(json.dumps(question))
+    [sample] = harness.run_tasks(model, ["jnli-1.3-0.3"], data_dir=str(tmp_path), chat=True)["samples"]["jnli-1.3-0.3"]
+    prompt = sample["arguments"][0][0]
+    mark = f"<|reserved_1|>{NAME_MARK}"
+    asked = prompt.split(NAME_MARK)[1].removesuffix("<|reserved_3|>")
+    assert prompt.endswith(mark)
+    assert "前提：猫が二匹いる。" in asked
+    ids, _ = model.turns.encode([{"role": "user", "content": asked}], add_generation_prompt=True)
+    for (_, answer), [[log_prob, _]] in zip(sample["arguments"], sample["resps"], strict=True):
+        tokens = model.tokenizer.encode(answer)
+        [[log_probs, _]] = model.score_tokens([[START_ID, *ids, *tokens]])
+        assert log_probs[-len(tokens) :].sum() == pytest.approx(log_prob, abs=1e-3)
+    with pytest.raises(UserError, match="--chat_template: this model was not trained on conversations"):
+        harness.run_tasks(transformer_lm.load(trained), ["jnli-1.3-0.3"], data_dir=str(tmp_path), chat=True)
 
 
 def test_base_models_are_exported_without_a_template(trained):

@@ -5,6 +5,7 @@ python -m transformer_lm.demo_chat
 It begins with the model that the demo leaves in logs/demo, which is trained first where it is missing.
 """
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformer_lm import cli, demo, recipe
 from transformer_lm.configs import mukashi, mukashi_chat
 from transformer_lm.data import preparation
 from transformer_lm.data.corpora import mukashi_chat as grammar
-from transformer_lm.files import json_bytes, read_json, write_atomically
+from transformer_lm.files import json_bytes, write_atomically
 from transformer_lm.generation import language_model
 from transformer_lm.training import loop, metrics
 from transformer_lm.training.config import Recipe
@@ -36,7 +37,7 @@ def main(chat: Recipe, base: Recipe, workdir: Path):
     messages = talk(language_model.load(workdir))
     summary = {
         "instruction_accuracy": metrics.read_last(workdir, "instruction_accuracy"),
-        "base_train_seconds": read_json(base_workdir / "summary.json")["train_seconds"],
+        "base_train_seconds": json.loads((base_workdir / "summary.json").read_text())["train_seconds"],
         "train_seconds": seconds,
         "conversation": messages,
     }

@@ -123,6 +123,16 @@ def _permute(index: int, size: int, seed: int) -> int:
             return index
 
 
+def name_of(word: str | list[str]) -> str:
+    """A word as it is named: of one with several parts the first."""
+    return word if isinstance(word, str) else word[0]
+
+
+def words_of(slot: str) -> list[str]:
+    """The words that a slot has in any plot, by name."""
+    return list(dict.fromkeys(name_of(word) for plot in PLOTS for word in plot.slots.get(slot, ())))
+
+
 def bits_per_tale() -> float:
     """Entropy of a tale: which plot, and which word in each of its slots."""
     return math.log2(len(PLOTS)) + sum(math.log2(plot.ways) for plot in PLOTS) / len(PLOTS)

@@ -1,7 +1,7 @@
 """`mukashi_chat`: conversations about the tales of `mukashi`, whose answers the grammar itself can check.
 
-Somebody asks for a tale with something in it, and then either two questions about it, or for the same tale with another
-word and a question about that. Wordings lie in mukashi_chat.toml. Conversation i is a pure function of i and the split.
+Somebody asks for a tale with something in it, perhaps for the same tale with another word, and questions about it; or
+tells one, and asks about that. Wordings lie in mukashi_chat.toml. Conversation i is a pure function of i and the split.
 
 Of all ways to ask for a thing a fifth, chosen by hashes of their words, are asked in the split `validation` alone:
 whoever answers them has learned what an instruction means, not what it looks like. The tales are others, too.
@@ -18,14 +18,21 @@ from typing import Any
 
 from transformer_lm.data.corpora import mukashi
 from transformer_lm.data.corpora.base import Source
+from transformer_lm.data.corpora.mukashi import name_of
 
 SHARD_CONVERSATIONS = 10_000
 SPLITS = {"train": range(2 * 10**9, 2 * 10**9 + 20_000), "validation": range(3 * 10**9, 3 * 10**9 + 1_000)}
+# How a conversation goes: the assistant tells a tale, or does so twice, or the user tells one; with so many questions.
+QUESTIONS = {"told": 3, "retold": 1, "heard": 4}
+COURSES = ("told", "retold", "retold", "heard")  # equally likely
 HELD_OUT = 5  # one of so many ways to ask for a thing is never trained on
 
 _WORDINGS = Path(__file__).with_suffix(".toml")
 _CONTENT = tomllib.loads(_WORDINGS.read_text(encoding="utf-8"))
 REQUEST, RETELLING, QUESTION = _CONTENT["request"], _CONTENT["retelling"], _CONTENT["question"]
+TELLING = _CONTENT["telling"]["begin"]
+# Slots whose words are asked for, replaced and asked about.
+SLOTS = tuple(dict.fromkeys([*REQUEST["slots"], *(slot for kind in QUESTION["kinds"] for slot in kind["slots"])]))
 
 Words = dict[str, str | list[str]]
 
@@ -61,27 +68,25 @@ def conversation(split: str, number: int) -> list[dict[str, str]]:
         return chance.choose(wordings(split, kind, **fields))
 
     said = []
-    slot = chance.choose([name for name in REQUEST["slots"] if name in words])
-    said += [ask(REQUEST, word=_name(words[slot])), plot.tell(words)]
+    course = chance.choose(COURSES)
+    if course != "heard":
+        slot = chance.choose([name for name in REQUEST["slots"] if name in words])
+        said += [ask(REQUEST, word=name_of(words[slot])), plot.tell(words)]
     slots = [name for name in RETELLING["slots"] if name in words]
-    questions = 2
-    if slots and chance.choose((True, False)):
+    if course == "retold" and slots:
         slot = chance.choose(slots)
         other = chance.choose([word for word in plot.slots[slot] if word != words[slot]])
-        request = ask(RETELLING, old=_name(words[slot]), word=_name(other))
+        request = ask(RETELLING, old=name_of(words[slot]), word=name_of(other))
         words = words | {slot: other}
         said += [request, plot.tell(words)]
-        questions = 1
-    for kind in _some(chance, [kind for kind in QUESTION["kinds"] if set(kind["slots"]) & words.keys()], questions):
+    names = {name: name_of(word) for name, word in words.items()}
+    kinds = [kind for kind in QUESTION["kinds"] if set(kind["slots"]) & words.keys()]
+    for kind in _some(chance, kinds, QUESTIONS[course]):
         slot = next(name for name in kind["slots"] if name in words)
-        names = {name: _name(word) for name, word in words.items()}
-        said += [ask({**QUESTION, **kind}), kind["answer"].format(word=names[slot], **names)]
+        said += [ask(QUESTION | kind), kind["answer"].format(word=names[slot], **names)]
+    if course == "heard":
+        said[0] = chance.choose(TELLING) + plot.tell(words) + said[0]
     return [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(said)]
-
-
-def _name(word: str | list[str]) -> str:
-    """A word as it is named: of one with several parts the first."""
-    return word if isinstance(word, str) else word[0]
 
 
 def _some(chance: _Chance, options: list, count: int) -> Iterator:
@@ -158,14 +163,14 @@ class MukashiChat(Source):
     def judge(self, messages: list[dict[str, str]], answer: str) -> bool:
         """Whether an answer does what was asked for.
 
-        A first request may be answered by any tale of the grammar that has what was asked for in one of its slots;
-        all else has one right answer.
+        A request may be answered by any tale of the grammar that has what was asked for in one of its slots; all else
+        has one right answer.
         """
-        if len(messages) > 2:
-            return answer == messages[-1]["content"]
-        tale = read_tale(answer)
-        has = {_name(tale[slot]) for slot in REQUEST["slots"] if slot in tale} if tale else set()
-        return _asked_for(messages[0]["content"]) in has
+        right = messages[-1]["content"]
+        if len(messages) > 2 or not right.startswith(mukashi.OPENING):
+            return answer == right
+        tale = read_tale(answer) or {}
+        return _asked_for(messages[0]["content"]) in [name_of(tale[slot]) for slot in REQUEST["slots"] if slot in tale]
 
     @property
     def fingerprint(self) -> str:
@@ -176,5 +181,4 @@ class MukashiChat(Source):
 
 def _asked_for(request: str) -> str:
     """The word that a request names: of several that stand in it the longest."""
-    slots = (plot.slots.get(slot, ()) for plot in mukashi.PLOTS for slot in REQUEST["slots"])
-    return max((name for words in slots for name in map(_name, words) if name in request), key=len)
+    return max((word for slot in REQUEST["slots"] for word in mukashi.words_of(slot) if word in request), key=len)
