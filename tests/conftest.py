@@ -74,12 +74,12 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained_chat(tmp_path_factory) -> Path:
-    """The workdir, to be read only, of a few steps on conversations, of a network and a tokenizer of today."""
+    """The workdir, to be read only, of some steps on conversations, of a network and a tokenizer of today."""
     folder = tmp_path_factory.mktemp("trained_chat")
     fields = SMALL_RUN | {
         "dataset_name": "mukashi_chat", "eval_dataset_name": "mukashi_chat", "eval_split": "validation[:2]",
         "vocab_size": 1500, "max_eval_target_length": 128, "init_from": "", "prompts": "猿の話をしてください。",
-        "max_predict_length": 64, "num_train_steps": 4, "num_layers": 1,
+        "max_predict_length": 64, "num_train_steps": 30, "num_layers": 1,
     }  # fmt: skip
     recipe = ["--config=configs/mukashi_chat.py", *(f"--config.{field}={value}" for field, value in fields.items())]
     done = run([sys.executable, "-m", "transformer_lm.main", f"--workdir={folder}", *recipe])
