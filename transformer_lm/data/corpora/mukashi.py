@@ -99,10 +99,10 @@ def tale(number: int) -> str:
     return plot.tell(chosen)
 
 
-def plan(number: int) -> tuple[Plot, dict[str, str | list[str]]]:
+def plan(number: int, plots: list[Plot] = PLOTS) -> tuple[Plot, dict[str, str | list[str]]]:
     """The plot of tale `number`, and the words in its slots."""
-    nth, plot_number = divmod(number, len(PLOTS))
-    plot = PLOTS[plot_number]
+    nth, plot_number = divmod(number, len(plots))
+    plot = plots[plot_number]
     return plot, plot.choose(_permute(nth, plot.ways, seed=plot_number))
 
 
@@ -128,9 +128,9 @@ def name_of(word: str | list[str]) -> str:
     return word if isinstance(word, str) else word[0]
 
 
-def words_of(slot: str) -> list[str]:
+def words_of(slot: str, plots: list[Plot] = PLOTS) -> list[str]:
     """The words that a slot has in any plot, by name."""
-    return list(dict.fromkeys(name_of(word) for plot in PLOTS for word in plot.slots.get(slot, ())))
+    return list(dict.fromkeys(name_of(word) for plot in plots for word in plot.slots.get(slot, ())))
 
 
 def bits_per_tale() -> float:

@@ -1,7 +1,8 @@
-"""`mukashi_chat`: conversations about the tales of `mukashi`, whose answers the grammar itself can check.
+"""`mukashi_chat`: conversations about short tales of the kind of `mukashi`, whose answers the grammar itself can check.
 
-Somebody asks for a tale with something in it, perhaps for the same tale with another word, and questions about it; or
-tells one, and asks about that. Wordings lie in mukashi_chat.toml. Conversation i is a pure function of i and the split.
+Somebody asks for a tale with some things in it, perhaps for the same tale with another word, and questions about it; or
+tells one, and asks about that. Plots and wordings lie in mukashi_chat.toml. Conversation i is a pure function of i and
+the split.
 
 Of all ways to ask for a thing a fifth, chosen by hashes of their words, are asked in the split `validation` alone:
 whoever answers them has learned what an instruction means, not what it looks like. The tales are others, too.
@@ -23,16 +24,16 @@ from transformer_lm.data.corpora.mukashi import name_of
 SHARD_CONVERSATIONS = 10_000
 SPLITS = {"train": range(2 * 10**9, 2 * 10**9 + 20_000), "validation": range(3 * 10**9, 3 * 10**9 + 1_000)}
 # How a conversation goes: the assistant tells a tale, or does so twice, or the user tells one; with so many questions.
-QUESTIONS = {"told": 3, "retold": 1, "heard": 4}
-COURSES = ("told", "retold", "retold", "heard")  # equally likely
+QUESTIONS = {"told": 4, "retold": 2, "heard": 5}
+COURSES = ("told", "retold", "heard", "heard")  # equally likely
+MAX_WISHES = 3  # things that a tale is asked for with
 HELD_OUT = 5  # one of so many ways to ask for a thing is never trained on
 
 _WORDINGS = Path(__file__).with_suffix(".toml")
 _CONTENT = tomllib.loads(_WORDINGS.read_text(encoding="utf-8"))
+PLOTS = [mukashi.Plot(plot["text"], plot["words"]) for plot in _CONTENT["plots"]]
 REQUEST, RETELLING, QUESTION = _CONTENT["request"], _CONTENT["retelling"], _CONTENT["question"]
 TELLING = _CONTENT["telling"]["begin"]
-# Slots whose words are asked for, replaced and asked about.
-SLOTS = tuple(dict.fromkeys([*REQUEST["slots"], *(slot for kind in QUESTION["kinds"] for slot in kind["slots"])]))
 
 Words = dict[str, str | list[str]]
 
@@ -61,7 +62,7 @@ def wordings(split: str, kind: dict, **fields: str) -> list[str]:
 def conversation(split: str, number: int) -> list[dict[str, str]]:
     """Conversation `number` of a split, as messages."""
     chance = _Chance(number)
-    plot, words = mukashi.plan(number)
+    plot, words = mukashi.plan(number, PLOTS)
 
     def ask(kind: dict, **fields: str) -> str:
         """One of the split's wordings."""
@@ -70,11 +71,11 @@ def conversation(split: str, number: int) -> list[dict[str, str]]:
     said = []
     course = chance.choose(COURSES)
     if course != "heard":
-        slot = chance.choose([name for name in REQUEST["slots"] if name in words])
-        said += [ask(REQUEST, word=name_of(words[slot])), plot.tell(words)]
-    slots = [name for name in RETELLING["slots"] if name in words]
-    if course == "retold" and slots:
-        slot = chance.choose(slots)
+        slots = [name for name in REQUEST["slots"] if name in words]
+        wishes = _some(chance, slots, min(len(slots), chance.choose(range(1, MAX_WISHES + 1))))
+        said += [ask(REQUEST, word="と".join(name_of(words[slot]) for slot in wishes)), plot.tell(words)]
+    if course == "retold":
+        slot = chance.choose([name for name in RETELLING["slots"] if name in words])
         other = chance.choose([word for word in plot.slots[slot] if word != words[slot]])
         request = ask(RETELLING, old=name_of(words[slot]), word=name_of(other))
         words = words | {slot: other}
@@ -118,7 +119,7 @@ def _has_parts(word: str | list[str], parts: dict[int | None, str]) -> bool:
 @functools.cache
 def _patterns() -> list[tuple[mukashi.Plot, dict[tuple[str, int | None], str], re.Pattern[str]]]:
     """Of each plot what its tales look like, and the groups in that by slot and part of its word."""
-    return [(plot, *_pattern(plot)) for plot in mukashi.PLOTS]
+    return [(plot, *_pattern(plot)) for plot in PLOTS]
 
 
 def _pattern(plot: mukashi.Plot) -> tuple[dict[tuple[str, int | None], str], re.Pattern[str]]:
@@ -163,14 +164,14 @@ class MukashiChat(Source):
     def judge(self, messages: list[dict[str, str]], answer: str) -> bool:
         """Whether an answer does what was asked for.
 
-        A request may be answered by any tale of the grammar that has what was asked for in one of its slots; all else
-        has one right answer.
+        A request may be answered by any tale of the grammar that has what was asked for in its slots; all else has one
+        right answer.
         """
         right = messages[-1]["content"]
         if len(messages) > 2 or not right.startswith(mukashi.OPENING):
             return answer == right
         tale = read_tale(answer) or {}
-        return _asked_for(messages[0]["content"]) in [name_of(tale[slot]) for slot in REQUEST["slots"] if slot in tale]
+        return _wishes(messages[0]["content"]) <= {name_of(tale[slot]) for slot in REQUEST["slots"] if slot in tale}
 
     @property
     def fingerprint(self) -> str:
@@ -179,6 +180,7 @@ class MukashiChat(Source):
         return hashlib.sha256(own + mukashi.Mukashi().fingerprint.encode()).hexdigest()
 
 
-def _asked_for(request: str) -> str:
-    """The word that a request names: of several that stand in it the longest."""
-    return max((word for slot in REQUEST["slots"] for word in mukashi.words_of(slot) if word in request), key=len)
+def _wishes(request: str) -> set[str]:
+    """The words that a request names: at each place the longest."""
+    words = {word for slot in REQUEST["slots"] for word in mukashi.words_of(slot, PLOTS)}
+    return set(re.findall("|".join(map(re.escape, sorted(words, key=len, reverse=True))), request))
