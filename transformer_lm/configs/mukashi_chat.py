@@ -15,15 +15,12 @@ def get_config():
     config.dataset_name = "mukashi_chat"
     config.eval_split = "validation"
     config.conversations = True
-    config.learning_rate = 0.012
-    config.embedding_learning_rate = 0.24
-    config.head_learning_rate = 0.009
     config.decay_share = 0.6
     config.per_device_batch_size = 8
     config.max_target_length = 272
     config.num_train_steps = 300
-    config.eval_every_steps = 100
-    config.checkpoint_every_steps = 100
+    config.eval_every_steps = 150
+    config.checkpoint_every_steps = 150
     config.num_eval_steps = 8
     config.prompts = "猿が出てくる昔話をお願いします。"
     config.max_predict_length = 272

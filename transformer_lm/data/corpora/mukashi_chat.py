@@ -1,7 +1,7 @@
 """`mukashi_chat`: conversations about short tales of the kind of `mukashi`, whose answers the grammar itself can check.
 
-Somebody asks for a tale with some things in it, perhaps for the same tale with another word, and questions about it; or
-tells one, and asks about that. Plots and wordings lie in mukashi_chat.toml. Conversation i is a pure function of i and
+Somebody asks for a tale with some things in it, or tells one; then asks for the same tale with another word, or
+questions about it. Plots and wordings lie in mukashi_chat.toml. Conversation i is a pure function of i and
 the split.
 
 Of all ways to ask for a thing a fifth, chosen by hashes of their words, are asked in the split `validation` alone:
@@ -23,9 +23,11 @@ from transformer_lm.data.corpora.mukashi import name_of
 
 SHARD_CONVERSATIONS = 10_000
 SPLITS = {"train": range(2 * 10**9, 2 * 10**9 + 20_000), "validation": range(3 * 10**9, 3 * 10**9 + 1_000)}
-# How a conversation goes: the assistant tells a tale, or does so twice, or the user tells one; with so many questions.
-QUESTIONS = {"told": 4, "retold": 2, "heard": 5}
-COURSES = ("told", "retold", "heard", "heard")  # equally likely
+# How a conversation goes: the assistant tells a tale, perhaps once more with another word; or the user does, and asks
+# for answers, or for the tale with another word. What the user says is not scored: where that is the tale, all of the
+# loss is about following instructions, and little about what one cannot know.
+QUESTIONS = {"told": 2, "retold": 2, "heard": 5, "changed": 2}  # after a tale
+COURSES = ("told", "retold", "heard", "heard", "heard", "heard", "changed", "changed")  # equally likely
 MAX_WISHES = 3  # things that a tale is asked for with
 HELD_OUT = 5  # one of so many ways to ask for a thing is never trained on
 
@@ -70,11 +72,12 @@ def conversation(split: str, number: int) -> list[dict[str, str]]:
 
     said = []
     course = chance.choose(COURSES)
-    if course != "heard":
+    if course in ("told", "retold"):
         slots = [name for name in REQUEST["slots"] if name in words]
         wishes = _some(chance, slots, min(len(slots), chance.choose(range(1, MAX_WISHES + 1))))
         said += [ask(REQUEST, word="と".join(name_of(words[slot]) for slot in wishes)), plot.tell(words)]
-    if course == "retold":
+    tale = plot.tell(words)
+    if course in ("retold", "changed"):
         slot = chance.choose([name for name in RETELLING["slots"] if name in words])
         other = chance.choose([word for word in plot.slots[slot] if word != words[slot]])
         request = ask(RETELLING, old=name_of(words[slot]), word=name_of(other))
@@ -85,8 +88,8 @@ def conversation(split: str, number: int) -> list[dict[str, str]]:
     for kind in _some(chance, kinds, QUESTIONS[course]):
         slot = next(name for name in kind["slots"] if name in words)
         said += [ask(QUESTION | kind), kind["answer"].format(word=names[slot], **names)]
-    if course == "heard":
-        said[0] = chance.choose(TELLING) + plot.tell(words) + said[0]
+    if course in ("heard", "changed"):
+        said[0] = chance.choose(TELLING) + tale + said[0]
     return [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(said)]
 
 
@@ -167,11 +170,11 @@ class MukashiChat(Source):
         A request may be answered by any tale of the grammar that has what was asked for in its slots; all else has one
         right answer.
         """
-        right = messages[-1]["content"]
-        if len(messages) > 2 or not right.startswith(mukashi.OPENING):
+        asked, right = messages[-2]["content"], messages[-1]["content"]
+        if len(messages) > 2 or mukashi.OPENING in asked or not right.startswith(mukashi.OPENING):
             return answer == right
         tale = read_tale(answer) or {}
-        return _wishes(messages[0]["content"]) <= {name_of(tale[slot]) for slot in REQUEST["slots"] if slot in tale}
+        return _wishes(asked) <= {name_of(tale[slot]) for slot in REQUEST["slots"] if slot in tale}
 
     @property
     def fingerprint(self) -> str:
