@@ -29,7 +29,8 @@ from ml_collections import ConfigDict
 from transformer_lm import cli, recipe
 from transformer_lm.errors import UserError, stage
 from transformer_lm.generation import language_model
-from transformer_lm.generation.engine import Engine, Settings
+from transformer_lm.generation.choosing import Settings
+from transformer_lm.generation.engine import Engine
 from transformer_lm.generation.scheduler import Request, Scheduler
 from transformer_lm.tokenizer.turns import Message, Turns
 from transformer_lm.training.config import Recipe

@@ -23,7 +23,8 @@ from transformer_lm.errors import UserError, stage
 from transformer_lm.extras import optional_import
 from transformer_lm.fields import LARGEST
 from transformer_lm.generation import language_model
-from transformer_lm.generation.engine import Engine, Settings
+from transformer_lm.generation.choosing import Settings
+from transformer_lm.generation.engine import Engine
 from transformer_lm.generation.scheduler import Request, Scheduler
 
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for all of this machine's.")

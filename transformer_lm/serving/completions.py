@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from transformer_lm.errors import UserError
-from transformer_lm.generation.engine import Settings
+from transformer_lm.generation.choosing import Settings
 from transformer_lm.generation.scheduler import Part, Request, Token
 from transformer_lm.serving.schema import ApiError, CompletionRequest
 from transformer_lm.serving.worker import Texts, WorkerError

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from transformer_lm.generation.engine import LARGEST_SEED, MAX_ALTERNATIVES
+from transformer_lm.generation.choosing import LARGEST_SEED, MAX_ALTERNATIVES
 
 MAX_TEXTS = 128  # of one prompt
 MAX_STOPS = 16
