@@ -6,6 +6,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import prometheus_client
@@ -140,14 +141,18 @@ class Server:
         turns = self._turns()
         asked = await self._read(request, schema.ChatRequest)
         context = self.scheduler.engine.context
-        return await self._write(request, asked, asked.n, ChatAnswer, lambda: read_chat(asked, turns, context))
+        return await self._write(
+            request, asked, asked.n, partial(ChatAnswer, turns), lambda: read_chat(asked, turns, context)
+        )
 
     def _turns(self) -> Turns:
         if self.config.turns is None:
             raise ApiError(400, NO_TURNS, param="messages", code="model_has_no_turns")
         return self.config.turns
 
-    async def _write(self, request: Request, asked, count: int, kind: type[Answer], read: Callable) -> Response:
+    async def _write(
+        self, request: Request, asked, count: int, kind: Callable[..., Answer], read: Callable
+    ) -> Response:
         """The answer to a request for so many texts, which are read from it in another thread: prompts may be long."""
         try:
             self.worker.check_room(count)

@@ -38,8 +38,10 @@ class ChatAnswer(Answer):
 
     id, whole_kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, *arguments):
+    def __init__(self, turns: Turns, *arguments):
+        """As `Answer`, after the turns of its model."""
         super().__init__(*arguments)
+        self._has_words = bool(turns.stop)  # a space is between the word that opens a turn and what is said
         self._begun = [False] * len(self._texts.requests)
 
     def _first(self) -> list[dict[str, Any]]:
@@ -47,12 +49,15 @@ class ChatAnswer(Answer):
         return [{"index": number, **role} for number in range(len(self._begun))]
 
     def _whole(self, part: Part) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": part.text.lstrip(), "refusal": None}}
+        return {"message": {"role": "assistant", "content": self._said(part.text), "refusal": None}}
 
     def _more(self, number: int, part: Part) -> dict[str, Any]:
-        text = part.text if self._begun[number] else part.text.lstrip()
+        text = part.text if self._begun[number] else self._said(part.text)
         self._begun[number] |= bool(text)
         return {"delta": {"content": text}}
+
+    def _said(self, text: str) -> str:
+        return text.lstrip() if self._has_words else text
 
     def _log_probs(self, tokens: list[Token]) -> dict[str, Any]:
         ends = {EOS_ID, *self._texts.requests[0].end_ids}
