@@ -26,6 +26,7 @@ SHARED = ROOT.parent / "shared"
 
 def pytest_addoption(parser):
     parser.addoption("--exhaustive", action="store_true", help="try all of many inputs that are alike, not a tenth")
+    parser.addoption("--picture", help="workdir of a model whose page becomes docs/page.png (tests/test_page.py)")
 
 
 @pytest.fixture(scope="session")

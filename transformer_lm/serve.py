@@ -65,7 +65,7 @@ def main(config: ConfigDict, workdir: str):
     _serve(
         scheduler, listener, name=_NAME.value or _name(workdir), api_key=key, max_body_bytes=_MAX_BODY_BYTES.value,
         cors_origins=tuple(_CORS_ORIGINS.value), openings=tuple(chosen.prompts), sampling=chosen.sampling,
-        turns=turns, is_mukashi=chosen.data.dataset_name == "mukashi",
+        turns=turns, is_mukashi=chosen.data.dataset_name in ("mukashi", "mukashi_chat"),
     )  # fmt: skip
 
 
