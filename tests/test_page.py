@@ -75,7 +75,9 @@ def talk(browser, talk_server):
 
 def choose(page, **settings):
     for name, value in settings.items():
-        page.evaluate("([id, value]) => { document.getElementById(id).value = value }", [name, str(value)])
+        page.locator(f"#{name}").evaluate(
+            "(input, value) => { input.value = value; input.dispatchEvent(new Event('input')) }", str(value)
+        )
 
 
 def write(page, **settings):
@@ -228,15 +230,15 @@ class TestConversation:
 def test_the_picture(browser, scheduler, tmp_path, request):  # noqa: F811
     """Of this test's model; with --picture=WORKDIR of that one, for the documentation."""
     workdir, path = request.config.getoption("picture"), tmp_path / "page.png"
-    options = {"openings": (OPENING,), "is_mukashi": True, "sampling": SamplingConfig(0.8, 20)}
+    options = {"openings": (OPENING,), "is_mukashi": True, "sampling": SamplingConfig(0.6, 20)}
     if workdir:
         path, model = ROOT / "docs" / "page.png", transformer_lm.load(workdir)
         scheduler = Scheduler(Engine(model.network, model.params, slots=2, context=160), model.tokenizer)
         options["name"] = "mukashi"
     running = Running(scheduler, **options)
     try:
-        with opened(browser, running, viewport={"width": 880, "height": 800}, color_scheme="light") as page:
-            write(page, texts=2, max_tokens=140 if workdir else 20, seed=7)
+        with opened(browser, running, viewport={"width": 760, "height": 700}, color_scheme="light") as page:
+            write(page, texts=2, max_tokens=64 if workdir else 20, seed=7)
             finished(page, 2)
             doubts = (
                 page.locator("article")

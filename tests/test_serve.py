@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -20,9 +19,8 @@ from conftest import FIXTURE, batch_of, call, init, one_line_error, run
 
 from transformer_lm import models
 from transformer_lm.generation.engine import Engine
-from transformer_lm.generation.language_model import LanguageModel
 from transformer_lm.generation.scheduler import Scheduler
-from transformer_lm.tokenizer import EOS_ID, START_ID, Tokenizer
+from transformer_lm.tokenizer import EOS_ID, Tokenizer
 
 httpx = pytest.importorskip("httpx2", reason="the extra serve is not installed")
 openai = pytest.importorskip("openai", reason="the extra dev's openai is not installed")
@@ -164,25 +162,6 @@ class TestCompletions:
         answer = server.post(prompt="昔", max_tokens=30, ignore_eos=True, logit_bias={str(EOS_ID): 5}).json()
         assert answer["usage"]["completion_tokens"] == 30
         assert answer["choices"][0]["finish_reason"] == "length"
-
-
-def test_lm_evals_local_completions_get_the_adapters_scores(server, network, tokenizer):
-    """What lm_eval's client for such servers asks, and what it reads from the answers, against our own adapter."""
-    client = pytest.importorskip("lm_eval.models.openai_completions", reason="lm_eval is not installed")
-    from transformer_lm.evaluation.harness import HarnessModel
-
-    pairs = [("吾輩は", "猫である。"), ("日本の首都は", "東京"), ("昔々あるところに、", "お爺さん👍")]
-    pairs = [tuple(map(tokenizer.encode, pair)) for pair in pairs]
-    pairs.append(([*pairs[0][0]], np.array([tokenizer.encode("猫")[-1]]).tolist()))
-    asked = client.LocalCompletionsAPI._create_payload(
-        types.SimpleNamespace(model=NAME), [context + continuation for context, continuation in pairs]
-    )
-    found = client.LocalCompletionsAPI.parse_logprobs(server.post(**asked).json(), ctxlens=[len(c) for c, _ in pairs])
-    adapter = HarnessModel(LanguageModel(network, init(network), tokenizer, step=0))
-    expected = adapter._loglikelihood_tokens([(None, [START_ID, *c], rest) for c, rest in pairs], disable_tqdm=True)
-    for (log_prob, greedy), (expected_log_prob, expected_greedy) in zip(found, expected, strict=True):
-        assert log_prob == pytest.approx(expected_log_prob, abs=1e-3)
-        assert greedy == expected_greedy
 
 
 class TestOthers:

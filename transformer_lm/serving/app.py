@@ -199,6 +199,11 @@ class Server:
         except UserError as error:
             raise ApiError(400, str(error), param="tokens") from error
 
+    async def tokenizer_info(self, request: Request) -> Response:
+        """GET /tokenizer_info: what lm-evaluation-harness asks before it uses /tokenize; no mark stands for a token."""
+        names = dict.fromkeys(("bos_token", "eos_token", "pad_token"))
+        return JSONResponse({"tokenizer_class": "SentencePieceProcessor", **names})
+
     async def _read(self, request: Request, kind: type):
         """The body as a request of a kind, for this model."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -271,6 +276,7 @@ def make_app(scheduler: Scheduler, worker: Worker, config: ServerConfig) -> Star
         Route("/v1/completions", guarded(server.complete), methods=["POST"]),
         Route("/v1/chat/completions", guarded(server.chat), methods=["POST"]),
         Route("/tokenize", guarded(server.tokenize), methods=["POST"]),
+        Route("/tokenizer_info", guarded(server.tokenizer_info)),
         Route("/detokenize", guarded(server.detokenize), methods=["POST"]),
     ]
     cors = Middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
