@@ -113,7 +113,9 @@ def main(_):
         for name, command, model in [(URL.value, [], None)] if URL.value else servers(f"{folder}/model"):
             with contextlib.nullcontext(URL.value) if URL.value else running(command) as url:
                 for clients in CLIENTS.value:
-                    table.add_row(name, *asyncio.run(measure(url, model, int(clients))))
+                    row = asyncio.run(measure(url, model, int(clients)))
+                    table.add_row(name, *row)
+                    print(name, *row, sep="\t", file=sys.stderr, flush=True)  # the whole takes its time
     rich.console.Console().print(table)
 
 
