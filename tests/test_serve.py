@@ -230,6 +230,7 @@ class TestErrors:
             ({"prompt": [1000000]}, "prompt", "token 1000000"),
             ({"max_tokens": 64}, "prompt", "more than the context of 64"),
             ({"seed": 2**63}, "seed", "less"),
+            ({"prompt": ["昔"] * 10_000, "n": 128}, None, "1280000 texts at once are too many"),
         ],
     )
     def test_impossible_fields_are_named(self, server, fields, param, words):

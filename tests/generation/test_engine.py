@@ -189,6 +189,15 @@ class TestPrompts:
                 begun.setdefault(job, number)
         assert begun[short] <= 2
         assert begun[short] < begun[long] < 8
+        for job in (writing, long, short):
+            scheduler.cancel(job)
+        unread = scheduler.submit(Request([9, 10] * 100, endless, 10))
+        scheduler.advance()
+        scheduler.cancel(unread)
+        assert scheduler.is_idle
+        [(_, tokens, _)] = write(scheduler, [Request([9, 10] * 100, endless, 10)])
+        engine.reset()
+        assert write(scheduler, [Request([9, 10] * 100, endless, 10)])[0][1] == tokens
 
 
 class TestNetwork:
