@@ -123,7 +123,7 @@ def main(_):
                     row = asyncio.run(measure(url, model, int(clients), server))
                     table.add_row(name, *row)
                     print(name, *row, sep="\t", file=sys.stderr, flush=True)  # the whole takes its time
-    rich.console.Console().print(table)
+    rich.console.Console(width=150).print(table)
 
 
 if __name__ == "__main__":
