@@ -370,6 +370,12 @@ class TestCommand:
         assert process.returncode == 0, errors
         assert "Traceback" not in errors
 
+    def test_sigterm_as_soon_as_it_serves(self):
+        process, _ = self.start()
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+
     def test_errors(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]

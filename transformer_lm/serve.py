@@ -108,7 +108,11 @@ def _serve(scheduler: Scheduler, listener: socket.socket, **options):
             app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=_GRACE_SECONDS.value
         )
     )
-    signal.signal(signal.SIGTERM, lambda number, frame: None)  # uvicorn raises it again at its end: which is the end
+
+    def end(number, frame):  # before uvicorn minds signals itself, and when it raises them again at its end
+        server.should_exit = True
+
+    signal.signal(signal.SIGTERM, end)
     host, port = listener.getsockname()[:2]
     logging.info("Serving %s at http://%s:%d.", config.name, f"[{host}]" if ":" in host else host, port)
     server.run(sockets=[listener])
