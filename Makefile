@@ -1,5 +1,6 @@
 # make demo   train a small model in front of your eyes, and read what it writes (some minutes on 2 cores)
 # make play   the demo's model (trained if it is not there) on a page in your browser
+# make chat   teach the demo's model (trained if it is not there) to follow instructions, and talk to it
 # make test   all tests that need no PyTorch (of thousands of alike inputs a tenth; all: pytest --exhaustive)
 # make test-interop  the exported models in PyTorch: installs it (the extra interop), and tests against it
 # make faults real faults on real processes (kills, a full disk, damaged files): half an hour at the most
@@ -10,13 +11,16 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo play test test-interop faults lint bench clean
+.PHONY: demo play chat test test-interop faults lint bench clean
 demo: $(VENV)/core
 	$(VENV)/bin/python -m transformer_lm.demo
 
 play: $(VENV)/serve
 	test -e logs/demo/summary.json || $(VENV)/bin/python -m transformer_lm.demo
 	$(VENV)/bin/python -m transformer_lm.serve --workdir=logs/demo --model_name=mukashi
+
+chat: $(VENV)/core
+	$(VENV)/bin/python -m transformer_lm.demo_chat
 
 test: $(VENV)/dev
 	$(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile --ignore=tests/interop

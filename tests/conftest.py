@@ -26,6 +26,7 @@ SHARED = ROOT.parent / "shared"
 
 def pytest_addoption(parser):
     parser.addoption("--exhaustive", action="store_true", help="try all of many inputs that are alike, not a tenth")
+    parser.addoption("--picture", help="workdir of a model whose page becomes docs/page.png (tests/test_page.py)")
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +69,21 @@ def trained(tmp_path_factory) -> Path:
     """The workdir, to be read only, of a run of six steps with a checkpoint and an evaluation at the third, too."""
     folder = tmp_path_factory.mktemp("trained")
     done = run(command("main", folder, num_train_steps=6, eval_every_steps=3, checkpoint_every_steps=3))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_chat(tmp_path_factory) -> Path:
+    """The workdir, to be read only, of some steps on conversations, of a network and a tokenizer of today."""
+    folder = tmp_path_factory.mktemp("trained_chat")
+    fields = SMALL_RUN | {
+        "dataset_name": "mukashi_chat", "eval_dataset_name": "mukashi_chat", "eval_split": "validation[:2]",
+        "vocab_size": 1500, "max_eval_target_length": 128, "init_from": "", "prompts": "猿の話をしてください。",
+        "max_predict_length": 64, "num_train_steps": 30, "num_layers": 1,
+    }  # fmt: skip
+    recipe = ["--config=configs/mukashi_chat.py", *(f"--config.{field}={value}" for field, value in fields.items())]
+    done = run([sys.executable, "-m", "transformer_lm.main", f"--workdir={folder}", *recipe])
     assert done.returncode == 0, done.stderr
     return folder
 

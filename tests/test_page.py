@@ -1,10 +1,19 @@
 """The page, in a real browser: types, streams, goes on from another token, stops, says what is wrong."""
 
+import contextlib
 import shutil
 import time
 
 import pytest
+from conftest import ROOT
 from test_serve import NAME, Running, network, scheduler, tokenizer, wait_until  # noqa: F401
+from test_serve_chat import model  # noqa: F401
+from test_turns import with_pieces, with_words  # noqa: F401
+
+import transformer_lm
+from transformer_lm.generation.engine import Engine
+from transformer_lm.generation.sampler import SamplingConfig
+from transformer_lm.generation.scheduler import Scheduler
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: the extra dev")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -27,10 +36,20 @@ def browser():
         yield started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
 
 
-@pytest.fixture
-def page(browser, server):
-    """The page, in Japanese; whatever goes wrong in it or is asked of others fails the test."""
-    page = browser.new_page(locale="ja-JP")
+@pytest.fixture(scope="module")
+def talk_server(model):  # noqa: F811
+    running = Running(
+        Scheduler(Engine(model.network, model.params, slots=2, context=160), model.tokenizer),
+        turns=model.turns, openings=("昔話をお願いします。",),
+    )  # fmt: skip
+    yield running
+    running.stop()
+
+
+@contextlib.contextmanager
+def opened(browser, server, **options):
+    """The page, in Japanese; whatever goes wrong in it or is asked of others is an error."""
+    page = browser.new_page(locale="ja-JP", **options)
     page.set_default_timeout(60_000)
     expect.set_options(timeout=60_000)
     wrong = []
@@ -42,9 +61,27 @@ def page(browser, server):
     assert not wrong
 
 
+@pytest.fixture
+def page(browser, server):
+    with opened(browser, server) as page:
+        yield page
+
+
+@pytest.fixture
+def talk(browser, talk_server):
+    with opened(browser, talk_server) as page:
+        yield page
+
+
+def choose(page, **settings):
+    for name, value in settings.items():
+        page.locator(f"#{name}").evaluate(
+            "(input, value) => { input.value = value; input.dispatchEvent(new Event('input')) }", str(value)
+        )
+
+
 def write(page, **settings):
-    for name, value in {"max_tokens": 12, "seed": 1, **settings}.items():
-        page.evaluate("([id, value]) => { document.getElementById(id).value = value }", [name, str(value)])
+    choose(page, **{"max_tokens": 12, "seed": 1} | settings)
     page.get_by_role("button", name="書く", exact=True).click()
 
 
@@ -133,3 +170,85 @@ def test_the_key_is_asked_for(browser, scheduler):  # noqa: F811
     finally:
         page.close()
         running.stop()
+
+
+class TestConversation:
+    @staticmethod
+    def said(page) -> list[str]:
+        return page.locator("article .said").all_text_contents()
+
+    def say(self, page, text: str):
+        """Says something, and waits for the answer's end."""
+        page.locator("#prompt").fill(text)
+        page.get_by_role("button", name="送る").click()
+        expect(page.get_by_role("button", name="もう一度")).to_be_visible()
+
+    def test_it_answers_again_and_takes_words_back(self, talk, talk_server):
+        choose(talk, max_tokens=12, seed=4, temperature=1)
+        expect(talk.locator("#about")).to_contain_text("話しかけると")
+        talk.get_by_role("button", name="昔話をお願いします。").click()
+        expect(talk.get_by_role("button", name="もう一度")).to_be_visible()
+        self.say(talk, "誰が？")
+        said, messages = self.said(talk), []
+        for text, answer in zip(said[::2], said[1::2], strict=True):
+            messages.append({"role": "user", "content": text})
+            asked = {"messages": messages, "max_tokens": 12, "seed": 4, "top_p": 1, "top_k": 0}
+            found = talk_server.post("/v1/chat/completions", **asked).json()["choices"][0]["message"]
+            assert answer == found["content"]
+            messages.append(found | {"refusal": None})
+        choose(talk, seed=5)
+        talk.get_by_role("button", name="もう一度").click()
+        expect(talk.get_by_role("button", name="もう一度")).to_be_visible()
+        assert self.said(talk)[:3] == said[:3]
+        assert self.said(talk)[3] != said[3]
+        talk.get_by_role("button", name="書き直す").nth(1).click()
+        expect(talk.locator("#prompt")).to_have_value("誰が？")
+        assert self.said(talk) == said[:2]
+        talk.get_by_role("button", name="新しい会話").click()
+        assert self.said(talk) == []
+
+    def test_stop_and_errors(self, talk, talk_server, monkeypatch):
+        engine = talk_server.worker.scheduler.engine
+        step = engine.step
+        monkeypatch.setattr(engine, "step", lambda: time.sleep(0.2) or step())
+        choose(talk, max_tokens=80)
+        talk.locator("#prompt").fill("昔話をお願いします。")
+        talk.keyboard.press("Control+Enter")
+        expect(talk.locator(".assistant .said")).not_to_be_empty()
+        talk.keyboard.press("Escape")
+        expect(talk.locator(".assistant .how")).to_have_text("— 止めました")
+        wait_until(lambda: not talk_server.worker.open)
+        monkeypatch.undo()
+        kept = self.said(talk)
+        talk.locator("#prompt").fill("昔" * 200)
+        talk.get_by_role("button", name="送る").click()
+        expect(talk.locator("#error")).to_contain_text("会話がモデルの文脈より長く")
+        assert self.said(talk) == kept
+        expect(talk.locator("#prompt")).to_have_value("昔" * 200)
+
+
+def test_the_picture(browser, scheduler, tmp_path, request):  # noqa: F811
+    """Of this test's model; with --picture=WORKDIR of that one, for the documentation."""
+    workdir, path = request.config.getoption("picture"), tmp_path / "page.png"
+    options = {"openings": (OPENING,), "is_mukashi": True, "sampling": SamplingConfig(0.6, 20)}
+    if workdir:
+        path, model = ROOT / "docs" / "page.png", transformer_lm.load(workdir)
+        scheduler = Scheduler(Engine(model.network, model.params, slots=2, context=160), model.tokenizer)
+        options["name"] = "mukashi"
+    running = Running(scheduler, **options)
+    try:
+        with opened(browser, running, viewport={"width": 760, "height": 700}, color_scheme="light") as page:
+            write(page, texts=2, max_tokens=64 if workdir else 20, seed=7)
+            finished(page, 2)
+            doubts = (
+                page.locator("article")
+                .nth(0)
+                .locator(".token")
+                .evaluate_all("tokens => tokens.map(token => Number(token.style.getPropertyValue('--doubt')))")
+            )
+            page.locator("article").nth(0).locator(".token").nth(doubts.index(max(doubts))).click()
+            expect(page.locator("#choices")).to_be_visible()
+            page.screenshot(path=path, scale="css")
+    finally:
+        running.stop()
+    assert path.stat().st_size < 150_000

@@ -24,7 +24,17 @@ FLOORS = [
     {"configs"},
     {"recipe"},
     {"cli"},
-    {"main", "prepare_data", "generate_text", "evaluate", "serve", "export_huggingface", "export_gguf", "demo"}
+    {
+        "main",
+        "prepare_data",
+        "generate_text",
+        "evaluate",
+        "serve",
+        "export_huggingface",
+        "export_gguf",
+        "demo",
+        "demo_chat",
+    }
     | {"tokenizer.__main__", ""},
 ]
 

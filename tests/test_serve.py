@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -20,9 +19,8 @@ from conftest import FIXTURE, batch_of, call, init, one_line_error, run
 
 from transformer_lm import models
 from transformer_lm.generation.engine import Engine
-from transformer_lm.generation.language_model import LanguageModel
 from transformer_lm.generation.scheduler import Scheduler
-from transformer_lm.tokenizer import EOS_ID, START_ID, Tokenizer
+from transformer_lm.tokenizer import EOS_ID, Tokenizer
 
 httpx = pytest.importorskip("httpx2", reason="the extra serve is not installed")
 openai = pytest.importorskip("openai", reason="the extra dev's openai is not installed")
@@ -166,25 +164,6 @@ class TestCompletions:
         assert answer["choices"][0]["finish_reason"] == "length"
 
 
-def test_lm_evals_local_completions_get_the_adapters_scores(server, network, tokenizer):
-    """What lm_eval's client for such servers asks, and what it reads from the answers, against our own adapter."""
-    client = pytest.importorskip("lm_eval.models.openai_completions", reason="lm_eval is not installed")
-    from transformer_lm.evaluation.harness import HarnessModel
-
-    pairs = [("吾輩は", "猫である。"), ("日本の首都は", "東京"), ("昔々あるところに、", "お爺さん👍")]
-    pairs = [tuple(map(tokenizer.encode, pair)) for pair in pairs]
-    pairs.append(([*pairs[0][0]], np.array([tokenizer.encode("猫")[-1]]).tolist()))
-    asked = client.LocalCompletionsAPI._create_payload(
-        types.SimpleNamespace(model=NAME), [context + continuation for context, continuation in pairs]
-    )
-    found = client.LocalCompletionsAPI.parse_logprobs(server.post(**asked).json(), ctxlens=[len(c) for c, _ in pairs])
-    adapter = HarnessModel(LanguageModel(network, init(network), tokenizer, step=0))
-    expected = adapter._loglikelihood_tokens([(None, [START_ID, *c], rest) for c, rest in pairs], disable_tqdm=True)
-    for (log_prob, greedy), (expected_log_prob, expected_greedy) in zip(found, expected, strict=True):
-        assert log_prob == pytest.approx(expected_log_prob, abs=1e-3)
-        assert greedy == expected_greedy
-
-
 class TestOthers:
     def test_models_health_metrics(self, server):
         [model] = server.openai.models.list().data
@@ -251,6 +230,7 @@ class TestErrors:
             ({"prompt": [1000000]}, "prompt", "token 1000000"),
             ({"max_tokens": 64}, "prompt", "more than the context of 64"),
             ({"seed": 2**63}, "seed", "less"),
+            ({"prompt": ["昔"] * 10_000, "n": 128}, None, "1280000 texts at once are too many"),
         ],
     )
     def test_impossible_fields_are_named(self, server, fields, param, words):
@@ -389,6 +369,12 @@ class TestCommand:
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
         assert "Traceback" not in errors
+
+    def test_sigterm_as_soon_as_it_serves(self):
+        process, _ = self.start()
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+        assert process.returncode == 0
 
     def test_errors(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -12,6 +12,7 @@ num_eval_steps and use_bfloat16. Rows are looked for, and made, in prepared_dir,
 cache.
 
 With --tasks, what each task measures; of the recipe only use_bfloat16 counts. The project's own tasks are in tasks/.
+With --chat_template, each question is asked in a conversation, which the model must have been trained on.
 
 Standard output gets one JSON object.
 """
@@ -49,7 +50,10 @@ _NUM_FEWSHOT = flags.DEFINE_integer(
 )
 _LIMIT = flags.DEFINE_integer("limit", None, "How many questions of each task are asked; unset for all.", 1, LARGEST)
 _SAMPLES = flags.DEFINE_string("samples", None, "File (JSON lines) for every question, answer and score.")
-_OF_TASKS = (_TASKS_DATA, _INCLUDE_PATH, _NUM_FEWSHOT, _LIMIT, _SAMPLES)
+_CHAT = flags.DEFINE_bool(
+    "chat_template", None, "Ask in a conversation, of models that were trained on some; unset for plain prompts."
+)
+_OF_TASKS = (_CHAT, _TASKS_DATA, _INCLUDE_PATH, _NUM_FEWSHOT, _LIMIT, _SAMPLES)
 
 
 def main(config: ConfigDict, workdir: str):
@@ -127,6 +131,7 @@ def evaluate_tasks(model: language_model.LanguageModel) -> dict[str, dict]:
     found = harness.run_tasks(
         model, [name for name in _TASKS.value if name.strip()], data_dir=_TASKS_DATA.value,
         include_path=_INCLUDE_PATH.value, num_fewshot=_NUM_FEWSHOT.value, limit=_LIMIT.value,
+        chat=bool(_CHAT.value),
     )  # fmt: skip
     if _SAMPLES.value:
         lines = [

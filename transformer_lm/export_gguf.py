@@ -19,6 +19,7 @@ from transformer_lm.errors import UserError
 from transformer_lm.generation.sampler import SamplingConfig
 from transformer_lm.huggingface import gguf_file
 from transformer_lm.tokenizer import Tokenizer
+from transformer_lm.tokenizer.turns import Turns
 
 # Where both are imported, the other export's flag of this name may be replaced.
 _OUTPUT = flags.DEFINE_string("output", None, "File to write, new, with the ending .gguf.", allow_override=True)
@@ -40,12 +41,14 @@ def export(address: str, output: Path, kind: str, sampling: SamplingConfig):
     found = loading.find_model(address)
     tokenizer = Tokenizer.load_for(found.tokenizer_path, found.network.vocab_size)
     gguf_file.check(found.network, tokenizer, name)
+    turns = Turns.of(tokenizer) if found.has_turns else None
     loaded = found.load()
     settings = {"temp": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     with errors.writing(f"--output={output}"):
         output.parent.mkdir(parents=True, exist_ok=True)
         files.write_file_atomically(
-            output, lambda path: gguf_file.save(path, name, loaded.config, loaded.params, tokenizer, settings, kind)
+            output,
+            lambda path: gguf_file.save(path, name, loaded.config, loaded.params, tokenizer, settings, kind, turns),
         )
     logging.info("Exported the model of step %d to %s.", loaded.step, output)
 

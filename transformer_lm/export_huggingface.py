@@ -25,7 +25,8 @@ from transformer_lm.generation.sampler import SamplingConfig
 from transformer_lm.huggingface import exported_model, fast_tokenizer, model_card
 from transformer_lm.huggingface.architectures import table_of
 from transformer_lm.huggingface.tensor_tables import SPECIAL_TOKENS
-from transformer_lm.tokenizer import Tokenizer
+from transformer_lm.tokenizer import EOS_ID, Tokenizer
+from transformer_lm.tokenizer.turns import Turns
 
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write, new or empty.")
 
@@ -43,26 +44,33 @@ def export(address: str, output: Path, sampling: SamplingConfig):
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"--output={output} exists and is not an empty folder; remove it or name another.")
     loaded = loading.load_model(address)
-    tokenizer = Tokenizer.load_for(loaded.tokenizer_path, loaded.config.vocab_size)
+    tokenizer, turns = loaded.tokenizer()
     facts = read_facts(address, loaded.step, tokenizer)
-    card = model_card.write(output.name, loaded.config, loaded.step, facts)
+    card = model_card.write(output.name, loaded.config, loaded.step, facts, has_turns=loaded.has_turns)
     temporary = (output if output.exists() else output.parent) / f".tmp{uuid.uuid4().hex}"
     try:
         with errors.writing(f"--output={output}"):
             temporary.mkdir(parents=True)
-            _write(temporary, loaded, tokenizer, card, sampling)
+            _write(temporary, loaded, tokenizer, turns, card, sampling)
             _move(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     logging.info("Exported the model of step %d to %s.", loaded.step, output)
 
 
-def _write(folder: Path, loaded: loading.LoadedModel, tokenizer: Tokenizer, card: str, sampling: SamplingConfig):
+def _write(
+    folder: Path,
+    loaded: loading.LoadedModel,
+    tokenizer: Tokenizer,
+    turns: Turns | None,
+    card: str,
+    sampling: SamplingConfig,
+):
     """Writes all files of an export into a folder, to the disk."""
     positions = table_of(loaded.config).sizes.positions
-    fast_tokenizer.save(folder, tokenizer, positions)  # first, since it may refuse
-    exported_model.save(folder, loaded.config, loaded.params, loaded.step)
-    files.write_json(folder / "generation_config.json", _generation_settings(sampling, positions))
+    fast_tokenizer.save(folder, tokenizer, positions, turns)  # first, since it may refuse
+    exported_model.save(folder, loaded.config, loaded.params, loaded.step, has_turns=loaded.has_turns)
+    files.write_json(folder / "generation_config.json", _generation_settings(sampling, positions, turns))
     (folder / TOKENIZER_FILE).write_bytes(tokenizer.model)
     (folder / "README.md").write_bytes(card.encode(errors="backslashreplace"))  # as in JSON
     for path in folder.iterdir():
@@ -84,9 +92,11 @@ def _move(temporary: Path, output: Path):
         raise
 
 
-def _generation_settings(sampling: SamplingConfig, positions: int) -> dict:
+def _generation_settings(sampling: SamplingConfig, positions: int, turns: Turns | None) -> dict:
     """How transformers' generate() samples unless it is told otherwise."""
     settings = {**SPECIAL_TOKENS, "max_length": min(sampling.max_length, positions)}
+    if turns and turns.end_ids:
+        settings["eos_token_id"] = [EOS_ID, *turns.end_ids]
     if sampling.temperature == 0:
         return {**settings, "do_sample": False}
     return {**dataclasses.asdict(sampling), **settings, "do_sample": True}

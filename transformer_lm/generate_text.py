@@ -13,8 +13,12 @@ Without --config, the workdir's own recipe is taken.
 With --stream, texts come on standard output while they are written, one after the other. With --interactive, each line
 of standard input is a beginning, and is gone on from in the same way; Ctrl-D ends it. Both draw their random numbers by
 the seed, too, but other texts than without them.
+
+A model that was trained on conversations answers prompts. With --interactive it talks: all lines are one conversation,
+which may fill the model's context, and max_predict_length counts the tokens of an answer.
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterable
@@ -25,8 +29,10 @@ from ml_collections import ConfigDict
 from transformer_lm import cli, recipe
 from transformer_lm.errors import UserError, stage
 from transformer_lm.generation import language_model
-from transformer_lm.generation.engine import Engine, Settings
+from transformer_lm.generation.choosing import Settings
+from transformer_lm.generation.engine import Engine
 from transformer_lm.generation.scheduler import Request, Scheduler
+from transformer_lm.tokenizer.turns import Message, Turns
 from transformer_lm.training.config import Recipe
 
 _NUM_GENERATED_TEXTS = flags.DEFINE_integer(
@@ -36,7 +42,7 @@ _OUTPUT = flags.DEFINE_enum(
     "output", "log", ["log", "jsonl"], "log: lines 'Sample: ...' in the log; jsonl: one JSON object a text on stdout."
 )
 _STREAM = flags.DEFINE_bool("stream", False, "Write texts to stdout while they come, one after the other.")
-_INTERACTIVE = flags.DEFINE_bool("interactive", False, "Go on from each line of stdin, with --stream; Ctrl-D ends it.")
+_INTERACTIVE = flags.DEFINE_bool("interactive", False, "Go on from each line of stdin, or answer it; Ctrl-D ends it.")
 
 
 def main(config: ConfigDict, workdir: str):
@@ -49,7 +55,7 @@ def main(config: ConfigDict, workdir: str):
     logging.info("Generating text with the model of step %d.", model.step)
     if streams:
         with stage("generating text", lower="max_predict_length"):
-            stream_texts(model, chosen)
+            (talk if model.turns and _INTERACTIVE.value else stream_texts)(model, chosen)
         return
     number = _NUM_GENERATED_TEXTS.value
     texts = model.continue_texts(chosen.prompts, chosen.sampling, seed=chosen.seed, num_samples=number)
@@ -63,27 +69,63 @@ def main(config: ConfigDict, workdir: str):
 def stream_texts(model: language_model.LanguageModel, chosen: Recipe):
     """Writes texts to standard output as they come: of the recipe's prompts, or of lines that somebody types."""
     sampling = chosen.sampling
-    engine = Engine(model.network, model.params, slots=1, context=sampling.max_length)
-    scheduler = Scheduler(engine, model.tokenizer)
-    settings = Settings(sampling.temperature, sampling.top_k, sampling.top_p, seed=chosen.seed)
+    scheduler, settings = _scheduler(model, chosen, sampling.max_length)
     prompts = chosen.prompts
     if _INTERACTIVE.value:
         prompts = typed_lines()
     else:
-        language_model.check_prompts(model.tokenizer, prompts, sampling)  # before the first is written
+        language_model.check_prompts(model.tokenizer, prompts, sampling, model.turns)  # before the first is written
     for place, prompt in enumerate(prompts):
         try:
-            [ids] = language_model.check_prompts(model.tokenizer, [prompt], sampling)
+            [ids] = language_model.check_prompts(model.tokenizer, [prompt], sampling, model.turns)
         except UserError as error:
             logging.error("%s", error)
             continue
         for number in range(1 if _INTERACTIVE.value else _NUM_GENERATED_TEXTS.value):
             number += place * language_model.MAX_SAMPLES
-            scheduler.submit(Request(ids, settings, sampling.max_length - len(ids), number=number, echo=True))
-            while not scheduler.is_idle:
-                for _, part in scheduler.advance():
-                    print(part.text, end="", flush=True)
-            print("\n", flush=True)
+            request = Request(ids, settings, sampling.max_length - len(ids), number=number, echo=model.turns is None)
+            if model.turns:
+                print(prompt, flush=True)
+            stream(scheduler, request, model.turns)
+
+
+def talk(model: language_model.LanguageModel, chosen: Recipe):
+    """A conversation with somebody who types; where it fills the model's context, another one begins."""
+    context = model.network.context
+    scheduler, settings = _scheduler(model, chosen, context)
+    messages: list[Message] = []
+    for place, text in enumerate(typed_lines()):
+        messages.append(Message("user", text))
+        ids, _ = model.turns.encode(messages, add_generation_prompt=True)
+        if len(ids) >= context:
+            logging.error("%d tokens are more than the model's context of %d: a new conversation.", len(ids), context)
+            messages = []
+            continue
+        most = min(chosen.sampling.max_length, context - len(ids))
+        request = Request(ids, settings, most, number=place * language_model.MAX_SAMPLES)
+        messages.append(Message("assistant", stream(scheduler, request, model.turns)))
+
+
+def _scheduler(model: language_model.LanguageModel, chosen: Recipe, context: int) -> tuple[Scheduler, Settings]:
+    engine = Engine(model.network, model.params, slots=1, context=context)
+    sampling = chosen.sampling
+    settings = Settings(sampling.temperature, sampling.top_k, sampling.top_p, seed=chosen.seed)
+    return Scheduler(engine, model.tokenizer), settings
+
+
+def stream(scheduler: Scheduler, request: Request, turns: Turns | None) -> str:
+    """Writes a text, with turns an answer, to standard output as it comes; returns it."""
+    if turns:
+        request = dataclasses.replace(request, stop=turns.stop, end_ids=turns.end_ids)
+    scheduler.submit(request)
+    text = ""
+    while not scheduler.is_idle:
+        for _, part in scheduler.advance():
+            more = part.text if text or not turns or not turns.stop else part.text.lstrip()  # the space before a word
+            print(more, end="", flush=True)
+            text += more
+    print("\n", flush=True)
+    return text
 
 
 def typed_lines() -> Iterable[str]:

@@ -372,6 +372,11 @@ class TransformerLM(nnx.Module):
         return jax.lax.scan(run_layer, x, (stacked, keys))[0]
 
     def extend(self, inputs, positions, valid, cache: Cache) -> tuple[jax.Array, Cache]:
+        """As `read_on`, but logits [B, V] float32 for the token after the last."""
+        x, cache = self.read_on(inputs, positions, valid, cache)
+        return self.to_logits(x[:, -1]), cache
+
+    def read_on(self, inputs, positions, valid, cache: Cache) -> tuple[jax.Array, Cache]:
         """Reads T more tokens into the cache: a whole prompt (T = its length) or one token (T = 1).
 
         Layers are unrolled here: a decoding step is bound by reading the weights, which scan would copy first.
@@ -379,19 +384,19 @@ class TransformerLM(nnx.Module):
         Args:
           inputs: [B, T] int32 ids. Rows of different lengths are padded on the left.
           positions: [B, T] int32.
-          valid: [B, T] bool, False on padding.
+          valid: [B, T] bool, False on padding; of a row without any token the results mean nothing.
           cache: as made by `empty_cache`, with at least T free slots.
 
         Returns:
-          logits [B, V] float32 for the token after the last, and the cache with the T tokens in it.
+          what logits are made of [B, T, D], and the cache with the T tokens in it.
         """
         length = inputs.shape[1]
-        valid = write_slots(cache.valid, valid, cache.length, axis=1)  # [B, S]
+        is_read, valid = valid.any(axis=1), write_slots(cache.valid, valid, cache.length, axis=1)  # [B], [B, S]
         slots = jnp.arange(valid.shape[1])
         mask = (slots <= cache.length[..., None, None] + jnp.arange(length)[:, None]) & valid[:, None, :]  # [B, T, S]
         seen = functools.partial(attend, mask=mask)
         if cache.length.ndim:
-            filled = jnp.minimum(cache.length.max() + length, len(slots))
+            filled = jnp.minimum(jnp.where(is_read, cache.length, 0).max() + length, len(slots))
             seen = functools.partial(attend_to_filled, mask=mask, filled=filled)
         x = self._embed(inputs, positions)
         rotation = self._rotation(positions)
@@ -407,7 +412,7 @@ class TransformerLM(nnx.Module):
             x, layer_keys_values = run_layer(x, one, keys, values)
             keys_values.append(layer_keys_values)
         keys, values = zip(*keys_values, strict=True)
-        return self.to_logits(x[:, -1]), Cache(keys, values, valid, cache.length + length)
+        return x, Cache(keys, values, valid, cache.length + length)
 
     def _embed(self, inputs, positions, dropout_keys: Keys = None):
         """[B, T] ids and positions -> [B, T, D]."""

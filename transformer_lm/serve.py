@@ -23,14 +23,16 @@ from transformer_lm.errors import UserError, stage
 from transformer_lm.extras import optional_import
 from transformer_lm.fields import LARGEST
 from transformer_lm.generation import language_model
-from transformer_lm.generation.engine import Engine, Settings
+from transformer_lm.generation.choosing import Settings
+from transformer_lm.generation.engine import CHUNK_SIZES, Engine
 from transformer_lm.generation.scheduler import Request, Scheduler
+from transformer_lm.tokenizer import START_ID
 
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for all of this machine's.")
 _PORT = flags.DEFINE_integer("port", 8000, "Port to listen on; 0 for any that is free.", 0, 65535)
 _SLOTS = flags.DEFINE_integer("slots", 8, "Texts that are written at once.", 1, 4096)
 _CONTEXT = flags.DEFINE_integer(
-    "context", None, "Tokens of a prompt and its text together; unset for the model's own.", 1, 2**20
+    "context", None, "Tokens of a prompt and its text together; unset for the model's own.", 2, 2**20
 )
 _QUEUE = flags.DEFINE_integer("queue", 256, "Texts that may wait for a slot; for more the answer is 429.", 0, LARGEST)
 _MAX_BODY_BYTES = flags.DEFINE_integer("max_body_bytes", 1 << 20, "Size of the largest request.", 1, 1 << 30)
@@ -56,13 +58,14 @@ def main(config: ConfigDict, workdir: str):
         context = _CONTEXT.value or model.network.context
         engine = Engine(model.network, model.params, slots=_SLOTS.value, context=context)
         scheduler = Scheduler(engine, model.tokenizer)
+        turns = model.turns
         del model  # its parameters lie in the engine as it needs them
         _warm_up(scheduler)
     key = os.environ.get("TRANSFORMER_LM_API_KEY", "") if _API_KEY.value is None else _API_KEY.value
     _serve(
         scheduler, listener, name=_NAME.value or _name(workdir), api_key=key, max_body_bytes=_MAX_BODY_BYTES.value,
         cors_origins=tuple(_CORS_ORIGINS.value), openings=tuple(chosen.prompts), sampling=chosen.sampling,
-        is_mukashi=chosen.data.dataset_name == "mukashi",
+        turns=turns, is_mukashi=chosen.data.dataset_name in ("mukashi", "mukashi_chat"),
     )  # fmt: skip
 
 
@@ -80,8 +83,12 @@ def _name(workdir: str) -> str:
 
 
 def _warm_up(scheduler: Scheduler):
-    """Compiles what every text needs, before anybody waits for it."""
-    scheduler.submit(Request([], Settings(), max_tokens=min(2, scheduler.engine.context)))
+    """Compiles what texts need, before anybody waits for it: prompts of all sizes, read, taken over and scored."""
+    most = scheduler.engine.context - 2
+    for size in CHUNK_SIZES:
+        for scored in (False, True, False):
+            prompt = [START_ID] * min(size, most)
+            scheduler.submit(Request(prompt, Settings(), max_tokens=2, echo=scored, log_probs=scored))
     while not scheduler.is_idle:
         scheduler.advance()
 
@@ -101,7 +108,11 @@ def _serve(scheduler: Scheduler, listener: socket.socket, **options):
             app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=_GRACE_SECONDS.value
         )
     )
-    signal.signal(signal.SIGTERM, lambda number, frame: None)  # uvicorn raises it again at its end: which is the end
+
+    def end(number, frame):  # before uvicorn minds signals itself, and when it raises them again at its end
+        server.should_exit = True
+
+    signal.signal(signal.SIGTERM, end)
     host, port = listener.getsockname()[:2]
     logging.info("Serving %s at http://%s:%d.", config.name, f"[{host}]" if ":" in host else host, port)
     server.run(sockets=[listener])

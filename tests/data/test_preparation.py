@@ -27,6 +27,7 @@ def data_config(**changes) -> preparation.DataConfig:
         "eval_dataset_name": None,
         "eval_split": "validation[:50]",
         "text_field": "text",
+        "conversations": False,
         "streaming": False,
         "preprocessor": None,
         "unicode_normalization": "",

@@ -2,17 +2,10 @@
 
 import json
 
-import numpy as np
 from etils import epath
 
 from transformer_lm.data import rows
 from transformer_lm.data.dataset_preprocessor import Preprocessing
-
-
-def test_characters_sum_to_the_text_whatever_is_left_of_it():
-    sizes = np.array([[1, 3], [0, 0], [0, 0], [2, 6]], np.int32)
-    for ids in ([2], [3, 2], [3, 0, 3, 2]):
-        assert rows._with_sizes(np.array(ids), "\u200bあa", sizes)[:, 1:].sum(axis=0).tolist() == [3, 7]
 
 
 def test_lost_characters_are_counted(tmp_path, tales_tokenizer):

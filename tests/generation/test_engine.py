@@ -10,8 +10,10 @@ from conftest import FIXTURE, batch_of, call, init
 
 from transformer_lm import attention, models
 from transformer_lm.errors import UserError
+from transformer_lm.generation import choosing
 from transformer_lm.generation import engine as engines
-from transformer_lm.generation.engine import Engine, Settings
+from transformer_lm.generation.choosing import Settings
+from transformer_lm.generation.engine import CHUNK, Engine
 from transformer_lm.generation.scheduler import Request, Scheduler
 from transformer_lm.tokenizer import EOS_ID, Tokenizer
 
@@ -115,9 +117,87 @@ class TestCompany:
         scheduler = Scheduler(engine, tokenizer)
         requests = requests_of_all_kinds(tokenizer.vocab_size)
         write(scheduler, requests[1:2])
-        before = [function._cache_size() for function in (engines._choose, engines._extend, engines._insert)]
+        compiled = engines._choose, engines._extend, engines._begin, engines._put_logits
+        before = [function._cache_size() for function in compiled]
         write(scheduler, requests)
-        assert before == [function._cache_size() for function in (engines._choose, engines._extend, engines._insert)]
+        assert before == [function._cache_size() for function in compiled]
+
+
+class TestPrompts:
+    """Prompts of more than a chunk, and what they have in common."""
+
+    @pytest.fixture(scope="class")
+    def engine(self, network) -> Engine:
+        return Engine(network, init(network), slots=SLOTS, context=4 * CHUNK)
+
+    @staticmethod
+    def requests(vocab_size: int) -> list[Request]:
+        first, other = np.random.default_rng(0).integers(3, vocab_size, (2, 2 * CHUNK + 20)).tolist()
+        prompts = [first, first[: CHUNK + 3] + other[:30], first, [*first, *other[:9]], first[: 2 * CHUNK], other]
+        prompts += [first[:CHUNK], first[: CHUNK - 1], first, other[:5]]
+        settings = [Settings(seed=5, alternatives=2), Settings(seed=5, top_k=30)]
+        return [Request(prompt, settings[n % 2], 6, number=n, echo=n == 8) for n, prompt in enumerate(prompts)]
+
+    @pytest.mark.parametrize("late", [0, 1, 5])
+    def test_what_is_taken_over_is_what_would_be_read(self, engine, tokenizer, monkeypatch, late):
+        """Bit for bit, from texts that have ended and from those that are at work, read whole or not."""
+        requests, alone, counts = self.requests(tokenizer.vocab_size), [], []
+        for request in requests:
+            engine.reset()
+            alone += write(Scheduler(engine, tokenizer), [request])
+        read = engine.read
+        monkeypatch.setattr(engine, "read", lambda slot: counts.append(read(slot)) or counts[-1])
+        for order in (1, -1):
+            engine.reset()
+            counts.clear()
+            scheduler = Scheduler(engine, tokenizer)
+            assert write(scheduler, requests[::order], late)[::order] == alone
+            assert sum(counts) < 0.7 * sum(len(request.prompt) for request in requests)
+            counts.clear()
+            assert write(scheduler, requests[:3]) == alone[:3]
+            assert sum(counts) < CHUNK
+
+    def test_scores_do_not_rest_on_what_others_read(self, engine, tokenizer):
+        """Nor do texts behind a scored prompt differ from those behind one that is not."""
+        prompt = self.requests(tokenizer.vocab_size)[0].prompt
+        plain = Request(prompt, Settings(seed=3), 4)
+        scored = dataclasses.replace(plain, echo=True, log_probs=True)
+        found = []
+        for requests in ([plain, scored], [scored, plain]):
+            engine.reset()
+            texts = [tokens for _, tokens, _ in write(Scheduler(engine, tokenizer), requests)]
+            found += sorted(texts, key=len)
+        assert found[0] == found[2]
+        assert found[1] == found[3]
+        ids = [[(token.id, token.log_prob) for token in text] for text in found]
+        assert ids[1][len(prompt) :] == ids[0]
+
+    def test_a_long_prompt_holds_nobody_up(self, engine, tokenizer):
+        """Others write a token at each step, and a short prompt does not wait for the end of a long one."""
+        engine.reset()
+        scheduler = Scheduler(engine, tokenizer)
+        endless = Settings(logit_bias={EOS_ID: -100.0})
+        writing = scheduler.submit(Request([5], endless, 100))
+        scheduler.advance()
+        long = scheduler.submit(Request([6, 7] * 100, endless, 10))
+        short = scheduler.submit(Request([8] * 5, endless, 10))
+        begun = {}
+        for number in range(12):
+            parts = scheduler.advance()
+            assert writing in [job for job, _ in parts]
+            for job, _ in parts:
+                begun.setdefault(job, number)
+        assert begun[short] <= 2
+        assert begun[short] < begun[long] < 8
+        for job in (writing, long, short):
+            scheduler.cancel(job)
+        unread = scheduler.submit(Request([9, 10] * 100, endless, 10))
+        scheduler.advance()
+        scheduler.cancel(unread)
+        assert scheduler.is_idle
+        [(_, tokens, _)] = write(scheduler, [Request([9, 10] * 100, endless, 10)])
+        engine.reset()
+        assert write(scheduler, [Request([9, 10] * 100, endless, 10)])[0][1] == tokens
 
 
 class TestNetwork:
@@ -143,15 +223,21 @@ class TestNetwork:
             )
 
     def test_scores_of_a_prompt(self, tiny):
-        params = init(tiny)
-        engine = Engine(tiny, params, slots=1, context=32)
-        prompt = list(range(3, 25))
-        expected = jax.nn.log_softmax(call(tiny, params, batch_of([prompt], 32)))[0]
-        for given, skip in ((prompt, 0), ([0, *prompt], 1)):
-            scores = engine.score(given)
+        """Of prompts shorter and longer than a chunk, whatever has been read before."""
+        config = dataclasses.replace(tiny, max_len=2 * CHUNK)
+        params = init(config)
+        engine = Engine(config, params, slots=1, context=2 * CHUNK)
+        prompt = np.random.default_rng(0).integers(3, 50, CHUNK + 22).tolist()
+        expected = jax.nn.log_softmax(call(config, params, batch_of([prompt], 2 * CHUNK)))[0]
+        for given, skip in ((prompt[:22], 0), ([0, *prompt[:22]], 1), (prompt, 0), ([0, *prompt], 1), ([], 0)):
+            engine.begin(0, given, Settings(), scored=True)
+            while not engine.is_read(0):
+                engine.read(0)
+            scores, size = engine.scores(0), len(given) - skip
+            assert scores.tokens.tolist() == given
             assert np.isnan(scores.log_probs[:skip]).all()
-            np.testing.assert_allclose(scores.log_probs[skip:], expected[np.arange(22), prompt], atol=1e-5)
-            np.testing.assert_array_equal(scores.alternatives[skip:, 0], expected[:22].argmax(-1))
+            np.testing.assert_allclose(scores.log_probs[skip:], expected[np.arange(size), prompt[:size]], atol=1e-5)
+            np.testing.assert_array_equal(scores.alternatives[skip:, 0], expected[:size].argmax(-1))
 
     def test_a_full_context(self, engine, tokenizer):
         [(_, tokens, reason)] = write(
@@ -173,10 +259,10 @@ class TestSettings:
 
     def frequencies(self, **settings):
         n = 20_000
-        table = {name: jnp.asarray(np.repeat(values, n, axis=0)) for name, values in engines._table(1).items()}
+        table = {name: jnp.asarray(np.repeat(values, n, axis=0)) for name, values in choosing.table_of(1).items()}
         table |= {name: jnp.full(n, value, table[name].dtype) for name, value in settings.items()}
         logits = jnp.broadcast_to(jnp.log(jnp.asarray(self.P, jnp.float32)) + 3, (n, 5))
-        ids = jax.jit(engines.choose)(logits, jax.random.split(jax.random.key(0), n), table)
+        ids = jax.jit(choosing.choose)(logits, jax.random.split(jax.random.key(0), n), table)
         return np.bincount(ids, minlength=5) / n
 
     @pytest.mark.parametrize(
@@ -206,12 +292,12 @@ class TestSettings:
         np.testing.assert_allclose(self.frequencies(temperature=0.5), self.P**2 / np.sum(self.P**2), atol=0.015)
 
     def test_penalties_and_biases(self):
-        table = {name: jnp.asarray(values) for name, values in engines._table(1).items()}
+        table = {name: jnp.asarray(values) for name, values in choosing.table_of(1).items()}
         changes = {"repetition_penalty": 2.0, "frequency_penalty": 0.5, "presence_penalty": 0.25}
         table |= {name: jnp.full(1, value, jnp.float32) for name, value in changes.items()}
         logits, bias = jnp.array([[1.0, -1.0, 1.0, 1.0]]), jnp.array([[0.0, 0.0, 0.0, 7.0]])
         counts, prompted = jnp.array([[3, 0, 0, 0]]), jnp.array([[False, True, False, False]])
-        found = engines.change(logits, bias, counts, prompted, table)
+        found = choosing.change(logits, bias, counts, prompted, table)
         np.testing.assert_allclose(found, [[0.5 - 3 * 0.5 - 0.25, -2.0, 1.0, 8.0]])
 
     @pytest.mark.parametrize(

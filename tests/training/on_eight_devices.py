@@ -49,7 +49,8 @@ def batch_of(step: int) -> dict[str, np.ndarray]:
     segments = (np.arange(LENGTH) < rng.integers(2, LENGTH, (ROWS, 1))).astype(np.int32)
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
     counts = {"characters": np.ones(ROWS, np.int32), "bytes": np.ones(ROWS, np.int32)}
-    return {"inputs": tokens, "targets": tokens, "segments": segments, "positions": positions} | counts
+    places = {"segments": segments, "positions": positions, "scored": segments > 0}
+    return {"inputs": tokens, "targets": tokens, **places, **counts}
 
 
 def largest_results(text: str) -> dict[str, int]:

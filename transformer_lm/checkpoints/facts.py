@@ -18,7 +18,8 @@ UNSHOWN_FIELDS = SILENT_FIELDS | {
     "vocab_path", "dataset_name", "train_split", "eval_dataset_name", "eval_split", "streaming", "text_field",
     "eval_per_device_batch_size", "max_eval_target_length", "num_eval_steps",
 }  # fmt: skip
-SCORES = ("eval_loss", "eval_perplexity", "eval_accuracy", "eval_bits_per_char", "eval_bits_per_byte")
+SCORES = ("eval_loss", "eval_perplexity", "eval_accuracy", "eval_bits_per_char", "eval_bits_per_byte",
+          "instruction_accuracy")  # fmt: skip
 
 
 def read_facts(address: str, step: int, tokenizer: Tokenizer) -> dict[str, Any]:

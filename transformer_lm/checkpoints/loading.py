@@ -17,6 +17,8 @@ from transformer_lm.checkpoints import workdir as contract
 from transformer_lm.checkpoints.workdir import CHECKPOINTS_DIR, CONFIG_FILE, TOKENIZER_FILE
 from transformer_lm.errors import UserError
 from transformer_lm.huggingface import exported_model
+from transformer_lm.tokenizer import Tokenizer
+from transformer_lm.tokenizer.turns import Turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +30,23 @@ class LoadedModel:
       params: NumPy arrays, float32.
       step: training steps behind it.
       tokenizer_path: the SentencePiece model beside it.
+      has_turns: whether it was trained on conversations.
     """
 
     config: models.TransformerConfig
     params: models.Params
     step: int
     tokenizer_path: epath.Path
+    has_turns: bool
+
+    def tokenizer(self) -> tuple[Tokenizer, Turns | None]:
+        """Its tokenizer, and how it takes turns; None for a model that only continues texts.
+
+        Raises:
+          UserError: the tokenizer does not belong to it, or can do no turns.
+        """
+        found = Tokenizer.load_for(self.tokenizer_path, self.config.vocab_size)
+        return found, Turns.of(found) if self.has_turns else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +56,18 @@ class FoundModel:
     Attributes:
       network: what it computes.
       tokenizer_path: the SentencePiece model beside it.
+      has_turns: whether it was trained on conversations.
       read: reads network, parameters and steps, as `LoadedModel` has them.
     """
 
     network: models.TransformerConfig
     tokenizer_path: epath.Path
+    has_turns: bool
     read: Callable[[], tuple[models.TransformerConfig, models.Params, int]]
 
     def load(self) -> LoadedModel:
         """Reads its parameters; raises UserError if they cannot be read."""
-        return LoadedModel(*self.read(), self.tokenizer_path)
+        return LoadedModel(*self.read(), self.tokenizer_path, self.has_turns)
 
 
 def load_model(address: os.PathLike | str) -> LoadedModel:
@@ -87,12 +102,13 @@ def find_model(address: os.PathLike | str) -> FoundModel:
     if path.is_file():
         return _found(path, original.describe, original.load, folder=path.parent)
     if (path / CONFIG_FILE).exists() and (path / CHECKPOINTS_DIR).exists():
-        return _found(path, _describe_workdir, _load_workdir, folder=path)
+        return _found(path, _describe_workdir, _load_workdir, folder=path, has_turns=contract.has_turns(path))
     numbered = [(int(match[1]), child) for child in path.iterdir() if (match := original.NAME.fullmatch(child.name))]
     if numbered:
         return _found(max(numbered)[1], original.describe, original.load, folder=path)
     if exported_model.is_model(path):
-        return _found(path, exported_model.describe, exported_model.load, folder=path)
+        has_turns = exported_model.has_turns(path)
+        return _found(path, exported_model.describe, exported_model.load, folder=path, has_turns=has_turns)
     raise UserError(
         f"No model in {path}: neither a trained workdir ({CONFIG_FILE} and {CHECKPOINTS_DIR}/), nor an original "
         f"checkpoint (checkpoint_N), nor an exported folder ({exported_model.WEIGHTS_FILE})."
@@ -114,8 +130,10 @@ def find_initial(address: str | None, network: models.TransformerConfig, workdir
     return found
 
 
-def _found(path: epath.Path, describe: Callable, load: Callable, folder: epath.Path) -> FoundModel:
-    return FoundModel(describe(path), folder / TOKENIZER_FILE, functools.partial(load, path))
+def _found(
+    path: epath.Path, describe: Callable, load: Callable, folder: epath.Path, has_turns: bool = False
+) -> FoundModel:
+    return FoundModel(describe(path), folder / TOKENIZER_FILE, has_turns, functools.partial(load, path))
 
 
 def _describe_workdir(workdir: epath.Path) -> models.TransformerConfig:

@@ -124,3 +124,9 @@ def read_run_config(workdir: epath.Path) -> tuple[TransformerConfig, str]:
     path = workdir / CONFIG_FILE
     content = read_json(path)
     return TransformerConfig.from_json(content.get("model"), str(path)), content.get("tokenizer_sha256", "")
+
+
+def has_turns(workdir: epath.Path) -> bool:
+    """Whether a workdir's model was trained on conversations, by the recipe in its config.json."""
+    recipe = read_json(workdir / CONFIG_FILE).get("recipe")
+    return isinstance(recipe, dict) and recipe.get("conversations") is True

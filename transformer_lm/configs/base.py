@@ -38,6 +38,9 @@ def _set_data(config: ml_collections.ConfigDict):
     config.eval_split = "test"
     # Which field of a record holds the document.
     config.text_field = "text"
+    # Documents are conversations, in any of the usual forms: the loss is that of the assistant's turns alone, and the
+    # model has turns (docs/chat.md).
+    config.conversations = False
     # Read Hugging Face datasets from the hub as they are needed, for corpora larger than the disk.
     config.streaming = False
     # From documents to texts: a name in dataset_preprocessor.py; None for the one that belongs to the dataset's name.

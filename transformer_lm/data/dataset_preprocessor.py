@@ -8,13 +8,16 @@ import dataclasses
 import hashlib
 import inspect
 import itertools
+import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 
 from transformer_lm.errors import UserError
 from transformer_lm.tokenizer import SURROGATE
+from transformer_lm.tokenizer.turns import read_messages
 
+CONVERSATIONS = "conversations"
 MIN_PARAGRAPH_CHARS = 10
 
 
@@ -40,6 +43,18 @@ def cc100(document: str) -> list[str]:
     return [text] if text else []
 
 
+def conversations(document: str) -> list[str]:
+    """A conversation (JSON of messages) to the assistant's last turn; none where turns are missing or in no order."""
+    messages = json.loads(document)
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    try:
+        read_messages(messages)
+    except UserError:
+        return []
+    return [json.dumps(messages, ensure_ascii=False)]
+
+
 def without_impossible_characters(document: str) -> tuple[str, dict[str, int]]:
     """The document without what no text may hold, and how much of it there was.
 
@@ -56,6 +71,7 @@ PREPROCESSORS: dict[str, Callable[[str], list[str]]] = {
     "wiki40b/ja": wiki40b,
     "huggingface:wiki40b/ja": wiki40b,
     "huggingface:cc100/lang=ja": cc100,
+    CONVERSATIONS: conversations,
 }
 
 
@@ -85,6 +101,11 @@ class Preprocessing:
         return [text for text in PREPROCESSORS[self.preprocessor](document) if text.strip()]
 
     @property
+    def has_turns(self) -> bool:
+        """Whether its texts are conversations, JSON of messages."""
+        return self.preprocessor == CONVERSATIONS
+
+    @property
     def fingerprint(self) -> str:
         """A text that changes when the texts may: with the function's code, too, so that no stale rows are met."""
         code = re.sub(r"\s+", " ", inspect.getsource(PREPROCESSORS[self.preprocessor]))
@@ -98,6 +119,8 @@ def for_dataset(name: str, preprocessor: str | None, unicode_normalization: str)
 
 
 def texts_of(documents: Iterable[str], preprocessing: Preprocessing) -> Iterator[str]:
-    """All texts of a corpus."""
+    """All texts of a corpus, of conversations what is said in them."""
     for document in documents:
-        yield from preprocessing(document)
+        for text in preprocessing(document):
+            spoken = read_messages(json.loads(text)) if preprocessing.has_turns else None
+            yield text if spoken is None else "\n".join(message.text for message in spoken)

@@ -7,6 +7,8 @@ a row, is a segment of its own. Nothing is thrown away.
 
 A row is stored as a record: `HEADER`, then the ids. The header says which token stood before a piece that goes on with
 a text (at most MAX_CONTINUED of them a row), and how many characters and bytes of text the row stands for.
+
+Of conversations the loss counts some tokens alone. The others have UNSCORED added to their ids; such rows are uint32.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,6 +21,7 @@ from transformer_lm.tokenizer import EOS_ID, START_ID
 OPEN_ROWS = 64  # rows that wait for a text of the right length; more of them cut fewer texts
 MAX_PADDING = 20  # a row is closed when at most row_length // MAX_PADDING slots are free
 MAX_CONTINUED = 4  # pieces of a row that go on with a text
+UNSCORED = 1 << 31  # added to the ids of tokens that the loss leaves out
 HEADER = np.dtype(
     [("characters", "<u4"), ("bytes", "<u4"), ("slots", "<u4", MAX_CONTINUED), ("previous", "<u4", MAX_CONTINUED)]
 )
@@ -28,7 +31,7 @@ class Row(NamedTuple):
     """A row with what is known of it.
 
     Attributes:
-      ids: [T] token ids, then padding.
+      ids: [T] token ids, UNSCORED added to some, then padding.
       characters: characters of text that its tokens stand for.
       bytes: the same in UTF-8.
       continued: (slot, token before it) of each piece that goes on with a text.
@@ -48,9 +51,9 @@ class Row(NamedTuple):
         return header.tobytes() + self.ids.astype(self.ids.dtype.newbyteorder("<")).tobytes()
 
 
-def row_dtype(vocab_size: int) -> np.dtype:
-    """The smallest dtype that holds every id below `vocab_size` and the padding: uint16 or uint32."""
-    return np.dtype(np.uint16 if vocab_size <= np.iinfo(np.uint16).max else np.uint32)
+def row_dtype(vocab_size: int, has_unscored: bool = False) -> np.dtype:
+    """The smallest dtype that holds every id below `vocab_size`, UNSCORED if need be, and the padding."""
+    return np.dtype(np.uint16 if vocab_size <= np.iinfo(np.uint16).max and not has_unscored else np.uint32)
 
 
 def padding_id(dtype: np.dtype) -> int:
@@ -91,8 +94,8 @@ def pack(texts: Iterable[np.ndarray], row_length: int, dtype: np.dtype) -> Itera
     elsewhere. So the padding stays below a 1 / MAX_PADDING share whatever the lengths are.
 
     Args:
-      texts: of each text [n, 3] integers: the token ids, EOS included, and how many characters and bytes of the text
-        each of them stands for.
+      texts: of each text [n, 3] integers: the token ids, EOS included, UNSCORED added to some, and how many characters
+        and bytes of the text each of them stands for.
       row_length: T.
       dtype: as `row_dtype` gives it.
 
@@ -107,7 +110,7 @@ def pack(texts: Iterable[np.ndarray], row_length: int, dtype: np.dtype) -> Itera
             piece = text[start : start + row.free]
             row.add(piece, previous)
             start += len(piece)
-            previous = int(piece[-1, 0])
+            previous = int(piece[-1, 0]) % UNSCORED
             if row.free <= row_length // MAX_PADDING:
                 rows.remove(row)
                 yield row.close(dtype)
@@ -148,23 +151,25 @@ def unpack(rows: np.ndarray) -> dict[str, np.ndarray]:
     """What the network and the loss need of packed rows in which every piece begins a text.
 
     Args:
-      rows: [B, T] uint16 or uint32 ids and padding.
+      rows: [B, T] uint16 or uint32 ids, UNSCORED added to some, and padding.
 
     Returns:
-      int32 arrays [B, T]:
+      int32 arrays [B, T], the last one bool:
         targets: the token ids, 0 on padding.
         inputs: the targets shifted right within their segment; START_ID begins each segment.
         positions: position within the segment, from 0.
         segments: number of the segment in its row, from 1; 0 on padding.
+        scored: whether the loss counts the target.
     """
     padding = rows == padding_id(rows.dtype)
-    targets = np.where(padding, 0, rows).astype(np.int32)
+    scored = ~padding & (rows < UNSCORED)
+    targets = np.where(padding, 0, rows.astype(np.uint32) % UNSCORED).astype(np.int32)
     starts = np.ones(rows.shape, bool)
-    starts[:, 1:] = rows[:, :-1] == EOS_ID
+    starts[:, 1:] = targets[:, :-1] == EOS_ID
     inputs = np.zeros_like(targets)
     inputs[:, 1:] = targets[:, :-1]
     inputs[starts] = START_ID
     index = np.arange(rows.shape[1], dtype=np.int32)
     positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
     segments = np.where(padding, 0, np.cumsum(starts, axis=1)).astype(np.int32)
-    return {"inputs": inputs, "targets": targets, "positions": positions, "segments": segments}
+    return {"inputs": inputs, "targets": targets, "positions": positions, "segments": segments, "scored": scored}

@@ -35,6 +35,7 @@ class DataConfig:
     eval_dataset_name: str | list | tuple | None
     eval_split: str
     text_field: str
+    conversations: bool
     streaming: bool
     preprocessor: str | None  # a key of `dataset_preprocessor.PREPROCESSORS`
     unicode_normalization: str
@@ -51,15 +52,25 @@ class DataConfig:
     def __post_init__(self):
         check(self)
         cleaning.parse_rules(self.cleaning_rules)
+        for name in ("preprocessor", "unicode_normalization", "cleaning_rules"):
+            if self.conversations and getattr(self, name):
+                raise UserError(f"{name}={getattr(self, name)!r} is for texts; leave it out with conversations=True.")
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedData:
-    """All that training reads."""
+    """All that training reads.
+
+    Attributes:
+      tokenizer: of all rows.
+      train, eval: the rows.
+      judged: conversations to evaluate on whose answers their source can judge; None where there are none.
+    """
 
     tokenizer: Tokenizer
     train: PreparedRows
     eval: PreparedRows
+    judged: corpora.Documents | None = None
 
 
 def prepare(
@@ -85,10 +96,11 @@ def prepare(
     spm_path = absolute(config.vocab_path or epath.Path(workdir) / "sentencepiece_model")
     if tokenizer_source is None and not spm_path.exists():
         tokenizer_training.check_options(config.spm_train_options)  # before the corpus is read
+    judged = next((corpus.documents for corpus in evaluation if corpus.documents.source.judges), None)
     train, evaluation = work.cleaned(train), work.cleaned(evaluation)
     spm = _tokenizer(spm_path, tokenizer_source, train, config)
     train_rows = work.rows_of(train, spm, config.max_target_length)
-    return PreparedData(spm, train_rows, work.rows_of(evaluation, spm, config.max_eval_target_length))
+    return PreparedData(spm, train_rows, work.rows_of(evaluation, spm, config.max_eval_target_length), judged)
 
 
 def prepare_evaluation(config: DataConfig, spm: Tokenizer, root: epath.Path) -> PreparedRows:
@@ -134,11 +146,12 @@ def open_corpora(name: str | list, split: str, config: DataConfig, opened: dict 
             raise ValueError
     except (TypeError, ValueError) as error:
         raise UserError(f"dataset_name={name!r} must be a name or a list of (name, weight), weight above 0.") from error
-    options = corpora.Options(config.text_field, config.streaming)
+    options = corpora.Options(config.text_field, config.streaming, config.conversations)
+    preprocessor = dataset_preprocessor.CONVERSATIONS if config.conversations else config.preprocessor
     return [
         Corpus.open(
             corpora.open_documents(part, split, options, opened),
-            dataset_preprocessor.for_dataset(part, config.preprocessor, config.unicode_normalization),
+            dataset_preprocessor.for_dataset(part, preprocessor, config.unicode_normalization),
             weight / total,
         )
         for part, weight in parts

@@ -23,6 +23,7 @@ from etils import epath
 
 from transformer_lm.data import corpora, dataset_preprocessor, packing
 from transformer_lm.data.dataset_preprocessor import Preprocessing
+from transformer_lm.data.encoding import encode_conversations, encode_texts
 from transformer_lm.errors import UserError
 from transformer_lm.files import children, is_remote, json_bytes, utf8_name, write_atomically, write_file_atomically
 from transformer_lm.tokenizer import UNK_ID, Tokenizer
@@ -39,7 +40,7 @@ MAX_DECODED_TEXTS = 100  # of a block, to see what does not come back
 REPORTED = {
     "documents": "%(documents)d documents, %(texts)d texts, %(characters)d characters, %(tokens)d tokens "
     "(%(characters_per_token).2f characters each), %(rows)d rows of %(row_length)d, %(padding_percent).2f %% padding",
-    "empty_documents": "left out %(empty_documents)d documents without text",
+    "empty_documents": "left out %(empty_documents)d documents without text, or whose turns are in no order",
     "nul_characters": "left out %(nul_characters)d NUL characters",
     "lone_surrogates": "replaced %(lone_surrogates)d halves of surrogate pairs by U+FFFD",
     "unknown_tokens": "%(unknown_tokens)d tokens are unknown pieces, which lose what they stand for",
@@ -220,7 +221,7 @@ def finish_rows(plan: RowsPlan, names: list[str]) -> PreparedCorpus:
             path.rmtree() if path.is_dir() else path.unlink()
     checksums = {name + RECORDS: block["file"] for name, block in blocks.items() if block["counts"]["rows"]}
     manifest = plan.identity | {
-        "dtype": packing.row_dtype(plan.tokenizer.vocab_size).name,
+        "dtype": packing.row_dtype(plan.tokenizer.vocab_size, plan.corpus.preprocessing.has_turns).name,
         "transformer_lm_version": __version__,
         **counts,
         "characters_per_token": round(counts["characters"] / counts["tokens"], 4),
@@ -305,10 +306,11 @@ def write_block(
         texts += found
     seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
     texts = [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))]
-    ids = spm.encode_texts(texts)
-    sized = [_with_sizes(tokens, text, spm.piece_sizes) for tokens, text in zip(ids, texts, strict=True)]
-    dtype = packing.row_dtype(spm.vocab_size)
-    records = [row.record() for row in packing.pack(sized, row_length, dtype)]
+    encode = encode_conversations if preprocessing.has_turns else encode_texts
+    encoded = encode(spm, texts)
+    dtype = packing.row_dtype(spm.vocab_size, preprocessing.has_turns)
+    records = [row.record() for row in packing.pack((one.tokens for one in encoded), row_length, dtype)]
+    texts, ids = [one.text for one in encoded], [one.tokens[:, 0] % packing.UNSCORED for one in encoded]
     tokens = sum(map(len, ids))
     decoded = list(zip(texts, ids, strict=True))[:MAX_DECODED_TEXTS]
     counts = {
@@ -329,20 +331,6 @@ def write_block(
     content = {"counts": counts, "file": file}
     write_atomically(epath.Path(directory) / f"{name}.json", json.dumps(content).encode())
     return counts
-
-
-def _with_sizes(ids: np.ndarray, text: str, piece_sizes: np.ndarray) -> np.ndarray:
-    """[n] ids -> [n, 3]: ids, and the characters and bytes of the text that each stands for, which sum to the text's.
-
-    A piece stands for as much as it is long, but where normalization, unknown pieces or the space in front of a text
-    make a difference it is spread over the text.
-    """
-    sizes = (len(text), len(text.encode()))
-    ends = np.cumsum(piece_sizes[ids], axis=0, dtype=np.int64)  # [n, 2]
-    total = np.maximum(ends[-1], 1)
-    ends = (ends * sizes + total // 2) // total
-    ends[-1] = sizes  # also where nothing of a text is left but its EOS
-    return np.concatenate([ids[:, None], np.diff(ends, axis=0, prepend=0)], axis=1)
 
 
 def _write_records(path: epath.Path, records: list[bytes]) -> tuple[int, int]:

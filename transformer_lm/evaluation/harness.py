@@ -53,7 +53,24 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         """Token ids, with START_ID in front unless told otherwise."""
-        return [START_ID] * (add_special_tokens is not False) + self.model.tokenizer.encode(string)
+        return [START_ID] * (add_special_tokens is not False) + self._encode(string)
+
+    def _encode(self, text: str) -> list[int]:
+        turns = self.model.turns
+        return turns.encode_rendered(text) if turns else self.model.tokenizer.encode(text)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """See lm_eval: messages as one text; without add_generation_prompt the last one is to be gone on with."""
+        return self.model.turns.render(chat_history, add_generation_prompt)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """See lm_eval: what requests that it keeps depend on."""
+        return self.model.tokenizer.fingerprint
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """See lm_eval: for its record."""
+        return self.model.turns.jinja() if chat_template else ""
 
     def _loglikelihood_tokens(self, requests: Iterable, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
         """(texts, context ids, continuation ids) -> sum of log probabilities, and whether greedy decoding writes it."""
@@ -117,13 +134,14 @@ class HarnessModel(TemplateLM):
         room = self.max_length - new
         if room < 2:
             raise UserError(f"max_gen_toks={new} leaves no room for a prompt: max_length={self.max_length}.")
-        return self.model.tokenizer.encode(text)[1 - room :]
+        return self._encode(text)[1 - room :]
 
     def _continue(self, prompts: dict[int, list[int]], rows: int, settings: dict) -> dict[int, str]:
         """Answers to prompts. In a few rounds, each of twice as many tokens: who has met a stop string is left out."""
         answers: dict[int, str] = {}
         tokens: dict[int, list[int]] = {number: [] for number in prompts}
         limit, new = settings["max_gen_toks"], FIRST_NEW_TOKENS
+        until = [*(settings.get("until") or ()), *(self.model.turns.stop if self.model.turns else ())]
         while tokens:
             so_far = [prompts[number] + written for number, written in tokens.items()]
             length = sampler.padded_length(max(map(len, so_far))) + new
@@ -134,13 +152,22 @@ class HarnessModel(TemplateLM):
             )  # fmt: skip
             for number, [more] in zip(list(tokens), written, strict=False):
                 tokens[number] = (tokens[number] + more.tokens)[:limit]
+                ended = self._end_turn(tokens[number]) or more.finished
                 text = self._fast_tokenizer.decode(tokens[number])
-                answer = postprocess_generated_text(text, settings.get("until"), None)
-                if more.finished or len(tokens[number]) == limit or answer != text:
+                answer = postprocess_generated_text(text, until, None)
+                if ended or len(tokens[number]) == limit or answer != text:
                     answers[number] = answer
                     del tokens[number]
             new *= 2
         return answers
+
+    def _end_turn(self, tokens: list[int]) -> bool:
+        """Whether the assistant's turn ends in tokens; what stands behind goes."""
+        ends = [
+            tokens.index(token) for token in (self.model.turns.end_ids if self.model.turns else ()) if token in tokens
+        ]
+        del tokens[min(ends, default=len(tokens)) :]
+        return bool(ends)
 
 
 def _sampling(settings: dict, length: int) -> sampler.SamplingConfig:
@@ -159,6 +186,7 @@ def run_tasks(
     include_path: str | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
+    chat: bool = False,
 ) -> dict:
     """Runs tasks.
 
@@ -169,13 +197,16 @@ def run_tasks(
       include_path: a folder with task files of the user's; such a file may name Python functions beside it to run.
       num_fewshot: worked examples before each question; None for what the task says.
       limit: how many questions of each task are asked; None for all.
+      chat: whether the model is asked in a conversation.
 
     Returns:
       what lm_eval.simple_evaluate returns: "results", "samples", "versions" and more.
 
     Raises:
-      UserError: there is no such task, or its data are missing.
+      UserError: there is no such task, its data are missing, or the model does not take turns.
     """
+    if chat and model.turns is None:
+        raise UserError("--chat_template: this model was not trained on conversations; leave it out.")
     paths = [str(TASKS), *([include_path] if include_path else [])]
     metadata = {"data_dir": data_dir} if data_dir else None
     manager = own = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
@@ -189,7 +220,7 @@ def run_tasks(
     with _no_report_of_the_machine():
         return lm_eval.simple_evaluate(
             HarnessModel(model), tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot, limit=limit,
-            torch_random_seed=None,  # imports PyTorch, too
+            apply_chat_template=chat, torch_random_seed=None,  # imports PyTorch, too
         )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from transformer_lm.errors import UserError, stage
 from transformer_lm.fields import Range, Seed, check_value
 from transformer_lm.generation import sampler
 from transformer_lm.tokenizer import START_ID, Tokenizer
+from transformer_lm.tokenizer.turns import Message, Turns
 
 BATCH_TOKENS = 4096  # tokens that are scored at once
 LENGTH_STEP = 64  # lengths are padded to multiples of it, so that few shapes are compiled
@@ -53,10 +54,18 @@ class LanguageModel:
       params: its parameters, on the default device.
       tokenizer: the tokenizer it was trained with.
       step: training steps behind it.
+      turns: how it takes turns in a conversation; None for a model that only continues texts.
     """
 
-    def __init__(self, network: models.TransformerConfig, params: models.Params, tokenizer: Tokenizer, step: int):
-        self.network, self.params, self.tokenizer, self.step = network, params, tokenizer, step
+    def __init__(
+        self,
+        network: models.TransformerConfig,
+        params: models.Params,
+        tokenizer: Tokenizer,
+        step: int,
+        turns: Turns | None = None,
+    ):
+        self.network, self.params, self.tokenizer, self.step, self.turns = network, params, tokenizer, step, turns
 
     def generate(
         self,
@@ -69,7 +78,7 @@ class LanguageModel:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> list[dict]:
-        """Continues texts, all in one batch.
+        """Continues texts, all in one batch; a model that was trained on conversations answers them.
 
         Args:
           prompts: a text or several.
@@ -95,7 +104,35 @@ class LanguageModel:
     ) -> list[dict]:
         """As `generate`, with the settings in one piece."""
         parts = (self.network, self.params, self.tokenizer)
-        return generate_texts(*parts, prompts, sampling, seed=seed, num_samples=num_samples)
+        return generate_texts(*parts, prompts, sampling, seed=seed, num_samples=num_samples, turns=self.turns)
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, str]],
+        *,
+        max_length: int | None = None,
+        temperature: float = 0.6,
+        top_k: int = 20,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> str:
+        """What the assistant says next in a conversation.
+
+        Args:
+          messages: objects with role (user, assistant, or at first system) and content; the last one is the user's.
+          max_length: tokens of conversation and answer together; None for the model's context.
+          temperature, top_k, top_p, seed: as of `generate`.
+
+        Raises:
+          UserError: the model was not trained on conversations, the messages are none, or leave no room.
+        """
+        if self.turns is None:
+            raise UserError("This model continues texts; it was not trained on conversations, and cannot answer.")
+        ids, _ = self.turns.encode(messages, add_generation_prompt=True)
+        sampling = sampler.SamplingConfig(temperature, top_k, top_p, max_length or self.network.context)
+        sampler.check_room(len(ids), sampling, "The conversation")
+        [[answer]] = sampler.generate(self.network, self.params, [ids], num_samples=1, sampling=sampling, seed=seed)
+        return self.turns.answer(answer.tokens)
 
     def score(self, texts: str | Iterable[str], *, with_eos: bool = False) -> list[Score]:
         """How likely each text is as a document's beginning, or with `with_eos` as a whole document.
@@ -169,9 +206,9 @@ def load(address: os.PathLike | str, *, dtype: str = "float32") -> LanguageModel
     models.check_dtype(dtype)
     with stage("loading the model", lower="the size of the model"):
         loaded = loading.load_model(address)
-        tokenizer = Tokenizer.load_for(loaded.tokenizer_path, loaded.config.vocab_size)
+        tokenizer, turns = loaded.tokenizer()
         network = dataclasses.replace(loaded.config, dtype=dtype)
-        return LanguageModel(network, jax.device_put(loaded.params), tokenizer, loaded.step)
+        return LanguageModel(network, jax.device_put(loaded.params), tokenizer, loaded.step, turns)
 
 
 def list_of_texts(texts: str | Iterable[str], name: str) -> list[str]:
@@ -202,18 +239,22 @@ def generate_texts(
     *,
     seed: int,
     num_samples: int = 1,
+    turns: Turns | None = None,
 ) -> list[dict]:
-    """Continues texts: for each prompt `num_samples` dicts of prompt, text, tokens, finished; prompts included."""
+    """Continues texts: for each prompt `num_samples` dicts of prompt, text, tokens, finished; prompts included.
+
+    With turns, a prompt is what the user says, and its text ends with a line for the answer.
+    """
     check_value("seed", seed, Seed)
     check_value("num_samples", num_samples, SampleCount)
     prompts = list(prompts)
-    ids = check_prompts(tokenizer, prompts, sampling)
+    ids = check_prompts(tokenizer, prompts, sampling, turns)
     with stage("generating text", lower="the number of prompts, of texts for each, or max_predict_length"):
         written = sampler.generate(network, params, ids, num_samples=num_samples, sampling=sampling, seed=seed)
     return [
         {
             "prompt": prompt,
-            "text": tokenizer.decode(prompt_ids + text.tokens),
+            "text": f"{prompt}\n{turns.answer(text.tokens)}" if turns else tokenizer.decode(prompt_ids + text.tokens),
             "tokens": prompt_ids + text.tokens,
             "finished": text.finished,
         }
@@ -222,10 +263,12 @@ def generate_texts(
     ]
 
 
-def check_prompts(tokenizer: Tokenizer, prompts: Iterable[str], sampling: sampler.SamplingConfig) -> list[list[int]]:
-    """The token ids of prompts; raises UserError for one that leaves no room for a new token."""
+def check_prompts(
+    tokenizer: Tokenizer, prompts: Iterable[str], sampling: sampler.SamplingConfig, turns: Turns | None = None
+) -> list[list[int]]:
+    """The token ids of prompts, with turns those of what a user says; raises UserError where no token has room."""
     ids = []
     for prompt in prompts:
-        ids.append(tokenizer.encode(prompt))
+        ids.append(turns.encode([Message("user", prompt)], True)[0] if turns else tokenizer.encode(prompt))
         sampler.check_room(len(ids[-1]), sampling, f"The prompt {prompt[:20]!r}{'...' * (len(prompt) > 20)}")
     return ids

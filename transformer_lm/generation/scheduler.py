@@ -1,7 +1,8 @@
 """Requests for texts, worked on side by side: who waits, who has a slot, what text each has so far.
 
-A request goes through `submit`; each `advance` fills free slots in the order of arrival, writes one token of every text
-and tells what is new. Nothing here waits or runs in a thread: whoever calls `advance` does the work.
+A request goes through `submit`; each `advance` fills free slots in the order of arrival, reads a chunk of the prompts
+that are new, writes one token of every text whose prompt has been read, and tells what is new. Nothing here waits or
+runs in a thread: whoever calls `advance` does the work.
 """
 
 import collections
@@ -11,7 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from transformer_lm.fields import CountOrZero, check_value
-from transformer_lm.generation.engine import Choice, Engine, Settings
+from transformer_lm.generation.choosing import Settings
+from transformer_lm.generation.engine import CHUNK, Choice, Engine
 from transformer_lm.generation.streaming import TextStream
 from transformer_lm.tokenizer import EOS_ID, Tokenizer
 
@@ -24,6 +26,7 @@ class Request:
     settings: Settings = dataclasses.field(default_factory=Settings)
     max_tokens: int = 16  # new ones
     stop: tuple[str, ...] = ()  # the text ends before the first of them
+    end_ids: tuple[int, ...] = ()  # tokens that end the text as EOS does
     number: int = 0  # texts of one prompt, with one seed, differ by it
     echo: bool = False  # whether the text begins with the prompt
     log_probs: bool = False  # whether tokens of the prompt are scored, where it is echoed
@@ -100,7 +103,7 @@ class Job:
         self.written += 1
         told = _told(choice, slot, self.request.settings.alternatives)
         self._tokens.append(Token(token, self._stream.decoded, *told))
-        if token == EOS_ID and not self.request.ignore_eos:
+        if token in (EOS_ID, *self.request.end_ids) and not self.request.ignore_eos:
             return self._part(self._stream.finish(), "stop")
         text = self._stream.push(token)
         if self._stream.stopped:
@@ -134,10 +137,12 @@ class Scheduler:
         self.engine, self.tokenizer = engine, tokenizer
         self._waiting: collections.deque[Job] = collections.deque()
         self._running: dict[int, Job] = {}  # by slot
+        self._free: list[int] = list(range(engine.slots))  # slots, that which is free for longest first
+        self._unread: collections.deque[int] = collections.deque()  # slots whose prompts are to be read, in turns
 
     @property
     def running(self) -> int:
-        """How many texts are being written."""
+        """How many texts have a slot."""
         return len(self._running)
 
     @property
@@ -157,43 +162,65 @@ class Scheduler:
         if job in self._waiting:
             self._waiting.remove(job)
         for slot in [slot for slot, other in self._running.items() if other is job]:
-            self._free(slot)
+            self._release(slot)
 
     def clear(self):
         """Forgets all requests."""
-        self._waiting.clear()
-        self._running.clear()
+        for queue in (self._waiting, self._running, self._unread):
+            queue.clear()
+        self._free = list(range(self.engine.slots))
         self.engine.reset()
 
     def advance(self) -> list[tuple[Job, Part]]:
-        """Fills free slots, writes one token of every text, and says what is new."""
-        parts = list(self._start_waiting())
-        if not self._running:
+        """Fills free slots, reads a chunk of prompts, writes one token of every text, and says what is new."""
+        self._fill_slots()
+        parts = list(self._read_prompts())
+        written = {slot: job for slot, job in self._running.items() if slot not in self._unread}
+        if not written:
             return parts
         choice = self.engine.step()
-        for slot, job in list(self._running.items()):
+        for slot, job in written.items():
             part = job.add(choice, slot)
             if part.finish_reason:
-                self._free(slot)
+                self._release(slot)
             parts.append((job, part))
         return parts
 
-    def _start_waiting(self) -> Iterator[tuple[Job, Part]]:
+    def _fill_slots(self):
         """Gives free slots to those who have waited longest."""
-        free = [slot for slot in range(self.engine.slots) if slot not in self._running]
-        while self._waiting and free:
+        while self._waiting and self._free:
             job = self._waiting.popleft()
             request = job.request
-            if request.echo:
-                scores = self.engine.score(request.prompt) if request.log_probs else None
-                yield job, job.echo(self.tokenizer, scores)
-            if not request.max_tokens:
-                yield job, Part("", [], 0, "length")
-                continue
-            slot = free.pop(0)
-            self.engine.prefill(slot, request.prompt, request.settings, request.number)
+            slot = self.engine.best_slot(self._free, request.prompt)
+            scored = request.echo and request.log_probs
+            self.engine.begin(slot, request.prompt, request.settings, request.number, scored=scored)
+            self._free.remove(slot)
             self._running[slot] = job
+            self._unread.append(slot)
 
-    def _free(self, slot: int):
+    def _read_prompts(self) -> Iterator[tuple[Job, Part]]:
+        """Reads at most CHUNK tokens of prompts, so that those whose texts are being written need not wait for long."""
+        left = CHUNK
+        while self._unread and left > 0:
+            slot = self._unread.popleft()
+            left -= self.engine.read(slot)
+            if self.engine.is_read(slot):
+                yield from self._begin(slot)
+            else:
+                self._unread.append(slot)  # a long prompt does not hold up short ones
+
+    def _begin(self, slot: int) -> Iterator[tuple[Job, Part]]:
+        """What is told of a text before its first token."""
+        job = self._running[slot]
+        if job.request.echo:
+            yield job, job.echo(self.tokenizer, self.engine.scores(slot) if job.request.log_probs else None)
+        if not job.request.max_tokens:
+            self._release(slot)
+            yield job, Part("", [], 0, "length")
+
+    def _release(self, slot: int):
         del self._running[slot]
+        self._free.append(slot)
+        if slot in self._unread:
+            self._unread.remove(slot)
         self.engine.release(slot)

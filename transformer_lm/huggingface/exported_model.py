@@ -47,7 +47,15 @@ def is_model(folder: epath.Path) -> bool:
 # Writing. -------------------------------------------------------------------------------------------------------------
 
 
-def save(folder: Path, network: TransformerConfig, params: models.Params, step: int, max_shard: int = MAX_SHARD_BYTES):
+def save(
+    folder: Path,
+    network: TransformerConfig,
+    params: models.Params,
+    step: int,
+    *,
+    has_turns: bool = False,
+    max_shard: int = MAX_SHARD_BYTES,
+):
     """Writes config.json and the tensors.
 
     Args:
@@ -55,6 +63,7 @@ def save(folder: Path, network: TransformerConfig, params: models.Params, step: 
       network: what it computes.
       params: its parameters: NumPy arrays, float32.
       step: training steps behind it, for the record.
+      has_turns: whether it was trained on conversations, for the record.
       max_shard: bytes above which there are several files.
     """
     numpy_format = optional_import("safetensors.numpy", "hf", "The export")
@@ -68,7 +77,7 @@ def save(folder: Path, network: TransformerConfig, params: models.Params, step: 
         filename_pattern=WEIGHTS_FILE.replace(".safetensors", "{suffix}.safetensors"),
         max_shard_size=max_shard,
     )
-    source = {"model": dataclasses.asdict(network), "step": step}
+    source = {"model": dataclasses.asdict(network), "step": step, "has_turns": has_turns}
     write_json(folder / CONFIG_FILE, {**table.settings, "dtype": "float32", OURS: source})
     for file, names in split.filename_to_tensors.items():
         tensors, metadata = {}, {"format": "pt"}  # which transformers 4 asks for
@@ -126,6 +135,12 @@ def load(folder: epath.Path) -> tuple[TransformerConfig, models.Params, int]:
 def describe(folder: epath.Path) -> TransformerConfig:
     """The network of a folder; reads config.json alone, and raises UserError as `load` does."""
     return _described(folder)[0]
+
+
+def has_turns(folder: epath.Path) -> bool:
+    """Whether config.json says of the model that it was trained on conversations."""
+    ours = read_json(folder / CONFIG_FILE).get(OURS)
+    return isinstance(ours, dict) and ours.get("has_turns") is True
 
 
 def _described(folder: epath.Path) -> tuple[TransformerConfig, int]:

@@ -25,16 +25,16 @@ from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
 from transformer_lm.files import write_json
 from transformer_lm.huggingface.tensor_tables import SPECIAL_TOKENS
-from transformer_lm.tokenizer import START_ID, UNK_ID, Tokenizer
+from transformer_lm.tokenizer import NAME_MARK, SPACE, START_ID, UNK_ID, Tokenizer
+from transformer_lm.tokenizer.turns import Turns
 
-SPACE = "▁"  # U+2581, what SentencePiece writes a space as
 NORMALIZATIONS = ("identity", "nfkc", "nmt_nfkc")
 # What "nmt_nfkc" has that NFKC has not (SentencePiece's builder.cc), as classes of regular expressions.
 NMT_NOTHING = r"[\x01-\x08\x0b\x0e-\x1f\x7f\x8f\x9f]"
 NMT_SPACES = r"[\t\n\f\r\u061c\u1680\u200b\u200c\u200e\u200f\u2028\u2029\u2581\ufeff\ufffd]"
 NMT_KEPT = "～"  # U+FF5E, which NFKC would make a tilde
 # Code points that Unicode keeps free for uses like these, so that no text holds them.
-STAND_IN, SYMBOL_MARK, BEGIN, NAME_MARK = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
+STAND_IN, SYMBOL_MARK, BEGIN = "\ufdd0", "\ufdd1", "\ufdd2"  # and NAME_MARK
 # What is easily cut otherwise: compared before every export.
 HARD_STRINGS = (
     "", " ", "  昔々  あるところに ", "<s>昔々</s>", "a<unk>b", "<0x41>", "ｶﾞ", "か\u3099", "Ａ①㌀", "\t昔\n", "▁昔▁",
@@ -44,8 +44,14 @@ TIE = 1e-3  # sums of scores that differ by less are equal but for rounding
 SYMBOL_SCORE = 0.1  # a byte after a user-defined symbol's first in a unigram model, as SentencePiece 0.2.3 counts
 
 
-def save(folder: Path, tokenizer: Tokenizer, max_length: int):
-    """Writes tokenizer.json and tokenizer_config.json; `max_length` is what users are warned above.
+def save(folder: Path, tokenizer: Tokenizer, max_length: int, turns: Turns | None = None):
+    """Writes tokenizer.json and tokenizer_config.json.
+
+    Args:
+      folder: where to.
+      tokenizer: what cuts texts.
+      max_length: what users are warned above.
+      turns: how the model takes turns; their template is written.
 
     Raises:
       UserError: the SentencePiece model has no counterpart, or one that gives other ids.
@@ -61,6 +67,7 @@ def save(folder: Path, tokenizer: Tokenizer, max_length: int):
         "model_max_length": max_length,
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
+        **({"chat_template": turns.jinja()} if turns else {}),
     }
     write_json(folder / "tokenizer_config.json", settings)
 

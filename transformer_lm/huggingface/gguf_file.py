@@ -26,6 +26,7 @@ from transformer_lm.huggingface.architectures import table_of
 from transformer_lm.huggingface.tensor_tables import SPECIAL_TOKENS
 from transformer_lm.models import TransformerConfig
 from transformer_lm.tokenizer import UNK_ID, Tokenizer
+from transformer_lm.tokenizer.turns import Turns
 
 ARCHITECTURE = "qwen3"  # of llama.cpp
 # What matrices are stored as: the library's name of the type, and of a file of such.
@@ -66,6 +67,7 @@ def save(
     tokenizer: Tokenizer,
     sampling: dict[str, float],
     kind: str,
+    turns: Turns | None = None,
 ):
     """Writes the file, of a network and a tokenizer that `check` lets pass.
 
@@ -79,6 +81,7 @@ def save(
       tokenizer: what cuts texts for it.
       sampling: how tokens are chosen unless llama.cpp is told otherwise: temp, top_k, top_p.
       kind: one of TYPES. Vectors stay float32, and so do matrices whose rows do not divide into blocks of the type.
+      turns: how it takes turns in a conversation; None where it takes none.
     """
     gguf = optional_import("gguf", "gguf", "The export")
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
@@ -91,6 +94,10 @@ def save(
     writer.add_sampling_sequence(SAMPLERS)
     _describe_network(writer, network)
     _describe_tokenizer(writer, sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model))
+    if turns:
+        writer.add_chat_template(turns.jinja())
+        for token in turns.end_ids:
+            writer.add_eot_token_id(token)
     try:
         _write_tensors(gguf, writer, network, params, gguf.GGMLQuantizationType[TYPES[kind][0]])
     finally:

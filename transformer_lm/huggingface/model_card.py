@@ -12,8 +12,11 @@ PROMPT = "夏目漱石は、"
 DATA_FIELDS = ("documents", "characters", "bytes", "tokens")
 
 
-def write(name: str, network: TransformerConfig, step: int, facts: dict[str, Any]) -> str:
-    """The card of the model `name`; `facts`, as `read_facts` gives them, may be empty where none are known."""
+def write(name: str, network: TransformerConfig, step: int, facts: dict[str, Any], has_turns: bool = False) -> str:
+    """The card of the model `name`; `facts`, as `read_facts` gives them, may be empty where none are known.
+
+    `has_turns` says whether the model was trained on conversations.
+    """
     code = json.dumps(name, ensure_ascii=not name.isprintable())  # bytes that are not UTF-8 are escaped in Python, too
     title = " ".join(name.encode(errors="replace").decode().split())
     prompt = json.dumps(facts["prompt"] or PROMPT, ensure_ascii=False)
@@ -23,12 +26,13 @@ def write(name: str, network: TransformerConfig, step: int, facts: dict[str, Any
         about = words["about"].format(
             project=PROJECT, version=__version__, parameters=f"{models.count_params(network) / 1e6:,.1f}",
             layers=network.num_layers, emb=network.emb_dim, vocab=f"{network.vocab_size:,}", step=f"{step:,}",
+            manner=words["answers" if has_turns else "continues"],
         )  # fmt: skip
         sections = {
             "scores": _score_table(facts["scores"]),
             "data": _data_table(facts["data"]),
             "recipe": f"```json\n{recipe}\n```",
-            "use": _USE.format(name=code, title=title, where=words["where"], prompt=prompt),
+            "use": (_TALK if has_turns else _USE).format(name=code, title=title, where=words["where"], prompt=prompt),
         }
         known = {name: content for name, content in sections.items() if name == "use" or facts[name]}
         parts += [about, *(f"## {words[name]}\n\n{content}\n" for name, content in known.items())]
@@ -84,11 +88,32 @@ model = transformer_lm.load({name})  # hf://OWNER/{title}
 print(model.generate({prompt})[0]["text"])
 ```"""
 
+_TALK = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = {name}  # {where}
+tokenizer = AutoTokenizer.from_pretrained(name)
+model = AutoModelForCausalLM.from_pretrained(name)
+messages = [{{"role": "user", "content": {prompt}}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+answer = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))
+```
+
+```python
+import transformer_lm
+
+model = transformer_lm.load({name})  # hf://OWNER/{title}
+print(model.chat([{{"role": "user", "content": {prompt}}}]))
+```"""
+
 _JAPANESE = {
     "about": "[日本語](#使い方) / [English](#how-to-use)\n\n"
-    "{project} の事前学習済み日本語言語モデルです（{version} で書き出し）。{layers} 層、幅 {emb}、語彙 {vocab}、"
-    "パラメータ {parameters} 百万、学習 {step} ステップ。指示には従わず、文章の続きを書きます。"
+    "{project} の日本語言語モデルです（{version} で書き出し）。{layers} 層、幅 {emb}、語彙 {vocab}、"
+    "パラメータ {parameters} 百万、学習 {step} ステップ。{manner}"
     "学習データにある誤りや偏りをそのまま書くことがあります。\n",
+    "continues": "指示には従わず、文章の続きを書きます。",
+    "answers": "会話を学習していて、質問や指示に答えます。",
     "scores": "評価",
     "data": "学習と評価に使ったデータ",
     "recipe": "学習の設定",
@@ -97,9 +122,11 @@ _JAPANESE = {
 }
 
 _ENGLISH = {
-    "about": "A pretrained Japanese language model of {project} (exported by {version}): {layers} layers of width "
-    "{emb}, {vocab} pieces, {parameters} million parameters, {step} steps. It follows no instructions: it continues "
-    "texts, and may repeat what is wrong or biased in its training data.\n",
+    "about": "A Japanese language model of {project} (exported by {version}): {layers} layers of width {emb}, {vocab} "
+    "pieces, {parameters} million parameters, {step} steps. {manner}, and may repeat what is wrong or biased in its "
+    "training data.\n",
+    "continues": "It follows no instructions: it continues texts",
+    "answers": "It was trained on conversations: it answers questions and instructions",
     "scores": "Evaluation",
     "data": "Data of training and evaluation",
     "recipe": "Recipe",

@@ -6,11 +6,13 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import prometheus_client
 from absl import logging
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -22,10 +24,12 @@ from transformer_lm.errors import UserError, one_line
 from transformer_lm.generation.sampler import SamplingConfig
 from transformer_lm.generation.scheduler import Part, Scheduler
 from transformer_lm.serving import schema
+from transformer_lm.serving.chat import ChatAnswer, conversation_ids, read_chat
 from transformer_lm.serving.completions import Answer, error_of, read_requests
 from transformer_lm.serving.schema import ApiError
 from transformer_lm.serving.worker import BusyError, Texts, Worker, WorkerError
 from transformer_lm.tokenizer import EOS_ID
+from transformer_lm.tokenizer.turns import Turns
 
 NO_TURNS = (
     "This model continues texts; it was not trained on conversations and has no turns, so that there is no chat. "
@@ -47,6 +51,7 @@ class ServerConfig:
     api_key: str = ""  # without which nothing is answered but / and /health; "" for none
     max_body_bytes: int = 1 << 20
     cors_origins: tuple[str, ...] = ()  # whose pages may ask; "*" for all
+    turns: Turns | None = None  # of conversations, where the model was trained on them
     # What the page begins with, and whether it says that this model knows tales alone.
     openings: tuple[str, ...] = ()
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
@@ -107,7 +112,8 @@ class Server:
         sampling = self.config.sampling
         facts = {
             "name": self.config.name, "context": self.scheduler.engine.context, "eos": EOS_ID,
-            "openings": self.config.openings, "is_mukashi": self.config.is_mukashi,
+            "has_turns": self.config.turns is not None, "openings": self.config.openings,
+            "is_mukashi": self.config.is_mukashi,
             "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p,
         }  # fmt: skip
         text = PAGE.read_text(encoding="utf-8")
@@ -127,13 +133,35 @@ class Server:
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions."""
         asked = await self._read(request, schema.CompletionRequest)
+        count = len(asked.prompts) * asked.n
+        return await self._write(request, asked, count, Answer, lambda: read_requests(asked, self.tokenizer))
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        turns = self._turns()
+        asked = await self._read(request, schema.ChatRequest)
+        context = self.scheduler.engine.context
+        return await self._write(
+            request, asked, asked.n, partial(ChatAnswer, turns), lambda: read_chat(asked, turns, context)
+        )
+
+    def _turns(self) -> Turns:
+        if self.config.turns is None:
+            raise ApiError(400, NO_TURNS, param="messages", code="model_has_no_turns")
+        return self.config.turns
+
+    async def _write(
+        self, request: Request, asked, count: int, kind: Callable[..., Answer], read: Callable
+    ) -> Response:
+        """The answer to a request for so many texts, which are read from it in another thread: prompts may be long."""
         try:
-            texts = self.worker.submit(read_requests(asked, self.tokenizer))
+            self.worker.check_room(count)
+            texts = self.worker.submit(await run_in_threadpool(read))
         except UserError as error:
-            raise error_of(error) from error
+            raise error_of(error, asked) from error
         except BusyError as error:
             raise ApiError(429, str(error)) from error
-        answer = Answer(asked, texts, self.metrics.watched(texts), self.tokenizer, self.config.name)
+        answer = kind(asked, texts, self.metrics.watched(texts), self.tokenizer, self.config.name)
         if asked.stream:
             return StreamingResponse(
                 answer.chunks(), media_type="text/event-stream",
@@ -146,14 +174,18 @@ class Server:
         finally:
             texts.close()
 
-    async def chat(self, request: Request) -> Response:
-        """POST /v1/chat/completions."""
-        raise ApiError(400, NO_TURNS, param="messages", code="model_has_no_turns")
-
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize."""
         asked = await self._read(request, schema.TokenizeRequest)
-        ids = self.tokenizer.encode(asked.prompt)
+        if (asked.prompt is None) == (asked.messages is None):
+            raise ApiError(400, "Send either prompt or messages.", param="prompt", code="missing_required_parameter")
+        try:
+            if asked.messages is not None:
+                ids = await run_in_threadpool(conversation_ids, asked.messages, self._turns())
+            else:
+                ids = await run_in_threadpool(self.tokenizer.encode, asked.prompt)
+        except UserError as error:
+            raise error_of(error, asked) from error
         names = [self.tokenizer.piece_text(token) for token in ids] if asked.return_token_strs else None
         return JSONResponse(
             {"count": len(ids), "max_model_len": self.scheduler.engine.context, "tokens": ids, "token_strs": names}
@@ -166,6 +198,11 @@ class Server:
             return JSONResponse({"prompt": self.tokenizer.decode(asked.tokens)})
         except UserError as error:
             raise ApiError(400, str(error), param="tokens") from error
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        """GET /tokenizer_info: what lm-evaluation-harness asks before it uses /tokenize; no mark stands for a token."""
+        names = dict.fromkeys(("bos_token", "eos_token", "pad_token"))
+        return JSONResponse({"tokenizer_class": "SentencePieceProcessor", **names})
 
     async def _read(self, request: Request, kind: type):
         """The body as a request of a kind, for this model."""
@@ -239,6 +276,7 @@ def make_app(scheduler: Scheduler, worker: Worker, config: ServerConfig) -> Star
         Route("/v1/completions", guarded(server.complete), methods=["POST"]),
         Route("/v1/chat/completions", guarded(server.chat), methods=["POST"]),
         Route("/tokenize", guarded(server.tokenize), methods=["POST"]),
+        Route("/tokenizer_info", guarded(server.tokenizer_info)),
         Route("/detokenize", guarded(server.detokenize), methods=["POST"]),
     ]
     cors = Middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import secrets
 import time
 import uuid
@@ -9,9 +10,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from transformer_lm.errors import UserError
-from transformer_lm.generation.engine import Settings
+from transformer_lm.generation.choosing import Settings
 from transformer_lm.generation.scheduler import Part, Request, Token
-from transformer_lm.serving.schema import ApiError, CompletionRequest
+from transformer_lm.serving.schema import ApiError, ChatRequest, CompletionRequest
 from transformer_lm.serving.worker import Texts, WorkerError
 from transformer_lm.tokenizer import Tokenizer
 
@@ -33,33 +34,38 @@ def read_requests(asked: CompletionRequest, tokenizer: Tokenizer) -> list[Reques
       ApiError: fields that do not go together.
       UserError: an impossible value.
     """
-    if asked.stream_options is not None and not asked.stream:
-        raise ApiError(400, "stream_options needs stream=true.", param="stream_options")
     if not asked.prompt and not isinstance(asked.prompt, str):
         raise ApiError(400, "prompt is an empty list.", param="prompt")
-    several = isinstance(asked.prompt, list) and isinstance(asked.prompt[0], str | list)
-    prompts = asked.prompt if several else [asked.prompt]
-    ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    seeds = [secrets.randbits(63) if asked.seed is None else asked.seed for _ in ids]
+    ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts]
+    options = {"max_tokens": asked.max_tokens, "echo": asked.echo, "log_probs": asked.logprobs is not None}
+    return [request for prompt in ids for request in requests_of(asked, prompt, asked.logprobs or 0, **options)]
+
+
+def requests_of(asked: CompletionRequest | ChatRequest, prompt: list[int], alternatives: int, **options):
+    """The n texts that follow a prompt; `options` are more of `Request`'s fields."""
+    if asked.stream_options is not None and not asked.stream:
+        raise ApiError(400, "stream_options needs stream=true.", param="stream_options")
+    seed = secrets.randbits(63) if asked.seed is None else asked.seed
     values = {name: getattr(asked, name) for name in SETTINGS}
-    values |= {"top_k": max(asked.top_k, 0), "alternatives": asked.logprobs or 0}
+    settings = Settings(seed=seed, top_k=max(asked.top_k, 0), alternatives=alternatives, **values)
     stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop)
-    return [
-        Request(
-            prompt, Settings(seed=seed, **values), asked.max_tokens, stop, number, asked.echo,
-            log_probs=asked.logprobs is not None, ignore_eos=asked.ignore_eos,
-        )
-        for prompt, seed in zip(ids, seeds, strict=True)
-        for number in range(asked.n)
-    ]  # fmt: skip
+    options = {"ignore_eos": asked.ignore_eos} | options | {"stop": (*stop, *options.get("stop", ()))}
+    return [Request(prompt, settings, number=number, **options) for number in range(asked.n)]
 
 
 class Answer:
-    """What a client gets, as a whole or in chunks."""
+    """What a client gets, as a whole or in chunks.
+
+    Attributes:
+      id: how the answer's name begins.
+      whole_kind, chunk_kind: what the answer is called, and a part of it.
+    """
+
+    id, whole_kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
     def __init__(
         self,
-        asked: CompletionRequest,
+        asked: CompletionRequest | ChatRequest,
         texts: Texts,
         parts: AsyncIterator[tuple[int, Part]],
         tokenizer: Tokenizer,
@@ -69,7 +75,7 @@ class Answer:
         self._asked, self._texts, self._parts, self._tokenizer = asked, texts, parts, tokenizer
         self._written = [0] * len(texts.requests)
         self._head = {
-            "id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": model,
+            "id": f"{self.id}-{uuid.uuid4().hex}", "object": "", "created": int(time.time()), "model": model,
         }  # fmt: skip
 
     @property
@@ -89,38 +95,49 @@ class Answer:
         for number, found in enumerate(parts):
             tokens = [token for part in found for token in part.tokens]
             text = "".join(part.text for part in found)
-            choices.append(self._choice(number, Part(text, tokens, finish_reason=found[-1].finish_reason)))
-        return {**self._head, "choices": choices, "usage": self.usage}
+            whole = Part(text, tokens, finish_reason=found[-1].finish_reason)
+            choices.append(self._base(number, whole) | self._whole(whole))
+        return {**self._head, "object": self.whole_kind, "choices": choices, "usage": self.usage}
 
     async def chunks(self) -> AsyncIterator[str]:
         """The answer as server-sent events; a text waits until there is something to show."""
         usage = bool(self._asked.stream_options and self._asked.stream_options.include_usage)
-        usage_later = {"usage": None} if usage else {}
+        head = {**self._head, "object": self.chunk_kind, **({"usage": None} if usage else {})}
         tokens: list[list[Token]] = [[] for _ in self._texts.requests]
         try:
+            for first in self._first():
+                yield _event({**head, "choices": [first]})
             async for number, part in self._parts:
                 self._written[number] = part.written
                 tokens[number] += part.tokens
                 if part.text or part.finish_reason:
                     shown = dataclasses.replace(part, tokens=tokens[number])
                     tokens[number] = []
-                    yield _event({**self._head, "choices": [self._choice(number, shown)], **usage_later})
+                    yield _event({**head, "choices": [self._base(number, shown) | self._more(number, shown)]})
             if usage:
-                yield _event({**self._head, "choices": [], "usage": self.usage})
+                yield _event({**head, "choices": [], "usage": self.usage})
             yield "data: [DONE]\n\n"
         except WorkerError as error:
             yield _event(ApiError(500, str(error)).body())
         finally:
             self._texts.close()
 
-    def _choice(self, number: int, part: Part) -> dict[str, Any]:
-        choice = {
-            "index": number, "text": part.text, "finish_reason": part.finish_reason or None,
-            "logprobs": self._log_probs(part.tokens) if self._asked.logprobs is not None else None,
-        }  # fmt: skip
-        if self._asked.return_token_ids:
-            choice["token_ids"] = [token.id for token in part.tokens]
-        return choice
+    def _base(self, number: int, part: Part) -> dict[str, Any]:
+        """What all kinds of answers tell of a text or a part of it."""
+        asks = self._asked.logprobs not in (None, False)
+        ids = {"token_ids": [token.id for token in part.tokens]} if self._asked.return_token_ids else {}
+        log_probs = self._log_probs(part.tokens) if asks else None
+        return {"index": number, "finish_reason": part.finish_reason or None, "logprobs": log_probs, **ids}
+
+    def _first(self) -> list[dict[str, Any]]:
+        """The choices of a stream's first chunks, before anything is written."""
+        return []
+
+    def _whole(self, part: Part) -> dict[str, Any]:
+        return {"text": part.text}
+
+    def _more(self, number: int, part: Part) -> dict[str, Any]:
+        return {"text": part.text}
 
     def _log_probs(self, tokens: list[Token]) -> dict[str, list]:
         name = self._tokenizer.piece_text
@@ -146,10 +163,10 @@ def _event(values: dict[str, Any]) -> str:
     return f"data: {json.dumps(values, ensure_ascii=False, allow_nan=False)}\n\n"
 
 
-def error_of(error: UserError) -> ApiError:
+def error_of(error: UserError, asked: CompletionRequest | ChatRequest) -> ApiError:
     """A user's error as a client is told it; it begins with the name of the field."""
     text = str(error)
-    field = text.partition(" ")[0].partition("=")[0]
-    param = field if field in CompletionRequest.model_fields else None
+    field = re.match(r"\w*", text)[0]
+    param = field if field in type(asked).model_fields else None
     code = "context_length_exceeded" if "more than the context" in text else None
     return ApiError(400, text, param=param, code=code)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from transformer_lm.generation.engine import LARGEST_SEED, MAX_ALTERNATIVES
+from transformer_lm.generation.choosing import LARGEST_SEED, MAX_ALTERNATIVES
 
 MAX_TEXTS = 128  # of one prompt
 MAX_STOPS = 16
@@ -45,14 +45,10 @@ class StreamOptions(pydantic.BaseModel):
     include_usage: bool = False
 
 
-class CompletionRequest(_Body):
-    """POST /v1/completions: OpenAI's fields, and those of vLLM that local models are used to."""
+class _Writing(_Body):
+    """How texts are written: OpenAI's fields, and those of vLLM that local models are used to."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
-    max_tokens: int = Field(16, ge=0)
     n: int = Field(1, ge=1, le=MAX_TEXTS)
-    echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=MAX_ALTERNATIVES)
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] = Field(default_factory=list)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -70,10 +66,54 @@ class CompletionRequest(_Body):
     return_token_ids: bool = False
 
 
-class TokenizeRequest(_Body):
-    """POST /tokenize."""
+class CompletionRequest(_Writing):
+    """POST /v1/completions."""
 
-    prompt: str
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    max_tokens: int = Field(16, ge=0)
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=MAX_ALTERNATIVES)
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts one by one."""
+        several = isinstance(self.prompt, list) and isinstance(next(iter(self.prompt), 0), str | list)
+        return self.prompt if several else [self.prompt]
+
+
+class TextPart(pydantic.BaseModel):
+    """A part of what somebody says."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(pydantic.BaseModel):
+    """What somebody says; whose turn it may be is for the model's turns to say."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+    role: str
+    content: str | list[TextPart]
+
+
+class ChatRequest(_Writing):
+    """POST /v1/chat/completions; without a number of tokens an answer may fill the context."""
+
+    messages: list[Message]
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_ALTERNATIVES)
+
+
+class TokenizeRequest(_Body):
+    """POST /tokenize: of a text, or of a conversation that awaits an answer."""
+
+    prompt: str | None = None
+    messages: list[Message] | None = None
     add_special_tokens: Literal[False] = False  # the server puts the start of a text in front of every prompt
     return_token_strs: bool = False
 
@@ -87,20 +127,29 @@ class DetokenizeRequest(_Body):
 def parse(kind: type[pydantic.BaseModel], body: bytes) -> Any:
     """A request of a kind; raises ApiError that names a field that is wrong. null is as good as no field."""
     try:
-        values = json.loads(body)
+        values = _without_null(json.loads(body))
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"The body is no JSON: {error}.", code="invalid_json") from error
     if not isinstance(values, dict):
         raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
     try:
-        return kind.model_validate_json(json.dumps({k: v for k, v in values.items() if v is not None}))
+        return kind.model_validate_json(json.dumps(values))
     except pydantic.ValidationError as error:
         raise _told(error, kind) from error
+
+
+def _without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_null(one) for name, one in value.items() if one is not None}
+    return [_without_null(one) for one in value] if isinstance(value, list) else value
 
 
 def _told(error: pydantic.ValidationError, kind: type[pydantic.BaseModel]) -> ApiError:
     first = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))  # of a union's, what came furthest
     param = str(first["loc"][0]) if first["loc"] else None
+    if param == "messages":
+        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:3])
+        return ApiError(400, f"messages{place}: {first['msg']}.", param=param)
     if first["type"] == "extra_forbidden":
         name = ".".join(map(str, first["loc"]))
         return ApiError(400, f"{name} is not supported by this server.", param=name, code="unsupported_parameter")

@@ -84,14 +84,18 @@ class Worker:
         """
         for request in requests:
             self.scheduler.engine.check(request.prompt, request.max_tokens, request.settings)
-        if len(requests) > self.limit:
-            raise UserError(f"{len(requests)} texts at once are too many: this server takes {self.limit}.")
-        if self.open + len(requests) > self.limit:
-            raise BusyError(f"{self.open} texts are at work or waiting, and {self.limit} may be; try again later.")
+        self.check_room(len(requests))
         self.open += len(requests)
         texts = Texts(self, requests)
         self.inbox.put((texts, "open"))
         return texts
+
+    def check_room(self, count: int):
+        """Raises UserError for more texts than there may ever be at once, BusyError for more than there may be now."""
+        if count > self.limit:
+            raise UserError(f"{count} texts at once are too many: this server takes {self.limit}.")
+        if self.open + count > self.limit:
+            raise BusyError(f"{self.open} texts are at work or waiting, and {self.limit} may be; try again later.")
 
     def stop(self):
         """Ends the thread after its present step."""

@@ -18,6 +18,8 @@ from transformer_lm.errors import UserError
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2  # SentencePiece's own defaults, on which the original's weights rest
 START_ID = UNK_ID  # what the network reads before a text's first token, as the original's does
+SPACE = "▁"  # U+2581, what SentencePiece writes a space as
+NAME_MARK = "\ufdd3"  # ends the names of control pieces in exported tokenizers: a code point that no text holds
 MAX_MODEL_BYTES = 256 << 20  # of 256,000 pieces 5 MB are usual
 ENCODE_CHARS = 1_000_000  # longer texts are encoded in parts: SentencePiece takes some hundred bytes a character
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -78,7 +80,7 @@ class Tokenizer:
             elif spm.is_unknown(number):
                 sizes[number] = 1, 3
             elif not spm.is_control(number):
-                text = piece.replace("\u2581", " ")
+                text = piece.replace(SPACE, " ")
                 sizes[number] = len(text), len(text.encode())
         return sizes
 
@@ -118,6 +120,11 @@ class Tokenizer:
             raise UserError(f"{self.source} has the ids 0 to {self.vocab_size - 1}; {wrong[0]} is none of them.")
         return self._processor.decode(numbers)
 
+    def control_id(self, piece: str) -> int | None:
+        """The id of a control piece, which no text becomes; None if there is none of this name."""
+        number = self._processor.piece_to_id(piece)
+        return number if self._processor.is_control(number) else None
+
     @functools.cached_property
     def _bytes(self) -> dict[int, int]:
         numbers = range(self.vocab_size)
@@ -130,7 +137,7 @@ class Tokenizer:
     def piece_text(self, token: int) -> str:
         r"""What a single piece is called: its text with spaces as spaces, of a byte piece bytes:\xe3."""
         byte = self.byte_of(token)
-        text = self._processor.id_to_piece(token).replace("\u2581", " ")
+        text = self._processor.id_to_piece(token).replace(SPACE, " ")
         return text if byte is None else f"bytes:\\x{byte:02x}"
 
     def pieces(self, text: str) -> list[str]:

@@ -20,7 +20,8 @@ from transformer_lm.checkpoints import store
 from transformer_lm.checkpoints import workdir as run_folder
 from transformer_lm.data import input_pipeline, preparation
 from transformer_lm.generation import language_model
-from transformer_lm.training import batching, distributed, metrics, optimizers, sharding
+from transformer_lm.tokenizer.turns import Turns
+from transformer_lm.training import batching, distributed, instructions, metrics, optimizers, sharding
 from transformer_lm.training.config import Recipe
 from transformer_lm.training.evaluation import evaluate_rows
 from transformer_lm.training.flops import flops_per_token
@@ -49,12 +50,13 @@ def train_and_evaluate(
       UserError: another process uses the workdir, it holds another model, init_from names one that does not fit, a
         prompt is too long, the loss is not finite, or something cannot be read or written.
     """
-    language_model.check_prompts(data.tokenizer, recipe.prompts, recipe.sampling)
+    turns = Turns.of(data.tokenizer) if recipe.data.conversations else None
+    language_model.check_prompts(data.tokenizer, recipe.prompts, recipe.sampling, turns)
     with contextlib.ExitStack() as stack:
         if distributed.is_first():
             lock = epath.Path(workdir) / run_folder.LOCK_FILE
             stack.enter_context(locks.exclusive(lock, f"--workdir={workdir}"))
-        run = _prepare_run(recipe, data, workdir)
+        run = _prepare_run(recipe, data, workdir, turns)
         stack.enter_context(contextlib.closing(run.saved))
         writer = stack.enter_context(contextlib.closing(_make_writer(stack, workdir, run)))
         signals = stack.enter_context(signals_caught())
@@ -77,6 +79,7 @@ class _Run:
       recipe: what is trained.
       network: the network as it is.
       data: what it is trained on.
+      turns: how it takes turns, where it is trained on conversations.
       layout: what lies where on the devices.
       batching: rows of a step.
       saved: the workdir's checkpoints.
@@ -90,6 +93,7 @@ class _Run:
     recipe: Recipe
     network: models.TransformerConfig
     data: preparation.PreparedData
+    turns: Turns | None
     layout: sharding.Layout
     batching: batching.Batching
     saved: store.Checkpoints
@@ -105,7 +109,7 @@ class _Run:
         return {"step": self.state.step, "totals": self.state.totals, "rows": np.asarray(self.rows_read, np.int64)}
 
 
-def _prepare_run(recipe: Recipe, data: preparation.PreparedData, workdir: str) -> _Run:
+def _prepare_run(recipe: Recipe, data: preparation.PreparedData, workdir: str, turns: Turns | None) -> _Run:
     """Finds everything in order, or raises UserError."""
     network = dataclasses.replace(recipe.network, vocab_size=data.tokenizer.vocab_size)
     layout = sharding.make_layout(recipe.train.mesh_fsdp, recipe.train.mesh_tensor)
@@ -120,7 +124,7 @@ def _prepare_run(recipe: Recipe, data: preparation.PreparedData, workdir: str) -
         saved, recipe, network, optimizer, layout,
         initial=find_initial(recipe, network, data.tokenizer, workdir), key=init_key, batch_size=batches.rows,
     )  # fmt: skip
-    return _Run(recipe, network, data, layout, batches, saved, optimizer, dropout_key, state,
+    return _Run(recipe, network, data, turns, layout, batches, saved, optimizer, dropout_key, state,
                 step=int(state.step), rows_read=rows_read)  # fmt: skip
 
 
@@ -259,10 +263,14 @@ class _Loop:
                 batch_size=batches.eval_rows, max_rows=batches.max_eval_rows, stopped=self._stop,
             )
         )  # fmt: skip
+        if run.data.judged:
+            judged = run.data.judged
+            values |= self._stop.unless(lambda: instructions.measure(run.network, params, run.turns, judged))
         texts = self._stop.unless(
             lambda: language_model.generate_texts(
-                run.network, params, run.data.tokenizer, run.recipe.prompts, run.recipe.sampling, seed=run.recipe.seed
+                run.network, params, run.data.tokenizer, run.recipe.prompts, run.recipe.sampling,
+                seed=run.recipe.seed, turns=run.turns,
             )
-        )
+        )  # fmt: skip
         self._writer.write(step, values)
         self._writer.write_samples(step, [text["text"] for text in texts])

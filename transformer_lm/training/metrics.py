@@ -129,7 +129,7 @@ def _tag(name: str) -> str:
     for group in ("train_", "eval_"):
         if name.startswith(group):
             return name.replace("_", "/", 1)
-    return f"train/{name}"
+    return f"eval/{name}" if name == "instruction_accuracy" else f"train/{name}"
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:

@@ -13,7 +13,7 @@ from transformer_lm.training.loss import chunked_loss_and_totals
 from transformer_lm.training.sharding import Layout
 from transformer_lm.training.state import TrainState, zero_totals
 
-ROWS = ("inputs", "targets", "positions", "segments")
+ROWS = ("inputs", "targets", "positions", "segments", "scored")
 
 
 def summed_loss(network: models.TransformerConfig, params: models.Params, batch, *, ways=1, smoothing=0.0, keys=None):
@@ -31,7 +31,7 @@ def summed_loss(network: models.TransformerConfig, params: models.Params, batch,
     rows, length = batch["targets"].shape
     return chunked_loss_and_totals(
         lambda head, x: axes.named(models.bind(network, head).to_logits(x), "batch", None, "vocab_size"),
-        models.head(network, params), x, batch["targets"], (batch["segments"] > 0).astype(jnp.float32),
+        models.head(network, params), x, batch["targets"], batch["scored"].astype(jnp.float32),
         label_smoothing=smoothing, chunks=chunks_of(-(-rows // ways), length, network.vocab_size),
     )  # fmt: skip
 
@@ -86,7 +86,10 @@ def make_train_step(
                 opt_state=opt_state,
                 totals=jax.tree.map(jnp.add, state.totals, totals),
             )
-            return new_state, {"loss": totals["loss"] / totals["tokens"], "grad_norm": optax.global_norm(grads)}
+            return new_state, {
+                "loss": totals["loss"] / jnp.maximum(totals["tokens"], 1.0),
+                "grad_norm": optax.global_norm(grads),
+            }
 
     return train_step
 

@@ -9,16 +9,21 @@ import math
 import re
 from collections.abc import Iterator
 
-from transformer_lm.data.corpora import files, huggingface, mukashi, splits, tfds
+from transformer_lm.data.corpora import files, huggingface, mukashi, mukashi_chat, splits, tfds
 from transformer_lm.data.corpora.base import Options, Source, library_errors
 from transformer_lm.errors import UserError
 
+CONVERSATIONS = ("jsonl", "parquet", "huggingface", "mukashi_chat")  # kinds of sources that may hold some
 _TFDS_NAME = re.compile(r"\w+(/[\w.\-]+)?(:[\d.*]+)?")
 
 
 def open_source(name: str, options: Options = Options()) -> Source:
     """The source that a dataset name means; raises UserError if there is none."""
     kind, _, rest = name.partition(":")
+    if options.conversations and kind not in CONVERSATIONS:
+        raise UserError(f"dataset_name={name!r} has texts; with conversations=True: {', '.join(CONVERSATIONS)}.")
+    if kind == "mukashi_chat" and not options.conversations:
+        raise UserError(f"dataset_name={name!r} has conversations: set conversations=True.")
     with library_errors(lambda: f"dataset_name={name!r} cannot be opened"):
         if kind in files.READERS and rest:
             return files.Files(kind, rest, options)
@@ -26,11 +31,13 @@ def open_source(name: str, options: Options = Options()) -> Source:
             return huggingface.HuggingFace(rest, options)
         if name == "mukashi":
             return mukashi.Mukashi()
+        if name == "mukashi_chat":
+            return mukashi_chat.MukashiChat()
         if _TFDS_NAME.fullmatch(name):
             return tfds.Tfds(name, options)
     raise UserError(
         f"dataset_name={name!r} must be a name of TensorFlow Datasets (wiki40b/ja), huggingface:OWNER/NAME[/CONFIG], "
-        f"{', '.join(f'{kind}:GLOB' for kind in files.READERS)}, or mukashi."
+        f"{', '.join(f'{kind}:GLOB' for kind in files.READERS)}, mukashi, or mukashi_chat."
     )
 
 

@@ -18,10 +18,12 @@ class Options:
     Attributes:
       text_field: which field of a record holds the document (JSON lines, Parquet, TFDS, Hugging Face).
       streaming: whether Hugging Face datasets are read from the hub as they are needed, without a copy on disk.
+      conversations: whether documents are conversations, see conversations.py.
     """
 
     text_field: str = "text"
     streaming: bool = False
+    conversations: bool = False
 
 
 @contextlib.contextmanager
@@ -47,6 +49,7 @@ class Source(abc.ABC):
     """Documents in a fixed order, in named splits; each split lies in shards that can be read by themselves."""
 
     splits: tuple[str, ...]
+    judges = False  # whether `judge` can tell a good answer
 
     def __init__(self):
         self._sizes: dict[tuple[str, int], int] = {}
@@ -63,6 +66,10 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """A text that changes when the content does."""
+
+    def judge(self, messages: list[dict[str, str]], answer: str) -> bool:
+        """Whether an answer does as well as the last one of a conversation; of sources that judge alone."""
+        raise NotImplementedError
 
     def shard_name(self, split: str, shard: int) -> str:
         """What a person knows a shard by."""

@@ -9,11 +9,11 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import fsspec
 
-from transformer_lm.data.corpora import aozora
+from transformer_lm.data.corpora import aozora, conversations
 from transformer_lm.data.corpora.base import Options, Source, library_errors
 from transformer_lm.data.corpora.content import BUFFER_BYTES, check_text, decompressed
 from transformer_lm.data.corpora.listing import list_files
@@ -52,7 +52,7 @@ def read_jsonl(file: io.BufferedReader, path: str, options: Options) -> Iterator
             content = file.read(MAX_DOCUMENT_BYTES + 1)
             _check_size(len(content), path)
             records = enumerate(json.loads(content.decode("utf-8-sig")), 1)
-        yield from (_field(record, options.text_field, f"{path}, record {number}") for number, record in records)
+        yield from (_document(record, options, f"{path}, record {number}") for number, record in records)
         return
     for number, line in _lines(file, path):
         if not line.strip():
@@ -60,11 +60,14 @@ def read_jsonl(file: io.BufferedReader, path: str, options: Options) -> Iterator
         where, line = f"{path}, line {number}", _decode(line, path, number)
         with library_errors(lambda where=where: f"{where}: not a JSON object; mend the line"):
             record = json.loads(line)
-        yield _field(record, options.text_field, where)
+        yield _document(record, options, where)
 
 
-def _field(record, name: str, where: str) -> str:
-    """The text in a record's field."""
+def _document(record, options: Options, where: str) -> str:
+    """The text in a record's field, or the conversation that it is."""
+    name = options.text_field
+    if options.conversations:
+        return conversations.document(record, name, where)
     if not isinstance(record, dict) or name not in record:
         raise UserError(f"{where}: not a JSON object with a field {name!r}; mend it, or set text_field.")
     return check_text_value(record[name], where, name)
@@ -85,18 +88,32 @@ def _check_size(size: int, path: str) -> int:
 
 
 def read_parquet(file: io.BufferedReader, path: str, options: Options) -> Iterator[str]:
-    """One document a row, in the column `options.text_field`."""
-    return check_texts(parquet_column(file, path, options.text_field), path, options.text_field)
+    """One document a row, in the column `options.text_field`, or in those of a conversation."""
+    field = options.text_field
+    if not options.conversations:
+        return check_texts(parquet_column(file, path, field), path, field)
+    batches = _parquet_batches(file, path, lambda names: conversations.columns(names, field))
+    rows = (row for batch in batches for row in batch.to_pylist())
+    return (conversations.document(row, field, f"{path}, row {number}") for number, row in enumerate(rows, 1))
 
 
 def parquet_column(file: io.BufferedReader, path: str, name: str) -> Iterator:
     """The values of a column of a Parquet file, a few hundred rows in memory at a time."""
+
+    def choose(names: list[str]) -> list[str]:
+        check_field(name, names, f"{path} has no column")
+        return [name]
+
+    for batch in _parquet_batches(file, path, choose):
+        yield from batch.column(0).to_pylist()
+
+
+def _parquet_batches(file: io.BufferedReader, path: str, choose: Callable[[list[str]], list[str]]) -> Iterator:
+    """Some hundred rows each, with those of the columns' names that `choose` takes."""
     parquet = optional_import("pyarrow.parquet", "hf", "Reading Parquet")
     with library_errors(lambda: f"{path} cannot be read as Parquet"):
         table = parquet.ParquetFile(file)
-        check_field(name, table.schema_arrow.names, f"{path} has no column")
-        for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[name]):
-            yield from batch.column(0).to_pylist()
+        yield from table.iter_batches(batch_size=PARQUET_ROWS, columns=choose(table.schema_arrow.names))
 
 
 def read_aozora(file: io.BufferedReader, path: str, options: Options) -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import fsspec
 
+from transformer_lm.data.corpora import conversations
 from transformer_lm.data.corpora.base import Options, Source
 from transformer_lm.data.corpora.files import check_field, check_texts, read_file
 from transformer_lm.data.corpora.listing import list_files
@@ -91,7 +92,11 @@ class HuggingFace(Source):
     def _texts(self, dataset) -> Iterator[str]:
         field = self._options.text_field
         for batch in dataset.iter(READ_DOCUMENTS):
-            yield from check_texts(batch[field], self.name, field)
+            if self._options.conversations:
+                records = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+                yield from (conversations.document(record, field, self.name) for record in records)
+            else:
+                yield from check_texts(batch[field], self.name, field)
 
     def _content(self, split: str):
         """The JSON files or the dataset of a split, downloaded when it is first asked for (unless it is streamed)."""
@@ -117,13 +122,15 @@ class HuggingFace(Source):
         return files if self._options.streaming else DownloadManager().download(files)
 
     def _dataset(self, split: str):
-        """The dataset of a split with the column of the texts alone."""
+        """The dataset of a split with the column of the texts alone, or those that may hold conversations."""
         if self._options.streaming:
             dataset = self._builder.as_streaming_dataset(split)
         else:
             self._builder.download_and_prepare()
             dataset = self._builder.as_dataset(split)
         names = dataset.column_names or list(next(iter(dataset.take(1)), {}))
+        if self._options.conversations:
+            return dataset.select_columns(conversations.columns(names, self._options.text_field))
         check_field(self._options.text_field, names, f"Dataset {self.name!r} has no column")
         return dataset.select_columns([self._options.text_field])
 

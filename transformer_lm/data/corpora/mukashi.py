@@ -67,12 +67,16 @@ class Plot:
         """Number of ways to fill the slots."""
         return math.prod(len(words) for words in self.slots.values())
 
-    def tell(self, way: int) -> str:
-        """The tale of a way, 0 <= way < ways: a number in the mixed radix of the slots' sizes."""
+    def choose(self, way: int) -> dict[str, str | list[str]]:
+        """The words of a way, 0 <= way < ways: a number in the mixed radix of the slots' sizes."""
         chosen = {}
         for name, words in self.slots.items():
             way, choice = divmod(way, len(words))
             chosen[name] = words[choice]
+        return chosen
+
+    def tell(self, chosen: dict[str, str | list[str]]) -> str:
+        """The tale with these words."""
         return self.line.format(**chosen)
 
     def mean_length(self) -> float:
@@ -91,9 +95,15 @@ PLOTS = [Plot(plot["text"], plot["words"]) for plot in _CONTENT["plots"]]
 
 def tale(number: int) -> str:
     """Tale `number`, 0 <= number < len(PLOTS) * the smallest plot's ways."""
-    nth, plot_number = divmod(number, len(PLOTS))
-    plot = PLOTS[plot_number]
-    return plot.tell(_permute(nth, plot.ways, seed=plot_number))
+    plot, chosen = plan(number)
+    return plot.tell(chosen)
+
+
+def plan(number: int, plots: list[Plot] = PLOTS) -> tuple[Plot, dict[str, str | list[str]]]:
+    """The plot of tale `number`, and the words in its slots."""
+    nth, plot_number = divmod(number, len(plots))
+    plot = plots[plot_number]
+    return plot, plot.choose(_permute(nth, plot.ways, seed=plot_number))
 
 
 def _permute(index: int, size: int, seed: int) -> int:
@@ -111,6 +121,16 @@ def _permute(index: int, size: int, seed: int) -> int:
         index = left * side + right
         if index < size:
             return index
+
+
+def name_of(word: str | list[str]) -> str:
+    """A word as it is named: of one with several parts the first."""
+    return word if isinstance(word, str) else word[0]
+
+
+def words_of(slot: str, plots: list[Plot] = PLOTS) -> list[str]:
+    """The words that a slot has in any plot, by name."""
+    return list(dict.fromkeys(name_of(word) for plot in plots for word in plot.slots.get(slot, ())))
 
 
 def bits_per_tale() -> float:

@@ -1,0 +1,136 @@
+"""A model of conversations, from its run to a talk with it and to its exports."""
+
+import json
+import sys
+
+import pytest
+from conftest import command, one_line_error, run
+
+import transformer_lm
+from transformer_lm.checkpoints import loading
+from transformer_lm.errors import UserError
+from transformer_lm.tokenizer import EOS_ID, NAME_MARK, START_ID
+from transformer_lm.tokenizer.turns import Turns
+
+ASKED = ["猿が出てくる昔話をお願いします。", "どこで聞きましたか。"]
+
+
+@pytest.fixture(scope="module")
+def model(trained_chat):
+    return transformer_lm.load(trained_chat)
+
+
+def test_run_says_that_it_has_turns(trained_chat, trained, model):
+    assert model.turns == Turns.of(model.tokenizer)
+    assert transformer_lm.load(trained).turns is None
+    with pytest.raises(UserError, match="was not trained on conversations"):
+        transformer_lm.load(trained).chat([{"role": "user", "content": "?"}])
+
+
+def test_metrics(trained_chat):
+    lines = [json.loads(line) for line in (trained_chat / "metrics.jsonl").read_text().splitlines()]
+    last = next(line for line in reversed(lines) if "eval_loss" in line)
+    assert 0 <= last["instruction_accuracy"] <= 1
+    manifests = [json.loads(path.read_text()) for path in (trained_chat / "prepared").glob("*/manifest.json")]
+    assert {manifest["preprocessor"] for manifest in manifests} == {"conversations"}
+
+
+def talk(model, asked: list[str]) -> list[str]:
+    """What greedy answers are, by the sampler."""
+    messages, answers = [], []
+    for text in asked:
+        messages.append({"role": "user", "content": text})
+        answers.append(model.chat(messages, temperature=0))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    return answers
+
+
+def generate(workdir, *arguments, **options):
+    greedy = ["--config.sampling_temperature=0", "--config.max_predict_length=500"]
+    return run(
+        [sys.executable, "-m", "transformer_lm.generate_text", f"--workdir={workdir}", *greedy, *arguments], **options
+    )
+
+
+def test_interactive_is_one_conversation(trained_chat, model):
+    done = generate(trained_chat, "--interactive", input="\n".join(ASKED))
+    assert done.returncode == 0, done.stderr
+    first, *rest = talk(model, ASKED)
+    assert done.stdout.startswith(f"{first}\n\n")
+    if "context" not in done.stderr:  # the first answer may fill it all, of a model that has learned so little
+        assert done.stdout == "".join(f"{text}\n\n" for text in (first, *rest))
+
+
+def test_prompts_are_instructions(trained_chat, model):
+    done = generate(trained_chat, "--output=jsonl", "--num_generated_texts=1", f"--config.prompts={ASKED[0]}")
+    [text] = map(json.loads, done.stdout.splitlines())
+    assert text["tokens"][: len(ids := model.turns.encode([{"role": "user", "content": ASKED[0]}], True)[0])] == ids
+    assert text["text"].startswith(f"{ASKED[0]}\n")
+
+
+def test_export(trained_chat, model, tmp_path):
+    output = tmp_path / "exported"
+    done = run([
+        sys.executable, "-m", "transformer_lm.export_huggingface", f"--workdir={trained_chat}", f"--output={output}"
+    ])  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    config = json.loads((output / "tokenizer_config.json").read_text())
+    assert config["chat_template"] == model.turns.jinja()
+    end = model.turns.end_ids
+    assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == [EOS_ID, *end]
+    card = (output / "README.md").read_text()
+    assert "apply_chat_template" in card
+    assert "会話を学習していて" in card
+    again = transformer_lm.load(output)
+    assert again.turns == model.turns
+    assert talk(again, ASKED[:1]) == talk(model, ASKED[:1])
+
+
+def test_gguf(trained_chat, model, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    output = tmp_path / "chat.gguf"
+    done = run([
+        sys.executable, "-m", "transformer_lm.export_gguf", f"--workdir={trained_chat}", f"--output={output}"
+    ])  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    fields = gguf.GGUFReader(output).fields
+    assert fields["tokenizer.chat_template"].contents() == model.turns.jinja()
+    assert fields["tokenizer.ggml.eot_token_id"].contents() == model.turns.end_ids[0]
+
+
+def test_tasks_are_asked_in_conversations(model, trained, tmp_path):
+    pytest.importorskip("lm_eval")
+    from transformer_lm.evaluation import harness
+
+    question = {"sentence1": "猫が二匹いる。", "sentence2": "動物がいる。", "label": "entailment"}
+    (tmp_path / "jnli-valid-v1.3.json").write_text(json.dumps(question))
+    [sample] = harness.run_tasks(model, ["jnli-1.3-0.3"], data_dir=str(tmp_path), chat=True)["samples"]["jnli-1.3-0.3"]
+    prompt = sample["arguments"][0][0]
+    mark = f"<|reserved_1|>{NAME_MARK}"
+    asked = prompt.split(NAME_MARK)[1].removesuffix("<|reserved_3|>")
+    assert prompt.endswith(mark)
+    assert "前提：猫が二匹いる。" in asked
+    ids, _ = model.turns.encode([{"role": "user", "content": asked}], add_generation_prompt=True)
+    for (_, answer), [[log_prob, _]] in zip(sample["arguments"], sample["resps"], strict=True):
+        tokens = model.tokenizer.encode(answer)
+        [[log_probs, _]] = model.score_tokens([[START_ID, *ids, *tokens]])
+        assert log_probs[-len(tokens) :].sum() == pytest.approx(log_prob, abs=1e-3)
+    with pytest.raises(UserError, match="--chat_template: this model was not trained on conversations"):
+        harness.run_tasks(transformer_lm.load(trained), ["jnli-1.3-0.3"], data_dir=str(tmp_path), chat=True)
+
+
+def test_base_models_are_exported_without_a_template(trained):
+    assert loading.find_model(trained).has_turns is False
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"cleaning_rules": "length"}, "cleaning_rules='length' is for texts; leave it out with conversations=True"),
+        ({"dataset_name": "mukashi"}, "dataset_name='mukashi' has texts"),
+        ({"spm_train_options": "--character_coverage=1.0 --model_type=char"}, "cannot hold conversations"),
+    ],
+)
+def test_errors(fields, words, tmp_path):
+    chat = {"conversations": True, "dataset_name": "mukashi_chat", "eval_dataset_name": "mukashi_chat"}
+    assert words in one_line_error(run(command("main", tmp_path / "run", **(chat | fields))))

@@ -1,0 +1,78 @@
+"""The demo of conversations: trains the recipe `mukashi_chat` afresh in logs/chat, talks, and says how often it obeys.
+
+python -m transformer_lm.demo_chat
+
+It begins with the model that the demo leaves in logs/demo, which is trained first where it is missing.
+"""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+from transformer_lm import cli, demo, recipe
+from transformer_lm.configs import mukashi, mukashi_chat
+from transformer_lm.data import preparation
+from transformer_lm.data.corpora import mukashi_chat as grammar
+from transformer_lm.files import json_bytes, write_atomically
+from transformer_lm.generation import language_model
+from transformer_lm.training import loop, metrics
+from transformer_lm.training.config import Recipe
+
+WORKDIR = Path("logs/chat")
+ANIMALS = ("猿", "狐")  # asked for first, and in its place
+
+
+def main(chat: Recipe, base: Recipe, workdir: Path):
+    """Trains what is missing, prints a conversation and scores, and leaves them in workdir/summary.json."""
+    base_workdir = Path(chat.init_from)
+    if not (base_workdir / "summary.json").exists():
+        demo.main(base, base_workdir)
+    shutil.rmtree(workdir, ignore_errors=True)
+    start = time.perf_counter()
+    data = preparation.prepare(chat.data, str(workdir), tokenizer_source=base_workdir / "sentencepiece_model")
+    loop.train_and_evaluate(chat, data, str(workdir))
+    seconds = time.perf_counter() - start
+
+    messages = talk(language_model.load(workdir))
+    summary = {
+        "instruction_accuracy": metrics.read_last(workdir, "instruction_accuracy"),
+        "base_train_seconds": json.loads((base_workdir / "summary.json").read_text())["train_seconds"],
+        "train_seconds": seconds,
+        "conversation": messages,
+    }
+    write_atomically(workdir / "summary.json", json_bytes(summary))
+    print()
+    for message in messages:
+        print(f"{'>' if message['role'] == 'user' else ' '} {message['content']}\n")
+    print(
+        f"Instructions never seen that it follows: {100 * summary['instruction_accuracy']:.1f} %. Trained for "
+        f"{summary['base_train_seconds']:.0f} s on tales and {seconds:.0f} s on conversations.\n"
+        f"To talk to it: python -m transformer_lm.generate_text --workdir={workdir} --interactive"
+    )
+
+
+def talk(model: language_model.LanguageModel) -> list[dict[str, str]]:
+    """A conversation of instructions that were not trained on, the later ones about the tale that was told."""
+    messages: list[dict[str, str]] = []
+
+    def say(kind: dict, **fields: str):
+        text = grammar.wordings("validation", kind, **fields)[0]
+        messages.append({"role": "user", "content": text})
+        messages.append({"role": "assistant", "content": model.chat(messages, temperature=0)})
+
+    def ask(slot: str):
+        say(grammar.QUESTION | next(kind for kind in grammar.QUESTION["kinds"] if slot in kind["slots"]))
+
+    first, other = ANIMALS
+    say(grammar.REQUEST, word=first)
+    ask("男の名")
+    say(grammar.RETELLING, old=first, word=other)
+    ask("結び")
+    return messages
+
+
+if __name__ == "__main__":
+    fields = mukashi_chat.get_config()
+    fields.init_from = str(demo.WORKDIR)
+    cli.run_to_exit(lambda: main(recipe.read(fields), recipe.read(mukashi.get_config()), WORKDIR))

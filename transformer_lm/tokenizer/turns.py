@@ -1,0 +1,200 @@
+"""Conversations as token ids: what opens a turn, what ends it, and the same for other people's tools.
+
+turns = Turns.of(tokenizer)
+ids, is_answer = turns.encode([{"role": "user", "content": "こんにちは"}], add_generation_prompt=True)
+
+A tokenizer with the control pieces that the v2 recipes reserve has a piece for what opens a turn of the user (number
+0), the assistant (1) and the system (2), and one that ends each turn (3). Texts are encoded one by one, so that none
+becomes such a piece, whatever it holds. In a tokenizer without them, as the original's, turns are words of plain text
+that begin with a sign, which is left out of the texts: "◆ユーザー こんにちは ◆ ◆アシスタント".
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from transformer_lm.errors import UserError
+from transformer_lm.tokenizer import NAME_MARK, SPACE, Tokenizer
+
+ROLES = ("user", "assistant", "system")
+CONTROL_NAMES = tuple(f"<|reserved_{number}|>" for number in range(4))  # of ROLES, and of a turn's end
+SIGNS = "◆※★"  # of plain text; the first that the tokenizer knows. No normalization makes them of other characters.
+WORDS = ("ユーザー", "アシスタント", "システム", "")  # behind the sign, for ROLES and a turn's end
+
+
+class Message(NamedTuple):
+    """What somebody says."""
+
+    role: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """How a tokenizer's model takes turns; made by `of`.
+
+    Attributes:
+      tokenizer: what cuts texts.
+      names: the marks as text, by role, and of a turn's end.
+      marks: their token ids.
+      sign: what texts may not hold, since marks begin with it; "" where marks are control pieces.
+    """
+
+    tokenizer: Tokenizer
+    names: tuple[str, ...]
+    marks: tuple[tuple[int, ...], ...]
+    sign: str = ""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "Turns":
+        """The turns that a tokenizer can do; raises UserError if it can do none."""
+        ids = [tokenizer.control_id(name) for name in CONTROL_NAMES]
+        if None not in ids and not tokenizer.pieces("。")[0].startswith(SPACE):
+            return cls(tokenizer, CONTROL_NAMES, tuple((number,) for number in ids))
+        for sign in SIGNS:
+            names = tuple(sign + word for word in WORDS)
+            marks = [tokenizer.encode(name) for name in names]
+            whole = tokenizer.encode(" ".join(names))  # words are cut one by one, and come back
+            if whole == [token for mark in marks for token in mark] and tokenizer.decode(whole) == " ".join(names):
+                return cls(tokenizer, names, tuple(map(tuple, marks)), sign)
+        raise UserError(
+            f"{tokenizer.source} cannot hold conversations: it has neither the control pieces "
+            f"{', '.join(CONTROL_NAMES)} and --add_dummy_prefix=false, nor one of the signs {SIGNS} and white space "
+            "between words. Train one with the spm_train_options of the v2 recipes."
+        )
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end the assistant's turn, as EOS does; none where `stop` has what ends it."""
+        return () if self.sign else self.marks[-1]
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Texts that end the assistant's turn; none where `end_ids` has what ends it."""
+        return (self.sign,) if self.sign else ()
+
+    def encode(self, messages: Any, add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
+        """Token ids of a conversation, without START_ID in front and without EOS.
+
+        Args:
+          messages: as `read_messages` takes them.
+          add_generation_prompt: whether the assistant's turn is opened, for the model to write it.
+
+        Returns:
+          the ids, and of each whether the assistant says it: its texts and the ends of its turns.
+
+        Raises:
+          UserError: the messages are no conversation, or with add_generation_prompt not one that awaits an answer.
+        """
+        ids: list[int] = []
+        is_answer: list[bool] = []
+
+        def add(more: Sequence[int], said: bool):
+            ids.extend(more)
+            is_answer.extend([said] * len(more))
+
+        messages = read_messages(messages)
+        for role, text in messages:
+            add(self.marks[ROLES.index(role)], False)
+            add(self.tokenizer.encode(self._clean(text)), role == "assistant")
+            add(self.marks[-1], role == "assistant")
+        if add_generation_prompt:
+            if messages[-1].role != "user":
+                raise UserError("messages must end with one of the user, for the assistant to answer.")
+            add(self.marks[ROLES.index("assistant")], False)
+        return ids, is_answer
+
+    def _clean(self, text: str) -> str:
+        """A message's text without what would be a mark: here, or in an exported tokenizer."""
+        for character in NAME_MARK + self.sign:
+            text = text.replace(character, "")
+        return text
+
+    def answer(self, ids: Sequence[int]) -> str:
+        """The text that the assistant said in ids which it wrote, to the end of its turn."""
+        ids = list(ids)
+        ends = [ids.index(token) for token in self.end_ids if token in ids]
+        text = self.tokenizer.decode(ids[: min(ends, default=len(ids))])
+        return text.partition(self.sign)[0].strip() if self.sign else text
+
+    @property
+    def _shown(self) -> list[str]:
+        """The marks as they stand in one text with what is said, where an exported tokenizer finds them."""
+        return [f" {name} " if self.sign else name + NAME_MARK for name in self.names]
+
+    def render(self, messages: Any, add_generation_prompt: bool = True) -> str:
+        """A conversation as one text, which opens the assistant's turn, or else leaves the last message unended."""
+        user, assistant, system, end = self._shown
+        marks = dict(zip(ROLES, (user, assistant, system), strict=True))
+        text = "".join(marks[role] + self._clean(said) + end for role, said in read_messages(messages))
+        return text + assistant if add_generation_prompt else text.removesuffix(end)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of a text that `render` gave, or of one that goes on with such a text."""
+        if self.sign:
+            return self.tokenizer.encode(text)
+        marks = dict(zip(self._shown, self.marks, strict=True))
+        parts = re.split(f"({'|'.join(map(re.escape, marks))})", text)
+        return [token for part in parts for token in marks.get(part) or self.tokenizer.encode(part)]
+
+    def jinja(self) -> str:
+        """`encode` as a template of transformers' apply_chat_template, with START_ID in front."""
+        user, assistant, system, end = (f"'{mark}'" for mark in self._shown)
+        clean = "".join(f" | replace('{character}', '')" for character in NAME_MARK + self.sign)
+        return _TEMPLATE.format(user=user, assistant=assistant, system=system, end=end, clean=clean)
+
+
+_TEMPLATE = """\
+{{{{- bos_token -}}}}
+{{%- for message in messages -%}}
+{{%- if message.role == 'system' and loop.first -%}}{{{{- {system} -}}}}
+{{%- elif message.role == 'user' and (loop.first or loop.previtem.role != 'user') -%}}{{{{- {user} -}}}}
+{{%- elif message.role == 'assistant' and not loop.first and loop.previtem.role == 'user' -%}}{{{{- {assistant} -}}}}
+{{%- else -%}}{{{{- raise_exception('Roles must be user and assistant in turn, perhaps after one of system.') -}}}}
+{{%- endif -%}}
+{{%- if message.content is string -%}}{{{{- message.content{clean} -}}}}
+{{%- else -%}}{{%- for part in message.content -%}}{{{{- part.text{clean} -}}}}{{%- endfor -%}}
+{{%- endif -%}}
+{{{{- {end} -}}}}
+{{%- endfor -%}}
+{{%- if add_generation_prompt -%}}{{{{- {assistant} -}}}}{{%- endif -%}}
+"""
+
+
+def read_messages(messages: Any) -> list[Message]:
+    """The messages of a conversation: roles user and assistant in turn, from the user on, perhaps after a system's.
+
+    Args:
+      messages: objects with role and content, which is a text or OpenAI's list of parts {"type": "text", "text": ...}.
+
+    Raises:
+      UserError: they are something else.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
+        raise UserError("messages must be a list of objects with role and content, at least one.")
+    read = [_read_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+    spoken = read[1:] if read[0].role == "system" else read
+    if not spoken:
+        raise UserError("messages has one of the system alone; one of the user must follow.")
+    for number, message in enumerate(spoken, len(read) - len(spoken)):
+        wanted = ROLES[(number - len(read) + len(spoken)) % 2]
+        if message.role != wanted:
+            raise UserError(
+                f"messages[{number}] has the role {message.role!r} where {wanted!r} must be: user and assistant speak "
+                "in turn, from the user on, perhaps after one message of the system."
+            )
+    return read
+
+
+def _read_message(message: Any, place: str) -> Message:
+    if isinstance(message, Message):
+        return message
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        raise UserError(f"{place}={str(message)[:80]!r} must have a role that is one of {', '.join(ROLES)}.")
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    if len(texts) != len(parts) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{place}: content must be a text, or a list of parts like {{'type': 'text', 'text': '...'}}.")
+    return Message(message["role"], "".join(texts))
