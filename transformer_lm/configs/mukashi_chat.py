@@ -2,7 +2,8 @@
 
 python3 main.py --workdir=logs/mukashi_chat --config=configs/mukashi_chat.py --config.init_from=logs/mukashi
 
-Of instructions that it never saw it follows ... % (instruction_accuracy), after ... minutes on 2 CPU cores.
+Of instructions that it never saw it follows 44 % (instruction_accuracy) after these 300 steps, 11 minutes on 2 CPU cores
+that had much other work; 29 % after 150 steps. It has not learned enough yet: more steps are needed.
 """
 
 from transformer_lm.configs import mukashi
@@ -13,19 +14,14 @@ def get_config():
     config = mukashi.get_config()
     config.init_from = "logs/mukashi"
     config.dataset_name = "mukashi_chat"
-    config.train_split = "train[:8000]"
     config.eval_split = "validation"
     config.conversations = True
-    config.learning_rate = 0.006
-    config.embedding_learning_rate = 0.12
-    config.head_learning_rate = 0.005
-    config.warmup_steps = 20
-    config.decay_share = 0.7
+    config.decay_share = 0.6
     config.per_device_batch_size = 8
     config.max_target_length = 272
     config.num_train_steps = 300
-    config.eval_every_steps = 300
-    config.checkpoint_every_steps = 300
+    config.eval_every_steps = 150
+    config.checkpoint_every_steps = 150
     config.num_eval_steps = 8
     config.prompts = "猿が出てくる昔話をお願いします。"
     config.max_predict_length = 272
