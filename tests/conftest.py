@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from transformer_lm import models, tokenizer
+from transformer_lm.configs import v2
 from transformer_lm.data import packing, tokenizer_training
 
 sys.path += [str(folder) for folder in Path(__file__).parent.rglob("*") if any(folder.glob("*.py"))]  # for one another
@@ -79,7 +80,8 @@ def trained_chat(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained_chat")
     fields = SMALL_RUN | {
         "dataset_name": "mukashi_chat", "eval_dataset_name": "mukashi_chat", "eval_split": "validation[:2]",
-        "vocab_size": 1500, "max_eval_target_length": 128, "init_from": "", "prompts": "猿の話をしてください。",
+        "vocab_size": 1500, "spm_train_options": v2.SPM_OPTIONS,
+        "max_eval_target_length": 128, "init_from": "", "prompts": "猿の話をしてください。",
         "max_predict_length": 64, "num_train_steps": 30, "num_layers": 1,
     }  # fmt: skip
     recipe = ["--config=configs/mukashi_chat.py", *(f"--config.{field}={value}" for field, value in fields.items())]

@@ -1,5 +1,6 @@
 """A model of conversations, from its run to a talk with it and to its exports."""
 
+import io
 import json
 import sys
 
@@ -7,8 +8,11 @@ import pytest
 from conftest import command, one_line_error, run
 
 import transformer_lm
+from transformer_lm import generate_text, recipe
 from transformer_lm.checkpoints import loading
+from transformer_lm.configs import mukashi_chat
 from transformer_lm.errors import UserError
+from transformer_lm.generation.scheduler import Scheduler
 from transformer_lm.tokenizer import EOS_ID, NAME_MARK, START_ID
 from transformer_lm.tokenizer.turns import Turns
 
@@ -35,16 +39,6 @@ def test_metrics(trained_chat):
     assert {manifest["preprocessor"] for manifest in manifests} == {"conversations"}
 
 
-def talk(model, asked: list[str]) -> list[str]:
-    """What greedy answers are, by the sampler."""
-    messages, answers = [], []
-    for text in asked:
-        messages.append({"role": "user", "content": text})
-        answers.append(model.chat(messages, temperature=0))
-        messages.append({"role": "assistant", "content": answers[-1]})
-    return answers
-
-
 def generate(workdir, *arguments, **options):
     greedy = ["--config.sampling_temperature=0", "--config.max_predict_length=500"]
     return run(
@@ -52,13 +46,29 @@ def generate(workdir, *arguments, **options):
     )
 
 
-def test_interactive_is_one_conversation(trained_chat, model):
-    done = generate(trained_chat, "--interactive", input="\n".join(ASKED))
-    assert done.returncode == 0, done.stderr
-    first, *rest = talk(model, ASKED)
-    assert done.stdout.startswith(f"{first}\n\n")
-    if "context" not in done.stderr:  # the first answer may fill it all, of a model that has learned so little
-        assert done.stdout == "".join(f"{text}\n\n" for text in (first, *rest))
+def test_interactive_is_one_conversation(model, monkeypatch, capsys):
+    """What the model reads is all that was said, its own answers included; what it shows are those."""
+    asked = [ASKED[0], "", ASKED[1]]
+    requests = []
+
+    def submit(self, request):
+        requests.append(request)
+        return Scheduler.submit(self, request)
+
+    monkeypatch.setattr(generate_text, "Scheduler", type("Watched", (Scheduler,), {"submit": submit}))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(asked)))
+    fields = mukashi_chat.get_config()
+    fields.update(max_predict_length=12, sampling_temperature=0.0)
+    generate_text.talk(model, recipe.read(fields))
+    first, second, rest = capsys.readouterr().out.split("\n\n")
+    assert not rest
+    messages = [{"role": "user", "content": ASKED[0]}]
+    assert requests[0].prompt == model.turns.encode(messages, True)[0]
+    messages += [{"role": "assistant", "content": first}, {"role": "user", "content": ASKED[1]}]
+    assert requests[1].prompt == model.turns.encode(messages, True)[0]
+    assert requests[1].max_tokens == 12
+    assert requests[1].end_ids == model.turns.end_ids
+    assert second != ASKED[1]
 
 
 def test_prompts_are_instructions(trained_chat, model):
@@ -82,8 +92,10 @@ def test_export(trained_chat, model, tmp_path):
     assert "apply_chat_template" in card
     assert "会話を学習していて" in card
     again = transformer_lm.load(output)
-    assert again.turns == model.turns
-    assert talk(again, ASKED[:1]) == talk(model, ASKED[:1])
+    assert (again.turns.marks, again.turns.sign) == (model.turns.marks, "")
+    assert again.chat([{"role": "user", "content": ASKED[0]}], temperature=0) == model.chat(
+        [{"role": "user", "content": ASKED[0]}], temperature=0
+    )
 
 
 def test_gguf(trained_chat, model, tmp_path):
@@ -106,11 +118,12 @@ def test_tasks_are_asked_in_conversations(model, trained, tmp_path):
     (tmp_path / "jnli-valid-v1.3.json").write_text(json.dumps(question))
     [sample] = harness.run_tasks(model, ["jnli-1.3-0.3"], data_dir=str(tmp_path), chat=True)["samples"]["jnli-1.3-0.3"]
     prompt = sample["arguments"][0][0]
-    mark = f"<|reserved_1|>{NAME_MARK}"
-    asked = prompt.split(NAME_MARK)[1].removesuffix("<|reserved_3|>")
-    assert prompt.endswith(mark)
+    _, system, _, asked, _, rest = (part.removesuffix("<|reserved_3|>") for part in prompt.split(NAME_MARK))
+    assert not rest
+    assert system.startswith("以下は、タスクを説明する指示")
     assert "前提：猫が二匹いる。" in asked
-    ids, _ = model.turns.encode([{"role": "user", "content": asked}], add_generation_prompt=True)
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": asked}]
+    ids, _ = model.turns.encode(messages, add_generation_prompt=True)
     for (_, answer), [[log_prob, _]] in zip(sample["arguments"], sample["resps"], strict=True):
         tokens = model.tokenizer.encode(answer)
         [[log_probs, _]] = model.score_tokens([[START_ID, *ids, *tokens]])

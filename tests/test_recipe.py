@@ -9,6 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from transformer_lm import recipe
+from transformer_lm.checkpoints.workdir import check_same_network
 from transformer_lm.configs import base
 from transformer_lm.data.preparation import DataConfig
 from transformer_lm.errors import UserError
@@ -19,6 +20,7 @@ from transformer_lm.training.flops import flops_per_token
 from transformer_lm.training.optimizers import OptimizerConfig
 
 V2_NAMES = [f"japanese_{size}_v2" for size in ("tiny", "0.1b", "0.4b", "1.0b")]
+OTHERS = ["mukashi", "mukashi_chat", "japanese_0.1b_v2_chat", "wikipedia_ja", "fineweb2_ja"]
 EXCEPTIONS = {"num_predict_steps", "use_bfloat16"}  # read by nobody; the network's dtype
 DERIVED = {"max_len", "dtype"}  # the network's, from other fields of the recipe
 
@@ -84,10 +86,17 @@ def test_values_of_the_original(name):
     recipe.read(config)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "mukashi", "wikipedia_ja", "fineweb2_ja", *V2_NAMES])
+@pytest.mark.parametrize("name", [*NAMES, *OTHERS, *V2_NAMES])
 def test_recipes_have_the_fields_of_the_base(name):
     assert set(load(name)) == set(base.get_config())
     recipe.read(load(name))
+
+
+@pytest.mark.parametrize(("chat", "base"), [("mukashi_chat", "mukashi"), ("japanese_0.1b_v2_chat", "japanese_0.1b_v2")])
+def test_conversations_go_on_with_the_network_of_their_base(chat, base):
+    chosen, before = recipe.read(load(chat)), recipe.read(load(base))
+    assert chosen.data.conversations
+    check_same_network(base, before.network, chosen.network)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +119,7 @@ def test_nothing_beyond_the_original_is_on(name):
     chosen = recipe.read(load(name))
     data, network, optimizer = chosen.data, chosen.network, chosen.optimizer
     assert (data.unicode_normalization, data.cleaning_rules, data.streaming, data.preprocessor) == ("", "", False, None)
+    assert not data.conversations
     assert (network.norm, network.positions, network.mlp, network.use_bias) == ("layer", "sinusoidal", "relu", True)
     assert not any((network.qk_norm, network.num_kv_heads, network.zero_init, network.logits_soft_cap))
     assert (optimizer.optimizer, optimizer.schedule) == ("adamw", "rsqrt")

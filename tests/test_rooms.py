@@ -33,9 +33,9 @@ FLOORS = [
         "export_huggingface",
         "export_gguf",
         "demo",
-        "demo_chat",
     }
     | {"tokenizer.__main__", ""},
+    {"demo_chat"},
 ]
 
 

@@ -2,7 +2,8 @@
 
 python3 main.py --workdir=logs/mukashi_chat --config=configs/mukashi_chat.py --config.init_from=logs/mukashi
 
-Of instructions that it never saw it follows ... % (instruction_accuracy), after ... minutes on 2 CPU cores.
+Of instructions that it never saw it follows 44 % (instruction_accuracy) after these 300 steps, 11 minutes on 2 CPU
+cores that had much other work; 29 % after 150 steps. It has not learned enough yet: more steps are needed.
 """
 
 from transformer_lm.configs import mukashi
