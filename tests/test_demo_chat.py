@@ -24,7 +24,7 @@ def test_summary(tmp_path, capsys):
     assert summary["train_seconds"] > 0
     asked = [message["content"] for message in summary["conversation"][::2]]
     assert asked[0] in grammar.wordings("validation", grammar.REQUEST, word="猿")
-    assert len(asked) == 4
+    assert 1 <= len(asked) <= 4  # of a model that has learned next to nothing
     printed = capsys.readouterr().out
     assert all(message["content"] in printed for message in summary["conversation"])
     assert "Instructions never seen that it follows" in printed

@@ -14,6 +14,7 @@ from transformer_lm import cli, demo, recipe
 from transformer_lm.configs import mukashi, mukashi_chat
 from transformer_lm.data import preparation
 from transformer_lm.data.corpora import mukashi_chat as grammar
+from transformer_lm.errors import UserError
 from transformer_lm.files import json_bytes, write_atomically
 from transformer_lm.generation import language_model
 from transformer_lm.training import loop, metrics
@@ -53,22 +54,29 @@ def main(chat: Recipe, base: Recipe, workdir: Path):
 
 
 def talk(model: language_model.LanguageModel) -> list[dict[str, str]]:
-    """A conversation of instructions that were not trained on, the later ones about the tale that was told."""
-    messages: list[dict[str, str]] = []
+    """A conversation of instructions that were not trained on, the later ones about the tale that was told.
 
-    def say(kind: dict, **fields: str):
-        text = grammar.wordings("validation", kind, **fields)[0]
-        messages.append({"role": "user", "content": text})
-        messages.append({"role": "assistant", "content": model.chat(messages, temperature=0)})
+    It ends early where a model that rambles leaves no room for more.
+    """
 
-    def ask(slot: str):
-        say(grammar.QUESTION | next(kind for kind in grammar.QUESTION["kinds"] if slot in kind["slots"]))
+    def question(slot: str) -> dict:
+        return grammar.QUESTION | next(kind for kind in grammar.QUESTION["kinds"] if slot in kind["slots"])
 
     first, other = ANIMALS
-    say(grammar.REQUEST, word=first)
-    ask("男の名")
-    say(grammar.RETELLING, old=first, word=other)
-    ask("結び")
+    instructions = [
+        (grammar.REQUEST, {"word": first}),
+        (question("男の名"), {}),
+        (grammar.RETELLING, {"old": first, "word": other}),
+        (question("結び"), {}),
+    ]
+    messages: list[dict[str, str]] = []
+    for kind, fields in instructions:
+        asked = {"role": "user", "content": grammar.wordings("validation", kind, **fields)[0]}
+        try:
+            answer = model.chat([*messages, asked], temperature=0)
+        except UserError:
+            break
+        messages += [asked, {"role": "assistant", "content": answer}]
     return messages
 
 

@@ -55,6 +55,8 @@ class DataConfig:
         for name in ("preprocessor", "unicode_normalization", "cleaning_rules"):
             if self.conversations and getattr(self, name):
                 raise UserError(f"{name}={getattr(self, name)!r} is for texts; leave it out with conversations=True.")
+        if self.preprocessor == dataset_preprocessor.CONVERSATIONS:
+            raise UserError(f"preprocessor={self.preprocessor!r}: set conversations=True in its place.")
 
 
 @dataclasses.dataclass(frozen=True)
