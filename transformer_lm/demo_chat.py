@@ -67,7 +67,7 @@ def talk(model: language_model.LanguageModel) -> list[dict[str, str]]:
         (grammar.REQUEST, {"word": first}),
         (question("男の名"), {}),
         (grammar.RETELLING, {"old": first, "word": other}),
-        (question("結び"), {}),
+        (question("宝物"), {}),
     ]
     messages: list[dict[str, str]] = []
     for kind, fields in instructions:

@@ -16,12 +16,12 @@ def get_config():
     config.dataset_name = "mukashi_chat"
     config.eval_split = "validation"
     config.conversations = True
-    config.decay_share = 0.6
+    config.decay_share = 1.0  # what was learned of tales has to give way at first; then the rates go down
     config.per_device_batch_size = 8
     config.max_target_length = 272
-    config.num_train_steps = 300
-    config.eval_every_steps = 150
-    config.checkpoint_every_steps = 150
+    config.num_train_steps = 330
+    config.eval_every_steps = 165
+    config.checkpoint_every_steps = 165
     config.num_eval_steps = 8
     config.prompts = "猿が出てくる昔話をお願いします。"
     config.max_predict_length = 272

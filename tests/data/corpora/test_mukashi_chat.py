@@ -16,7 +16,7 @@ def test_turns_and_shards():
     assert read == [conversation("train", 2 * 10**9 + 10_000 + i) for i in range(3)]
     for messages in SAID["train"] + SAID["validation"]:
         assert [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2)
-        assert len(messages) in (6, 8, 10)
+        assert len(messages) in (6, 8, 12)
 
 
 def test_instructions_of_validation_are_never_trained_on():
@@ -68,10 +68,10 @@ def test_a_request_is_met_by_any_tale_that_has_what_it_names():
     words |= {"動物": "鶴", "宝物": "小判"}
     right = plot.tell(words)
     for asked, tale, good in [
-        ("鶴の昔話をしてください。", plot.tell(words | {"宝物": "銀の鏡"}), True),
+        ("鶴の昔話をしてください。", plot.tell(words | {"宝物": "金の鈴"}), True),
         ("鶴の昔話をしてください。", plot.tell(words | {"動物": "猿"}), False),
         ("鶴と小判の昔話をしてください。", right, True),
-        ("鶴と小判の昔話をしてください。", plot.tell(words | {"宝物": "銀の鏡"}), False),
+        ("鶴と小判の昔話をしてください。", plot.tell(words | {"宝物": "金の鈴"}), False),
         ("鶴の昔話をしてください。", mukashi.tale(0), False),
     ]:
         assert judge([{"role": "user", "content": asked}, {"role": "assistant", "content": right}], tale) is good
