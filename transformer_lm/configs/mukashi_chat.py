@@ -20,7 +20,7 @@ def get_config():
     config.per_device_batch_size = 8
     config.max_target_length = 272
     config.num_train_steps = 330
-    config.eval_every_steps = 165
+    config.eval_every_steps = 330
     config.checkpoint_every_steps = 165
     config.num_eval_steps = 8
     config.prompts = "猿が出てくる昔話をお願いします。"
