@@ -26,7 +26,7 @@ SPLITS = {"train": range(2 * 10**9, 2 * 10**9 + 20_000), "validation": range(3 *
 # How a conversation goes: the assistant tells a tale, perhaps once more with another word; or the user does, and asks
 # for answers, or for the tale with another word. What the user says is not scored: where that is the tale, all of the
 # loss is about following instructions, and little about what one cannot know.
-QUESTIONS = {"told": 2, "retold": 2, "heard": 6, "changed": 3}  # after a tale
+QUESTIONS = {"told": 2, "retold": 2, "heard": 5, "changed": 3}  # after a tale
 COURSES = ("told", "retold", "heard", "heard", "heard", "changed", "changed", "changed")  # equally likely
 MAX_WISHES = 3  # things that a tale is asked for with
 HELD_OUT = 5  # one of so many ways to ask for a thing is never trained on
