@@ -81,7 +81,7 @@ def trained_chat(tmp_path_factory) -> Path:
     fields = SMALL_RUN | {
         "dataset_name": "mukashi_chat", "eval_dataset_name": "mukashi_chat", "eval_split": "validation[:2]",
         "vocab_size": 1500, "spm_train_options": v2.SPM_OPTIONS,
-        "max_eval_target_length": 256, "init_from": "", "prompts": "猿の話をしてください。",
+        "max_eval_target_length": 384, "init_from": "", "prompts": "猿の話をしてください。",
         "max_predict_length": 64, "num_train_steps": 30, "num_layers": 1,
     }  # fmt: skip
     recipe = ["--config=configs/mukashi_chat.py", *(f"--config.{field}={value}" for field, value in fields.items())]
