@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from transformer_lm import cli, demo, recipe
+from transformer_lm.checkpoints.workdir import TOKENIZER_FILE
 from transformer_lm.configs import mukashi, mukashi_chat
 from transformer_lm.data import preparation
 from transformer_lm.data.corpora import mukashi_chat as grammar
@@ -25,24 +26,24 @@ ANIMALS = ("猿", "狐")  # asked for first, and in its place
 
 
 def main(chat: Recipe, base: Recipe, workdir: Path):
-    """Trains what is missing, prints a conversation and scores, and leaves them in workdir/summary.json."""
+    """Trains what is missing, prints a conversation and scores, and leaves them in the workdir's summary."""
     base_workdir = Path(chat.init_from)
-    if not (base_workdir / "summary.json").exists():
+    if not (base_workdir / demo.SUMMARY_FILE).exists():
         demo.main(base, base_workdir)
     shutil.rmtree(workdir, ignore_errors=True)
     start = time.perf_counter()
-    data = preparation.prepare(chat.data, str(workdir), tokenizer_source=base_workdir / "sentencepiece_model")
+    data = preparation.prepare(chat.data, str(workdir), tokenizer_source=base_workdir / TOKENIZER_FILE)
     loop.train_and_evaluate(chat, data, str(workdir))
     seconds = time.perf_counter() - start
 
     messages = talk(language_model.load(workdir))
     summary = {
         "instruction_accuracy": metrics.read_last(workdir, "instruction_accuracy"),
-        "base_train_seconds": json.loads((base_workdir / "summary.json").read_text())["train_seconds"],
+        "base_train_seconds": json.loads((base_workdir / demo.SUMMARY_FILE).read_text())["train_seconds"],
         "train_seconds": seconds,
         "conversation": messages,
     }
-    write_atomically(workdir / "summary.json", json_bytes(summary))
+    write_atomically(workdir / demo.SUMMARY_FILE, json_bytes(summary))
     print()
     for message in messages:
         print(f"{'>' if message['role'] == 'user' else ' '} {message['content']}\n")

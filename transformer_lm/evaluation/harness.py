@@ -163,11 +163,10 @@ class HarnessModel(TemplateLM):
 
     def _end_turn(self, tokens: list[int]) -> bool:
         """Whether the assistant's turn ends in tokens; what stands behind goes."""
-        ends = [
-            tokens.index(token) for token in (self.model.turns.end_ids if self.model.turns else ()) if token in tokens
-        ]
-        del tokens[min(ends, default=len(tokens)) :]
-        return bool(ends)
+        end = self.model.turns.end_of(tokens) if self.model.turns else len(tokens)
+        ended = end < len(tokens)
+        del tokens[end:]
+        return ended
 
 
 def _sampling(settings: dict, length: int) -> sampler.SamplingConfig:

@@ -111,11 +111,13 @@ class Turns:
             text = text.replace(character, "")
         return text
 
+    def end_of(self, ids: Sequence[int]) -> int:
+        """Where the assistant's turn ends in ids which it wrote, by a piece; their number where it does not."""
+        return min((ids.index(token) for token in self.end_ids if token in ids), default=len(ids))
+
     def answer(self, ids: Sequence[int]) -> str:
         """The text that the assistant said in ids which it wrote, to the end of its turn."""
-        ids = list(ids)
-        ends = [ids.index(token) for token in self.end_ids if token in ids]
-        text = self.tokenizer.decode(ids[: min(ends, default=len(ids))])
+        text = self.tokenizer.decode(ids[: self.end_of(ids)])
         return text.partition(self.sign)[0].strip() if self.sign else text
 
     @property

@@ -65,6 +65,7 @@ def conversation(split: str, number: int) -> list[dict[str, str]]:
     """Conversation `number` of a split, as messages."""
     chance = _Chance(number)
     plot, words = mukashi.plan(number, PLOTS)
+    tale = plot.tell(words)
 
     def ask(kind: dict, **fields: str) -> str:
         """One of the split's wordings."""
@@ -75,8 +76,7 @@ def conversation(split: str, number: int) -> list[dict[str, str]]:
     if course in ("told", "retold"):
         slots = [name for name in REQUEST["slots"] if name in words]
         wishes = _some(chance, slots, min(len(slots), chance.choose(range(1, MAX_WISHES + 1))))
-        said += [ask(REQUEST, word="と".join(name_of(words[slot]) for slot in wishes)), plot.tell(words)]
-    tale = plot.tell(words)
+        said += [ask(REQUEST, word="と".join(name_of(words[slot]) for slot in wishes)), tale]
     if course in ("retold", "changed"):
         slot = chance.choose([name for name in RETELLING["slots"] if name in words])
         other = chance.choose([word for word in plot.slots[slot] if word != words[slot]])
