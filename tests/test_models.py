@@ -120,8 +120,9 @@ class TestNetwork:
             np.testing.assert_allclose(packed[start : start + len(alone)], alone, atol=1e-5)
             start += len(alone)
 
+    @pytest.mark.parametrize("arrange", [lambda params: params, models.for_decoding], ids=["", "for decoding"])
     @pytest.mark.parametrize("changes", [{}, {"logits_via_embedding": True}, MODERN], ids=["", "tied", "modern"])
-    def test_cached_equals_uncached(self, tiny, changes):
+    def test_cached_equals_uncached(self, tiny, changes, arrange):
         """A prompt in one pass, then token by token, with a shorter prompt padded on the left beside it."""
         config = dataclasses.replace(tiny, **changes)
         params = init(config)
@@ -129,6 +130,7 @@ class TestNetwork:
         positions = np.broadcast_to(np.arange(8), texts.shape)
         expected = call(config, params, {"inputs": texts, "positions": positions, "segments": np.ones_like(texts)})
         extend = jax.jit(lambda params, *arguments: models.bind(config, params).extend(*arguments))
+        params = arrange(params)
         prompts = np.array([[0, 3, 4, 5], [0, 0, 0, 13]])  # lengths 4 and 2
         starts = np.array([[0], [2]])
         positions, valid = np.maximum(np.arange(4) - starts, 0), np.arange(4) >= starts

@@ -18,8 +18,6 @@ from transformer_lm.checkpoints import loading
 from transformer_lm.errors import UserError
 from transformer_lm.generation.sampler import SamplingConfig
 from transformer_lm.huggingface import gguf_file
-from transformer_lm.tokenizer import Tokenizer
-from transformer_lm.tokenizer.turns import Turns
 
 # Where both are imported, the other export's flag of this name may be replaced.
 _OUTPUT = flags.DEFINE_string("output", None, "File to write, new, with the ending .gguf.", allow_override=True)
@@ -39,9 +37,8 @@ def export(address: str, output: Path, kind: str, sampling: SamplingConfig):
         raise UserError(f"--output={output} exists; remove it or name another.")
     name = output.stem.encode(errors="backslashreplace").decode()
     found = loading.find_model(address)
-    tokenizer = Tokenizer.load_for(found.tokenizer_path, found.network.vocab_size)
+    tokenizer, turns = found.tokenizer()
     gguf_file.check(found.network, tokenizer, name)
-    turns = Turns.of(tokenizer) if found.has_turns else None
     loaded = found.load()
     settings = {"temp": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     with errors.writing(f"--output={output}"):

@@ -121,7 +121,7 @@ def stream(scheduler: Scheduler, request: Request, turns: Turns | None) -> str:
     text = ""
     while not scheduler.is_idle:
         for _, part in scheduler.advance():
-            more = part.text if text or not turns or not turns.stop else part.text.lstrip()  # the space before a word
+            more = turns.said(part.text) if turns and not text else part.text
             print(more, end="", flush=True)
             text += more
     print("\n", flush=True)

@@ -45,8 +45,7 @@ class LoadedModel:
         Raises:
           UserError: the tokenizer does not belong to it, or can do no turns.
         """
-        found = Tokenizer.load_for(self.tokenizer_path, self.config.vocab_size)
-        return found, Turns.of(found) if self.has_turns else None
+        return _read_tokenizer(self.tokenizer_path, self.config, self.has_turns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +64,20 @@ class FoundModel:
     has_turns: bool
     read: Callable[[], tuple[models.TransformerConfig, models.Params, int]]
 
+    def tokenizer(self) -> tuple[Tokenizer, Turns | None]:
+        """As that of `LoadedModel`."""
+        return _read_tokenizer(self.tokenizer_path, self.network, self.has_turns)
+
     def load(self) -> LoadedModel:
         """Reads its parameters; raises UserError if they cannot be read."""
         return LoadedModel(*self.read(), self.tokenizer_path, self.has_turns)
+
+
+def _read_tokenizer(
+    path: epath.Path, network: models.TransformerConfig, has_turns: bool
+) -> tuple[Tokenizer, Turns | None]:
+    found = Tokenizer.load_for(path, network.vocab_size)
+    return found, Turns.of(found) if has_turns else None
 
 
 def load_model(address: os.PathLike | str) -> LoadedModel:

@@ -147,7 +147,7 @@ class HarnessModel(TemplateLM):
             length = sampler.padded_length(max(map(len, so_far))) + new
             so_far += so_far[:1] * (rows - len(so_far))  # always as many, so that few shapes are compiled
             written = sampler.generate(
-                self.model.network, self.model.params, so_far,
+                self.model.network, self.model.decoding_params, so_far,
                 num_samples=1, sampling=_sampling(settings, length), seed=length,
             )  # fmt: skip
             for number, [more] in zip(list(tokens), written, strict=False):

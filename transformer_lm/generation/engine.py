@@ -121,7 +121,7 @@ class Engine:
         check_value("slots", slots, Annotated[int, Range(least=1, most=4096)])
         check_value("context", context, Annotated[int, Range(least=1, most=2**20)])
         self.network = dataclasses.replace(network, max_len=max(network.max_len, context + 1))
-        self._params, self.slots, self.context = models.unstack(params), slots, context
+        self._params, self.slots, self.context = models.for_decoding(params), slots, context
         self.reset()
 
     def reset(self):

@@ -67,6 +67,11 @@ class LanguageModel:
     ):
         self.network, self.params, self.tokenizer, self.step, self.turns = network, params, tokenizer, step, turns
 
+    @functools.cached_property
+    def decoding_params(self) -> models.Params:
+        """The parameters once more, as `models.for_decoding` makes them; as many bytes."""
+        return models.for_decoding(self.params)
+
     def generate(
         self,
         prompts: str | Iterable[str],
@@ -103,7 +108,7 @@ class LanguageModel:
         self, prompts: Iterable[str], sampling: sampler.SamplingConfig, *, seed: int, num_samples: int
     ) -> list[dict]:
         """As `generate`, with the settings in one piece."""
-        parts = (self.network, self.params, self.tokenizer)
+        parts = (self.network, self.decoding_params, self.tokenizer)
         return generate_texts(*parts, prompts, sampling, seed=seed, num_samples=num_samples, turns=self.turns)
 
     def chat(
@@ -131,7 +136,9 @@ class LanguageModel:
         ids, _ = self.turns.encode(messages, add_generation_prompt=True)
         sampling = sampler.SamplingConfig(temperature, top_k, top_p, max_length or self.network.context)
         sampler.check_room(len(ids), sampling, "The conversation")
-        [[answer]] = sampler.generate(self.network, self.params, [ids], num_samples=1, sampling=sampling, seed=seed)
+        [[answer]] = sampler.generate(
+            self.network, self.decoding_params, [ids], num_samples=1, sampling=sampling, seed=seed
+        )
         return self.turns.answer(answer.tokens)
 
     def score(self, texts: str | Iterable[str], *, with_eos: bool = False) -> list[Score]:

@@ -29,7 +29,7 @@ def read_chat(asked: ChatRequest, turns: Turns, context: int) -> list[Request]:
     options: dict[str, Any] = {"max_tokens": asked.max_completion_tokens or asked.max_tokens}
     options["max_tokens"] = options["max_tokens"] or max(1, context - len(ids))
     if not asked.ignore_eos:
-        options |= {"end_ids": turns.end_ids, "stop": [space + text for text in turns.stop for space in (" ", "")]}
+        options |= {"end_ids": turns.end_ids, "stop": list(turns.stop)}
     return requests_of(asked, ids, asked.top_logprobs or 0, **options)
 
 
@@ -41,7 +41,7 @@ class ChatAnswer(Answer):
     def __init__(self, turns: Turns, *arguments):
         """As `Answer`, after the turns of its model."""
         super().__init__(*arguments)
-        self._has_words = bool(turns.stop)  # a space is between the word that opens a turn and what is said
+        self._turns = turns
         self._begun = [False] * len(self._texts.requests)
 
     def _first(self) -> list[dict[str, Any]]:
@@ -49,15 +49,12 @@ class ChatAnswer(Answer):
         return [{"index": number, **role} for number in range(len(self._begun))]
 
     def _whole(self, part: Part) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": self._said(part.text), "refusal": None}}
+        return {"message": {"role": "assistant", "content": self._turns.said(part.text), "refusal": None}}
 
     def _more(self, number: int, part: Part) -> dict[str, Any]:
-        text = part.text if self._begun[number] else self._said(part.text)
+        text = part.text if self._begun[number] else self._turns.said(part.text)
         self._begun[number] |= bool(text)
         return {"delta": {"content": text}}
-
-    def _said(self, text: str) -> str:
-        return text.lstrip() if self._has_words else text
 
     def _log_probs(self, tokens: list[Token]) -> dict[str, Any]:
         ends = {EOS_ID, *self._texts.requests[0].end_ids}

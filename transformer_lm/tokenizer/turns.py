@@ -72,7 +72,7 @@ class Turns:
     @property
     def stop(self) -> tuple[str, ...]:
         """Texts that end the assistant's turn; none where `end_ids` has what ends it."""
-        return (self.sign,) if self.sign else ()
+        return (" " + self.sign, self.sign) if self.sign else ()
 
     def encode(self, messages: Any, add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
         """Token ids of a conversation, without START_ID in front and without EOS.
@@ -118,7 +118,11 @@ class Turns:
     def answer(self, ids: Sequence[int]) -> str:
         """The text that the assistant said in ids which it wrote, to the end of its turn."""
         text = self.tokenizer.decode(ids[: self.end_of(ids)])
-        return text.partition(self.sign)[0].strip() if self.sign else text
+        return self.said(text.partition(self.sign)[0].rstrip()) if self.sign else text
+
+    def said(self, text: str) -> str:
+        """What an answer begins with, without the space between a word that opens the turn and the next one."""
+        return text.lstrip() if self.sign else text
 
     @property
     def _shown(self) -> list[str]:

@@ -55,10 +55,16 @@ class _Chance:
 
 def wordings(split: str, kind: dict, **fields: str) -> list[str]:
     """All ways to give an instruction of a kind that belong to a split."""
-    texts = [(begin + ask).format(**fields) for begin in kind["begin"] for ask in kind["ask"]]
-    texts.sort(key=lambda text: hashlib.blake2b(text.encode()).digest())
-    held_out = len(texts) // HELD_OUT
-    return texts[:held_out] if split == "validation" else texts[held_out:]
+    ways = _ways(tuple(kind["begin"]), tuple(kind["ask"]))
+    held_out = len(ways) // HELD_OUT
+    return [way.format(**fields) for way in (ways[:held_out] if split == "validation" else ways[held_out:])]
+
+
+@functools.cache
+def _ways(begins: tuple[str, ...], asks: tuple[str, ...]) -> list[str]:
+    """All ways to ask for a thing, whatever it is, in an order by chance."""
+    ways = [begin + ask for begin in begins for ask in asks]
+    return sorted(ways, key=lambda way: hashlib.blake2b(way.encode()).digest())
 
 
 def conversation(split: str, number: int) -> list[dict[str, str]]:
