@@ -37,6 +37,7 @@ from transformer_lm.fields import (
     check,
     check_value,
 )
+from transformer_lm.products import dot_general
 
 NORM_EPSILON = 1e-6
 LEAST_SINUSOIDS = 2048  # positions that a table of sinusoids has outside, when it holds fewer here
@@ -226,7 +227,9 @@ class Attention(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.dropout_rate = config.attention_dropout_rate
-        dense = functools.partial(nnx.LinearGeneral, use_bias=False, dtype=DTYPES[config.dtype], rngs=rngs)
+        dense = functools.partial(
+            nnx.LinearGeneral, use_bias=False, dtype=DTYPES[config.dtype], dot_general=dot_general, rngs=rngs
+        )
         heads, kv_heads = (config.num_heads, config.head_size), (config.kv_heads, config.head_size)
         self.query = dense(config.emb_dim, heads, kernel_init=kernel_init(config))
         self.key = dense(config.emb_dim, kv_heads, kernel_init=kernel_init(config))
@@ -276,6 +279,7 @@ class MlpBlock(nnx.Module):
             use_bias=config.use_bias,
             bias_init=nnx.initializers.normal(1e-6),
             dtype=DTYPES[config.dtype],
+            dot_general=dot_general,
             rngs=rngs,
         )
         self.wi = dense(config.emb_dim, config.mlp_dim, kernel_init=kernel_init(config))
@@ -337,6 +341,7 @@ class TransformerLM(nnx.Module):
                 bias_init=nnx.initializers.normal(1e-6),
                 dtype=DTYPES[config.dtype],
                 preferred_element_type=jnp.float32,
+                dot_general=dot_general,
                 rngs=rngs,
             )
 

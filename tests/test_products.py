@@ -1,0 +1,38 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from transformer_lm.products import dot_general
+
+# inputs, kernel, and how NumPy says what their product is
+CASES = {
+    "matrix": ((2, 3, 4), (4, 5), "btd,df->btf"),
+    "into heads": ((2, 3, 4), (4, 5, 6), "btd,dhk->bthk"),
+    "out of heads": ((2, 3, 5, 6), (5, 6, 4), "bthk,hkd->btd"),
+    "one row": ((4,), (4, 5), "d,df->f"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_product_and_gradients_are_those_of_numpy(case):
+    shape, kernel_shape, letters = CASES[case]
+    rng = np.random.default_rng(0)
+    inputs, kernel = (rng.standard_normal(size).astype(np.float32) for size in (shape, kernel_shape))
+    left, right, out = letters.replace("->", ",").split(",")
+    shared = len(set(left) & set(right))
+    numbers = ((tuple(range(len(left) - shared, len(left))), tuple(range(shared))), ((), ()))
+    product, gradients = jax.jit(lambda *arrays: jax.vjp(lambda *pair: dot_general(*pair, numbers), *arrays))(
+        inputs, kernel
+    )
+    np.testing.assert_allclose(product, np.einsum(letters, inputs, kernel), rtol=1e-5, atol=1e-5)
+    grad = rng.standard_normal(product.shape).astype(np.float32)
+    inputs_grad, kernel_grad = gradients(grad)
+    np.testing.assert_allclose(inputs_grad, np.einsum(f"{out},{right}->{left}", grad, kernel), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(kernel_grad, np.einsum(f"{left},{out}->{right}", inputs, grad), rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_is_left_to_jax():
+    inputs, kernel = jnp.ones((2, 4), jnp.bfloat16), jnp.ones((4, 5), jnp.bfloat16)
+    product = dot_general(inputs, kernel, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    assert product.dtype == jnp.float32
