@@ -19,7 +19,7 @@ from transformer_lm.errors import UserError
 from transformer_lm.generation.sampler import SamplingConfig
 from transformer_lm.huggingface import gguf_file
 
-# Where both are imported, the other export's flag of this name may be replaced.
+# Where several commands are imported, another's flag of this name may be replaced.
 _OUTPUT = flags.DEFINE_string("output", None, "File to write, new, with the ending .gguf.", allow_override=True)
 _TYPE = flags.DEFINE_enum("type", "float32", list(gguf_file.TYPES), "What matrices are stored in.")
 

@@ -28,7 +28,8 @@ from transformer_lm.huggingface.tensor_tables import SPECIAL_TOKENS
 from transformer_lm.tokenizer import EOS_ID, Tokenizer
 from transformer_lm.tokenizer.turns import Turns
 
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to write, new or empty.")
+# Where several commands are imported, another's flag of this name may be replaced.
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to write, new or empty.", allow_override=True)
 
 
 def main(config: ConfigDict, workdir: str):

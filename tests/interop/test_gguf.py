@@ -16,6 +16,7 @@ from test_fast_tokenizer import PARTS, random_strings
 from test_gguf_file import BPE, CONTROLS, KEEP_ALL, make_tokenizer, network_for, write
 from test_tensor_tables import MODERN, random_params
 from test_transformers import assert_close, our_logits
+from test_turns import TRICKS, said
 
 import transformer_lm
 from transformer_lm import tokenizer
@@ -232,3 +233,41 @@ def test_the_whole_circle(tmp_path):
         length = len(trained.tokenizer.encode(prompt)) + 20
         [ours] = trained.generate(prompt, temperature=0, max_length=length)
         assert prompt + llama.complete(prompt, 20)["content"] == ours["text"]
+
+
+@pytest.fixture(scope="module")
+def chat(trained_chat, tmp_path_factory):
+    """A model of conversations, and llama.cpp with it."""
+    output = tmp_path_factory.mktemp("chat") / "chat.gguf"
+    export = ["-m", "transformer_lm.export_gguf", f"--workdir={trained_chat}", f"--output={output}"]
+    done = run([sys.executable, *export])
+    assert done.returncode == 0, done.stderr
+    return transformer_lm.load(trained_chat), Llama(output)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        said("猿が出てくる昔話をお願いします。"),
+        said("昔々", "あるところに", "なぜ？"),
+        [{"role": "system", "content": "短く。"}, *said("誰？", "太助です。", "なぜ？")],
+        said("".join(TRICKS), "".join(TRICKS), " 昔々\n\nあるところに "),
+    ],
+)
+def test_a_conversation_has_the_same_ids(chat, messages):
+    """By llama.cpp's own reading of the template; texts that look like marks are text."""
+    model, llama = chat
+    prompt = llama.ask("/apply-template", messages=messages)["prompt"]
+    expected = [START_ID, *model.turns.encode(messages, add_generation_prompt=True)[0]]
+    assert llama.encode(prompt, add_special=True, parse_special=True) == expected
+
+
+def test_answers(chat):
+    """Greedy, by OpenAI's address, to the end of the turn and no further."""
+    model, llama = chat
+    messages = said("猿が出てくる昔話をお願いします。")
+    read = len(model.turns.encode(messages, add_generation_prompt=True)[0])
+    found = llama.ask("/v1/chat/completions", messages=messages, max_tokens=60, temperature=0)
+    expected = model.chat(messages, temperature=0, max_length=read + 60)
+    assert found["choices"][0]["message"]["content"] == expected
+    assert found["usage"]["prompt_tokens"] == 1 + read
