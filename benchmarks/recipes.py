@@ -108,6 +108,7 @@ LITERATURE: dict[str, tuple[str, int, dict]] = {
 TALES = {
     "v1": ("v1", 3000, NO_DROPOUT | {"per_device_batch_size": 2, "num_heads": 6, "learning_rate": 0.003}),
     "v2": ("v2", 500, {"per_device_batch_size": 8}),
+    "v2 for as long as v1": ("v2", 600, {"per_device_batch_size": 8}),
     "v2 of half the steps": ("v2", 250, {"per_device_batch_size": 8}),
 }
 
