@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import re
 import signal
 import socket
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import FIXTURE, batch_of, call, init, one_line_error, run
+from real_datasets import make_hub_cache
 
 from transformer_lm import models
 from transformer_lm.generation.engine import Engine
@@ -345,14 +347,14 @@ def wait_until(holds, seconds: float = 60):
 
 
 class TestCommand:
-    def start(self, *arguments) -> tuple[subprocess.Popen, str]:
+    def start(self, workdir=FIXTURE, name="original", **environment) -> tuple[subprocess.Popen, str]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "transformer_lm.serve", f"--workdir={FIXTURE}", "--port=0", "--slots=2",
-             "--context=512", *arguments],
-            stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "transformer_lm.serve", f"--workdir={workdir}", "--port=0", "--slots=2",
+             "--context=512"],
+            stderr=subprocess.PIPE, text=True, env=os.environ | environment,
         )  # fmt: skip
         for line in process.stderr:
-            if found := re.search(r"Serving original at (http://127\.0\.0\.1:\d+)\.", line):
+            if found := re.search(rf"Serving {name} at (http://127\.0\.0\.1:\d+)\.", line):
                 return process, found[1]
         raise AssertionError(f"ended with {process.wait()}")
 
@@ -369,6 +371,22 @@ class TestCommand:
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
         assert "Traceback" not in errors
+
+    def test_a_model_of_the_hub(self, tmp_path):
+        """By its address there, from the hub's cache: greedy, what the original wrote."""
+        files = {name: (FIXTURE / name).read_bytes() for name in ("checkpoint_499999", "sentencepiece_model")}
+        make_hub_cache(tmp_path, "someone/small", files, kind="models")
+        process, url = self.start("hf://someone/small", "someone/small", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+        about = json.loads((FIXTURE / "about.json").read_text())
+        ids = np.load(FIXTURE / "reference.npz")["greedy"][0].tolist()
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            found = client.completions.create(
+                model="someone/small", prompt=about["texts"][0], temperature=0, echo=True,
+                max_tokens=len(ids) - len(Tokenizer.load(FIXTURE / "sentencepiece_model").encode(about["texts"][0])),
+            )  # fmt: skip
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+        assert found.choices[0].text == Tokenizer.load(FIXTURE / "sentencepiece_model").decode(ids)
 
     def test_sigterm_as_soon_as_it_serves(self):
         process, _ = self.start()
