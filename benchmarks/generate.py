@@ -94,11 +94,17 @@ def in_turns(ways: dict[Hashable, Callable[[], object]]) -> dict[Hashable, list[
     seconds = {name: [] for name in ways}
     for turn in range(ROUNDS + 1):
         for name, run in ways.items():
-            start = time.perf_counter()
-            run()
+            taken = clock(run)
             if turn:  # the first compiles
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
     return seconds
+
+
+def clock(run: Callable[[], object]) -> float:
+    """Seconds that something takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def write_texts(params, number: int, length: int):
@@ -118,12 +124,7 @@ def bytes_of_step(params, number: int) -> int:
 def measure_bandwidth() -> float:
     """Bytes a second that the memory gives at best."""
     numbers, add_up = jnp.ones(SUMMED), jax.jit(jnp.sum)
-    seconds = []
-    for _ in range(20):
-        start = time.perf_counter()
-        jax.block_until_ready(add_up(numbers))
-        seconds.append(time.perf_counter() - start)
-    return numbers.nbytes / min(seconds)
+    return numbers.nbytes / min(clock(lambda: jax.block_until_ready(add_up(numbers))) for _ in range(20))
 
 
 def compare_with_bandwidth(params) -> Table:

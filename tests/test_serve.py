@@ -377,16 +377,17 @@ class TestCommand:
         files = {name: (FIXTURE / name).read_bytes() for name in ("checkpoint_499999", "sentencepiece_model")}
         make_hub_cache(tmp_path, "someone/small", files, kind="models")
         process, url = self.start("hf://someone/small", "someone/small", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
-        about = json.loads((FIXTURE / "about.json").read_text())
+        prompt = json.loads((FIXTURE / "about.json").read_text())["texts"][0]
+        spm = Tokenizer.load(FIXTURE / "sentencepiece_model")
         ids = np.load(FIXTURE / "reference.npz")["greedy"][0].tolist()
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
             found = client.completions.create(
-                model="someone/small", prompt=about["texts"][0], temperature=0, echo=True,
-                max_tokens=len(ids) - len(Tokenizer.load(FIXTURE / "sentencepiece_model").encode(about["texts"][0])),
+                model="someone/small", prompt=prompt, max_tokens=len(ids) - len(spm.encode(prompt)), temperature=0,
+                echo=True,
             )  # fmt: skip
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
-        assert found.choices[0].text == Tokenizer.load(FIXTURE / "sentencepiece_model").decode(ids)
+        assert found.choices[0].text == spm.decode(ids)
 
     def test_sigterm_as_soon_as_it_serves(self):
         process, _ = self.start()

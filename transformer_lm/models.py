@@ -483,10 +483,8 @@ def for_decoding(params: Params) -> Params:
     """
 
     def turn(path, array):
-        is_matrix = path[-1].key == "kernel"
-        if path[0].key == "blocks":
-            return tuple(map(Transposed.of, array) if is_matrix else array)
-        return Transposed.of(array) if is_matrix else array
+        arrange = Transposed.of if path[-1].key == "kernel" else lambda vector: vector
+        return tuple(map(arrange, array)) if path[0].key == "blocks" else arrange(array)
 
     return jax.tree.map_with_path(turn, params)
 

@@ -219,16 +219,21 @@ def test_rounded_models(bpe, tmp_path, kind, most):
     assert 0 < differences.std() < most * expected.std()
 
 
+def exported(workdir, output) -> Llama:
+    """llama.cpp with what the command writes."""
+    export = ["-m", "transformer_lm.export_gguf", f"--workdir={workdir}", f"--output={output}"]
+    done = run([sys.executable, *export])
+    assert done.returncode == 0, done.stderr
+    return Llama(output)
+
+
 def test_the_whole_circle(tmp_path):
     """Train and export by the commands: the same text as ours."""
     options = f"--character_coverage=1.0 {TOKENIZERS['bpe']}"
     changes = {"vocab_size": 1500, "max_target_length": 64, "emb_dim": 32, "num_kv_heads": 1, **MODERN}
     done = run(command("main", tmp_path / "run", num_train_steps=30, spm_train_options=options, **changes))
     assert done.returncode == 0, done.stderr
-    export = ["-m", "transformer_lm.export_gguf", f"--workdir={tmp_path}/run", f"--output={tmp_path}/tales.gguf"]
-    done = run([sys.executable, *export])
-    assert done.returncode == 0, done.stderr
-    trained, llama = transformer_lm.load(tmp_path / "run"), Llama(tmp_path / "tales.gguf")
+    trained, llama = transformer_lm.load(tmp_path / "run"), exported(tmp_path / "run", tmp_path / "tales.gguf")
     for prompt in ("昔々あるところに", "おじいさんが", ""):
         length = len(trained.tokenizer.encode(prompt)) + 20
         [ours] = trained.generate(prompt, temperature=0, max_length=length)
@@ -238,11 +243,7 @@ def test_the_whole_circle(tmp_path):
 @pytest.fixture(scope="module")
 def chat(trained_chat, tmp_path_factory):
     """A model of conversations, and llama.cpp with it."""
-    output = tmp_path_factory.mktemp("chat") / "chat.gguf"
-    export = ["-m", "transformer_lm.export_gguf", f"--workdir={trained_chat}", f"--output={output}"]
-    done = run([sys.executable, *export])
-    assert done.returncode == 0, done.stderr
-    return transformer_lm.load(trained_chat), Llama(output)
+    return transformer_lm.load(trained_chat), exported(trained_chat, tmp_path_factory.mktemp("chat") / "chat.gguf")
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def generate(
 
     Args:
       network: what computes.
-      params: its parameters; many texts are written faster with what `models.for_decoding` makes of them.
+      params: its parameters; texts are written faster with what `models.for_decoding` makes of them.
       prompts: token ids without EOS; an empty prompt begins a new text.
       num_samples: texts a prompt.
       sampling: how tokens are chosen.
