@@ -14,6 +14,7 @@ from transformer_lm.data.corpora import huggingface
 from transformer_lm.errors import UserError
 
 pytest.importorskip("datasets")
+pyarrow = pytest.importorskip("pyarrow")
 
 LINES = [f"これは{i}行目です。\n" if i % 5 else "\n" for i in range(60)]
 FINEWEB = """---
@@ -43,6 +44,14 @@ def home(tmp_path_factory):
     }
     make_hub_cache(home, "HuggingFaceFW/fineweb-2", files)
     return home
+
+
+def arrow(texts: list[str]) -> bytes:
+    table = pyarrow.table({"text": texts})
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
 
 
 READER = """
@@ -118,6 +127,21 @@ def test_columns_that_differ(read, tmp_path):
     message = read(f"huggingface:{tmp_path}")
     assert f"{tmp_path}/b.csv" in message
     assert "1 new columns ({'url'})" in message
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("b.parquet", parquet(["昔々"])[:-20]), ("b.csv", 'text\n"昔,\n'.encode()), ("b.arrow", b"ARROW1")],
+)
+def test_damaged_files(read, tmp_path, name, content, streaming):
+    """The file is named that cannot be read, though others can."""
+    good = {"parquet": parquet(["昔"]), "csv": "text\n昔\n".encode(), "arrow": arrow(["昔"])}[name[2:]]
+    (tmp_path / f"a.{name[2:]}").write_bytes(good)
+    (tmp_path / name).write_bytes(content)
+    message = read(f"huggingface:{tmp_path}", streaming=streaming)
+    assert f"{tmp_path}/{name}" in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize("address", ["cc100", "a//b", "", ":train"])

@@ -4,9 +4,11 @@ Also `huggingface:FOLDER[:SPLIT]` for a folder in the hub's layout, and the orig
 lie in HF_HOME; with HF_HUB_OFFLINE=1 nothing else is asked for.
 """
 
+import contextlib
 import itertools
 import os
 import re
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +18,7 @@ from transformer_lm.data.corpora import conversations
 from transformer_lm.data.corpora.base import Options, Source
 from transformer_lm.data.corpora.files import check_field, check_texts, read_file
 from transformer_lm.data.corpora.listing import list_files
-from transformer_lm.errors import UserError
+from transformer_lm.errors import UserError, one_line
 from transformer_lm.extras import optional_import
 from transformer_lm.files import is_remote
 
@@ -91,12 +93,13 @@ class HuggingFace(Source):
 
     def _texts(self, dataset) -> Iterator[str]:
         field = self._options.text_field
-        for batch in dataset.iter(READ_DOCUMENTS):
-            if self._options.conversations:
-                records = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-                yield from (conversations.document(record, field, self.name) for record in records)
-            else:
-                yield from check_texts(batch[field], self.name, field)
+        with _named_files(self.name):
+            for batch in dataset.iter(READ_DOCUMENTS):
+                if self._options.conversations:
+                    records = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+                    yield from (conversations.document(record, field, self.name) for record in records)
+                else:
+                    yield from check_texts(batch[field], self.name, field)
 
     def _content(self, split: str):
         """The JSON files or the dataset of a split, downloaded when it is first asked for (unless it is streamed)."""
@@ -126,13 +129,30 @@ class HuggingFace(Source):
         if self._options.streaming:
             dataset = self._builder.as_streaming_dataset(split)
         else:
-            self._builder.download_and_prepare()
+            with _named_files(self.name):
+                self._builder.download_and_prepare()
             dataset = self._builder.as_dataset(split)
         names = dataset.column_names or list(next(iter(dataset.take(1)), {}))
         if self._options.conversations:
             return dataset.select_columns(conversations.columns(names, self._options.text_field))
         check_field(self._options.text_field, names, f"Dataset {self.name!r} has no column")
         return dataset.select_columns([self._options.text_field])
+
+
+@contextlib.contextmanager
+def _named_files(dataset: str) -> Iterator[None]:
+    """An error of reading says which file cannot be read, which `datasets` knows only while it reads it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error
+        frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
+        reading = [frame.f_locals.get("file") for frame in frames if "packaged_modules" in frame.f_code.co_filename]
+        if files := [file for file in reading if isinstance(file, str)]:
+            raise UserError(f"{dataset}: {files[-1]} cannot be read: {one_line(cause)}") from error
+        raise
 
 
 def _downloaded(repository: str) -> str | None:
