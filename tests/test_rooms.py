@@ -16,6 +16,7 @@ PACKAGE = Path(transformer_lm.__file__).parent
 FLOORS = [
     {"errors", "extras", "fields", "files", "console", "version", "locks", "axes", "dropout", "logits", "products"},
     {"attention"},
+    {"transformer_config"},
     {"models", "tokenizer"},
     {"data", "huggingface"},
     {"checkpoints"},

@@ -113,9 +113,9 @@ def update(config: ConfigDict, values: Mapping[str, Any], source: str):
 def read(config: ConfigDict) -> "Recipe":
     """Checks every value; raises UserError on an impossible one."""
     from transformer_lm.generation.sampler import SamplingConfig
-    from transformer_lm.models import TransformerConfig
     from transformer_lm.training.config import Recipe, TrainConfig
     from transformer_lm.training.optimizers import OptimizerConfig
+    from transformer_lm.transformer_config import TransformerConfig
 
     check_names(config)
     for name, kind in (("prompts", str), ("use_bfloat16", bool)):

@@ -7,8 +7,8 @@ from etils import epath
 
 from transformer_lm.errors import UserError
 from transformer_lm.files import json_bytes, read_json, write_atomically
-from transformer_lm.models import MANNER, TransformerConfig
 from transformer_lm.tokenizer import Tokenizer
+from transformer_lm.transformer_config import MANNER, TransformerConfig
 
 CHECKPOINTS_DIR = "checkpoints"
 DAMAGED_DIR = "damaged_checkpoints"

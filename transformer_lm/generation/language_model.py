@@ -22,6 +22,7 @@ from transformer_lm.fields import Range, Seed, check_value
 from transformer_lm.generation import sampler
 from transformer_lm.tokenizer import START_ID, Tokenizer
 from transformer_lm.tokenizer.turns import Message, Turns
+from transformer_lm.transformer_config import check_dtype
 
 BATCH_TOKENS = 4096  # tokens that are scored at once
 LENGTH_STEP = 64  # lengths are padded to multiples of it, so that few shapes are compiled
@@ -210,7 +211,7 @@ def load(address: os.PathLike | str, *, dtype: str = "float32") -> LanguageModel
     Raises:
       UserError: there is no model, or it cannot be read.
     """
-    models.check_dtype(dtype)
+    check_dtype(dtype)
     with stage("loading the model", lower="the size of the model"):
         loaded = loading.load_model(address)
         tokenizer, turns = loaded.tokenizer()

@@ -3,7 +3,7 @@
 from transformer_lm.errors import UserError
 from transformer_lm.huggingface import gpt2, qwen3
 from transformer_lm.huggingface.tensor_tables import Table
-from transformer_lm.models import TransformerConfig
+from transformer_lm.transformer_config import TransformerConfig
 
 MODULES = (gpt2, qwen3)
 NAMES = tuple(module.ARCHITECTURE for module in MODULES)

@@ -28,7 +28,7 @@ from transformer_lm.extras import optional_import
 from transformer_lm.files import local_copy, read_json, write_json
 from transformer_lm.huggingface.architectures import NAMES, table_of
 from transformer_lm.huggingface.tensor_tables import Sizes, Table, Tensor
-from transformer_lm.models import TransformerConfig
+from transformer_lm.transformer_config import TransformerConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

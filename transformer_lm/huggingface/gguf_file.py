@@ -24,9 +24,9 @@ from transformer_lm.extras import optional_import
 from transformer_lm.huggingface import exported_model, fast_tokenizer, qwen3
 from transformer_lm.huggingface.architectures import table_of
 from transformer_lm.huggingface.tensor_tables import SPECIAL_TOKENS
-from transformer_lm.models import TransformerConfig
 from transformer_lm.tokenizer import UNK_ID, Tokenizer
 from transformer_lm.tokenizer.turns import Turns
+from transformer_lm.transformer_config import TransformerConfig
 
 ARCHITECTURE = "qwen3"  # of llama.cpp
 # What matrices are stored as: the library's name of the type, and of a file of such.

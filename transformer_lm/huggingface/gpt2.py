@@ -15,7 +15,7 @@ import numpy as np
 
 from transformer_lm import models
 from transformer_lm.huggingface.tensor_tables import SPECIAL_TOKENS, Table, Tensor
-from transformer_lm.models import TransformerConfig
+from transformer_lm.transformer_config import TransformerConfig
 
 ARCHITECTURE = "GPT2LMHeadModel"  # the class in transformers
 

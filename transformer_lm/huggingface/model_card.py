@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from transformer_lm import models
-from transformer_lm.models import TransformerConfig
+from transformer_lm.transformer_config import TransformerConfig
 from transformer_lm.version import __version__
 
 PROJECT = "transformer-lm-japanese"

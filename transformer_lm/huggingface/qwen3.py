@@ -4,7 +4,7 @@ import numpy as np
 
 from transformer_lm import models
 from transformer_lm.huggingface.tensor_tables import SPECIAL_TOKENS, Table, Tensor
-from transformer_lm.models import TransformerConfig
+from transformer_lm.transformer_config import TransformerConfig
 
 ARCHITECTURE = "Qwen3ForCausalLM"  # the class in transformers
 # What a network must have to be one.

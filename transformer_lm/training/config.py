@@ -18,8 +18,8 @@ from transformer_lm.fields import (
     check_value,
 )
 from transformer_lm.generation.sampler import SamplingConfig
-from transformer_lm.models import TransformerConfig
 from transformer_lm.training.optimizers import OptimizerConfig
+from transformer_lm.transformer_config import TransformerConfig
 
 
 @dataclasses.dataclass(frozen=True)
