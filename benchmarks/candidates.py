@@ -11,7 +11,7 @@ from flax import nnx
 
 from transformer_lm import models
 from transformer_lm.attention import attend_in_rows
-from transformer_lm.transformer_config import TransformerConfig, TransformerLM
+from transformer_lm.models import TransformerConfig, TransformerLM
 
 
 class _Unrolled(TransformerLM):

@@ -14,10 +14,10 @@ from transformer_lm.configs import base
 from transformer_lm.data.preparation import DataConfig
 from transformer_lm.errors import UserError
 from transformer_lm.generation.sampler import SamplingConfig
+from transformer_lm.models import TransformerConfig, count_params
 from transformer_lm.training.config import Recipe, TrainConfig
 from transformer_lm.training.flops import flops_per_token
 from transformer_lm.training.optimizers import OptimizerConfig
-from transformer_lm.transformer_config import TransformerConfig, count_params
 
 V2_NAMES = [f"japanese_{size}_v2" for size in ("tiny", "0.1b", "0.4b", "1.0b")]
 OTHERS = ["mukashi", "mukashi_chat", "japanese_0.1b_v2_chat", "wikipedia_ja", "fineweb2_ja"]
