@@ -66,6 +66,7 @@ LITERATURE: dict[str, tuple[str, int, dict]] = {
     "v1 with twice its rate": ("v1", FULL, {"learning_rate": 0.0032}),
     "v1 with four times its rate": ("v1", FULL, {"learning_rate": 0.0064}),
     "v1 without dropout": ("v1", FULL, NO_DROPOUT),
+    "v1 without dropout linear 0.001": ("v1", FULL, NO_DROPOUT | {"schedule": "wsd", "learning_rate": 0.001}),
     "v1 without dropout linear 0.002": ("v1", FULL, NO_DROPOUT | {"schedule": "wsd", "learning_rate": 0.002}),
     "v1 without dropout linear 0.004": ("v1", FULL, NO_DROPOUT | {"schedule": "wsd", "learning_rate": 0.004}),
     "v1 with decay 0.01": ("v1", FULL, {"weight_decay": 0.01}),

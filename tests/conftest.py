@@ -1,13 +1,20 @@
 """What several tests share; processes.py says what keeps their processor time low."""
 
 import dataclasses
+import fcntl
 import functools
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from processes import run, run_fork  # before JAX is imported, which reads the environment that is set there
+from processes import (
+    collect_seldom,
+    run,
+    run_fork,
+)  # before JAX is imported, which reads the environment that is set there
 
 # isort: split
 import jax
@@ -28,6 +35,10 @@ SHARED = ROOT.parent / "shared"
 def pytest_addoption(parser):
     parser.addoption("--exhaustive", action="store_true", help="try all of many inputs that are alike, not a tenth")
     parser.addoption("--picture", help="workdir of a model whose page becomes docs/page.png (tests/test_page.py)")
+
+
+def pytest_collection_finish():
+    collect_seldom()
 
 
 @pytest.fixture(scope="session")
@@ -65,19 +76,33 @@ def literature() -> Path:
     return path
 
 
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first of the tests' processes that needs it makes for all of them."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with open(root / f"{name}.made", "a+") as made:
+        fcntl.flock(made, fcntl.LOCK_EX)
+        if not made.tell():
+            make(root / name)
+            made.write("yes")
+    return root / name
+
+
+def train(arguments: list[str]):
+    done = run(arguments)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
     """The workdir, to be read only, of a run of six steps with a checkpoint and an evaluation at the third, too."""
-    folder = tmp_path_factory.mktemp("trained")
-    done = run(command("main", folder, num_train_steps=6, eval_every_steps=3, checkpoint_every_steps=3))
-    assert done.returncode == 0, done.stderr
-    return folder
+    fields = {"num_train_steps": 6, "eval_every_steps": 3, "checkpoint_every_steps": 3}
+    return made_once(tmp_path_factory, "trained", lambda folder: train(command("main", folder, **fields)))
 
 
 @pytest.fixture(scope="session")
 def trained_chat(tmp_path_factory) -> Path:
     """The workdir, to be read only, of some steps on conversations, of a network and a tokenizer of today."""
-    folder = tmp_path_factory.mktemp("trained_chat")
     fields = SMALL_RUN | {
         "dataset_name": "mukashi_chat", "eval_dataset_name": "mukashi_chat", "eval_split": "validation[:2]",
         "vocab_size": 1500, "spm_train_options": v2.SPM_OPTIONS,
@@ -85,9 +110,8 @@ def trained_chat(tmp_path_factory) -> Path:
         "max_predict_length": 64, "num_train_steps": 30, "num_layers": 1,
     }  # fmt: skip
     recipe = ["--config=configs/mukashi_chat.py", *(f"--config.{field}={value}" for field, value in fields.items())]
-    done = run([sys.executable, "-m", "transformer_lm.main", f"--workdir={folder}", *recipe])
-    assert done.returncode == 0, done.stderr
-    return folder
+    line = [sys.executable, "-m", "transformer_lm.main", *recipe]
+    return made_once(tmp_path_factory, "trained_chat", lambda folder: train([*line, f"--workdir={folder}"]))
 
 
 @pytest.fixture

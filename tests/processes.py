@@ -5,6 +5,7 @@
   compiled in 0.9 s of a processor, not 9.2.
 - What one process has compiled others take from JAX's persistent cache. It is of this session alone: a process that is
   killed may leave half an entry, which JAX would report, and not replace, for ever.
+- What has been imported is no garbage: Python's collector does not look through it again and again while JAX traces.
 - Commands are forks of a process that has imported what they import: the fork server, which is this file as a script.
   It imports neither cli.py nor a command's module nor what only some commands need, so that a command defines its flags
   and runs from its first line on as under `python -m`.
@@ -12,6 +13,7 @@
 
 import atexit
 import functools
+import gc
 import importlib.metadata
 import json
 import multiprocessing.process
@@ -35,8 +37,10 @@ if "TRANSFORMER_LM_TESTS" not in os.environ:  # else, a process of a test has im
         "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {quick}",
         "JAX_COMPILATION_CACHE_DIR": CACHE.name,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
+        "NPROC": "2",  # threads of XLA; with one alone the interpreter of TPU kernels waits for ever
     }
 
 TIMEOUT_SECONDS = 300
@@ -77,6 +81,12 @@ class Fork:
         return tuple(file.read() for file in self._outputs)
 
 
+def collect_seldom():
+    """Garbage of what is there now is not looked for, and of what comes seldom."""
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 100)
+
+
 def run(arguments: list[str], **options) -> subprocess.CompletedProcess:
     """Runs a command to its end, as a fork where that does the same as a process of its own."""
     changed = {name for name, _ in options.get("env", os.environ).items() ^ os.environ.items()}
@@ -115,6 +125,7 @@ def serve() -> list:
     from transformer_lm.data import preparation  # noqa: F401
     from transformer_lm.training import loop  # noqa: F401
 
+    collect_seldom()
     for line in sys.stdin:
         what, *arguments = json.loads(line)
         if what == "wait":

@@ -9,7 +9,7 @@ from transformer_lm.data.corpora import mukashi_chat as grammar
 SMALL = {
     "num_layers": 1, "emb_dim": 32, "qkv_dim": 32, "num_heads": 2, "mlp_dim": 64, "vocab_size": 1600,
     "num_train_steps": 20, "eval_every_steps": 20, "log_every_steps": 10, "prepare_processes": 1,
-    "max_predict_length": 48,
+    "max_predict_length": 48, "per_device_batch_size": 2, "eval_per_device_batch_size": 4,
 }  # fmt: skip
 
 
