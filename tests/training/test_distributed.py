@@ -161,8 +161,11 @@ def wait_for(path):
 
 
 def test_stopped_together(unbroken, tmp_path):
-    """A signal to one of two stops both after the same step, with a checkpoint of it; till then they are as one."""
-    both = start(tmp_path, **TWO | ENDLESS)
+    """A signal to one of two stops both after the same step, with a checkpoint of it; till then they are as one.
+
+    They have a device each: whoever has more computes one program after the other in any case.
+    """
+    both = start(tmp_path, processes=2, devices=1, **ENDLESS)
     wait_for(tmp_path / "checkpoints" / "2")
     both[1].send_signal(signal.SIGTERM)
     done = finish(both)

@@ -54,6 +54,9 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
     flags = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     given = {name: value for name, value in flags.items() if value is not None}
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is for signals.py
+    # A CPU that is a process's only device would begin a program before the last one has ended, in other orders in
+    # other processes: what they tell each other would not match (jax 0.10).
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(
             **given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=PATIENCE_SECONDS

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from transformer_lm import models
@@ -30,9 +31,9 @@ class TrainState:
     totals: dict[str, jax.Array]
 
 
-def zero_totals() -> dict[str, jax.Array]:
-    """Nothing counted yet."""
-    return {name: jnp.zeros((), jnp.float32) for name in ("loss", "correct", "tokens")}
+def zero_totals() -> dict[str, np.ndarray]:
+    """Nothing counted yet; in NumPy, since JAX (0.10) spoils arrays of its own that it spreads over processes."""
+    return {name: np.zeros((), np.float32) for name in ("loss", "correct", "tokens")}
 
 
 def state_of(params: models.Params, optimizer: optax.GradientTransformation) -> TrainState:
