@@ -206,6 +206,7 @@ cli.run_to_exit(lambda: print(jax.jit(lambda x: x * x + 1)(3.0), jax.jit(lambda 
 def test_compilations_are_kept_and_damaged_ones_do_no_harm(tmp_path):
     """The second start compiles nothing; what is cut short or garbled is compiled again, without a word."""
     environment = os.environ | {"TRANSFORMER_LM_CACHE": str(tmp_path / "cache")}
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     del environment["JAX_COMPILATION_CACHE_DIR"]
     texts, kept = [], []
     for _ in range(3):
