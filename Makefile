@@ -26,10 +26,10 @@ chat: $(VENV)/core
 	$(VENV)/bin/python -m transformer_lm.demo_chat
 
 test: $(VENV)/dev
-	$(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile --ignore=tests/interop
+	$(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --ignore=tests/interop
 
 test-interop: $(VENV)/interop
-	$(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile tests/interop
+	$(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests/interop
 
 faults: $(VENV)/dev
 	$(VENV)/bin/python tests/faults/faults.py

@@ -8,6 +8,7 @@ networks that no recipe offers; docs/recipes.py draws the tables and curves of d
 """
 
 import contextlib
+import functools
 import json
 import tempfile
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import optax
 from absl import app, flags, logging
 from candidates import NETWORKS
 
@@ -23,7 +25,7 @@ from transformer_lm import models, recipe
 from transformer_lm.configs import base, mukashi, v2
 from transformer_lm.data import input_pipeline, preparation
 from transformer_lm.tokenizer import START_ID
-from transformer_lm.training import loop
+from transformer_lm.training import loop, muon, optimizers
 
 _LITERATURE = flags.DEFINE_string("literature", None, "Folder with aozora_{train,validation}.jsonl.gz.")
 _ONLY = flags.DEFINE_list("only", [], "Names of runs; all by default.")
@@ -59,7 +61,8 @@ def rates(*, adam: float, muon: float = 1.0) -> dict:
 
 
 # Name: recipe, steps, and fields that are not the recipe's. All schedules follow the number of steps. No fields are
-# "batches", what is done to the rows of training and evaluation, and "network", which stands in for the recipe's.
+# "batches", what is done to the rows of training and evaluation, and what stands in for the recipe's "network" and for
+# Muon: "matrices".
 LITERATURE: dict[str, tuple[str, int, dict]] = {
     "v1": ("v1", FULL, {}),
     "v1 with half its rate": ("v1", FULL, {"learning_rate": 0.0008}),
@@ -75,6 +78,10 @@ LITERATURE: dict[str, tuple[str, int, dict]] = {
     "v2/3": ("v2", THIRD, {}),
     "v2": ("v2", FULL, {}),
     "v2/6 with AdamW": ("v2", SIXTH, {"optimizer": "adamw", "learning_rate": 0.004}),
+    "v2/6 with Adam for matrices 0.001": ("v2", SIXTH, {"matrices": "adam", "learning_rate": 0.001}),
+    "v2/6 with Adam for matrices 0.002": ("v2", SIXTH, {"matrices": "adam", "learning_rate": 0.002}),
+    "v2/6 with Adam for matrices 0.004": ("v2", SIXTH, {"matrices": "adam", "learning_rate": 0.004}),
+    "v2/6 with Adam for matrices 0.008": ("v2", SIXTH, {"matrices": "adam", "learning_rate": 0.008}),
     "v2/6 with sinusoids": ("v2", SIXTH, {"positions": "sinusoidal"}),
     "v2/6 with LayerNorm": ("v2", SIXTH, {"norm": "layer"}),
     "v2/6 without QK-norm": ("v2", SIXTH, {"qk_norm": False}),
@@ -126,6 +133,7 @@ def join_documents(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 BATCHES = {"": lambda batch: batch, "anew": begin_anew, "across": join_documents}
+MATRICES = {"": muon.scale_by_muon, "adam": functools.partial(optax.scale_by_adam, 0.9, 0.95)}
 
 
 def corpora() -> dict[str, tuple[dict, dict]]:
@@ -158,7 +166,7 @@ def fields_of(kind: str, steps: int, changes: dict, corpus: dict, seed: int, cac
     """The recipe of a run."""
     config = (base if kind == "v1" else v2).get_config()
     own = V1 if kind == "v1" else {"mlp_dim": GATED}
-    fields = {name: value for name, value in changes.items() if name not in ("batches", "network")}
+    fields = {name: value for name, value in changes.items() if name not in ("batches", "network", "matrices")}
     config.update(SIZE | own | corpus | fields | {"num_train_steps": steps, "seed": seed})
     tokenizer = f"{config.vocab_size} {config.spm_train_options}"
     config.vocab_path = str(cache / f"sentencepiece_model_{zlib.crc32(tokenizer.encode()):08x}")
@@ -167,13 +175,14 @@ def fields_of(kind: str, steps: int, changes: dict, corpus: dict, seed: int, cac
 
 
 @contextlib.contextmanager
-def changed(batches: str = "", network: str = "", **_):
-    """While a run has other rows, or another network."""
+def changed(batches: str = "", network: str = "", matrices: str = "", **_):
+    """While a run has other rows, another network, or another optimizer of matrices."""
     read, change = input_pipeline.read_records, BATCHES[batches]
     models._abstract.cache_clear()
     with (
         mock.patch.object(input_pipeline, "read_records", lambda *arguments: change(read(*arguments))),
         mock.patch.object(models, "TransformerLM", NETWORKS[network]),
+        mock.patch.object(optimizers, "scale_by_muon", MATRICES[matrices]),
     ):
         yield
 

@@ -37,6 +37,17 @@ def pytest_addoption(parser):
     parser.addoption("--picture", help="workdir of a model whose page becomes docs/page.png (tests/test_page.py)")
 
 
+# Half of the time is theirs: first, that no process waits for another at the end.
+LONGEST = (
+    "test_distributed.py", "test_sharding.py", "test_loop.py", "test_launcher.py", "test_preparation.py",
+    "test_export_huggingface.py", "test_original_recipes.py", "test_harness.py", "test_page.py", "test_cli.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 def pytest_collection_finish():
     collect_seldom()
 
