@@ -10,11 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from processes import (
-    collect_seldom,
-    run,
-    run_fork,
-)  # before JAX is imported, which reads the environment that is set there
+# Before JAX is imported, which reads the environment that is set there.
+from processes import collect_seldom, run, run_fork
 
 # isort: split
 import jax
