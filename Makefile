@@ -29,7 +29,7 @@ test: $(VENV)/dev
 	$(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --ignore=tests/interop
 
 test-interop: $(VENV)/interop
-	$(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests/interop
+	$(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile tests/interop
 
 faults: $(VENV)/dev
 	$(VENV)/bin/python tests/faults/faults.py

@@ -61,8 +61,8 @@ def rates(*, adam: float, muon: float = 1.0) -> dict:
 
 
 # Name: recipe, steps, and fields that are not the recipe's. All schedules follow the number of steps. No fields are
-# "batches", what is done to the rows of training and evaluation, and what stands in for the recipe's "network" and for
-# Muon: "matrices".
+# the names of STAND_INS: "batches", what is done to the rows of training and evaluation, "network", and "matrices",
+# what computes in Muon's place.
 LITERATURE: dict[str, tuple[str, int, dict]] = {
     "v1": ("v1", FULL, {}),
     "v1 with half its rate": ("v1", FULL, {"learning_rate": 0.0008}),
@@ -137,6 +137,7 @@ def join_documents(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 BATCHES = {"": lambda batch: batch, "anew": begin_anew, "across": join_documents}
 MATRICES = {"": muon.scale_by_muon, "adam": functools.partial(optax.scale_by_adam, 0.9, 0.95)}
+STAND_INS = {"batches": BATCHES, "network": NETWORKS, "matrices": MATRICES}
 
 
 def corpora() -> dict[str, tuple[dict, dict]]:
@@ -169,7 +170,7 @@ def fields_of(kind: str, steps: int, changes: dict, corpus: dict, seed: int, cac
     """The recipe of a run."""
     config = (base if kind == "v1" else v2).get_config()
     own = V1 if kind == "v1" else {"mlp_dim": GATED}
-    fields = {name: value for name, value in changes.items() if name not in ("batches", "network", "matrices")}
+    fields = {name: value for name, value in changes.items() if name not in STAND_INS}
     config.update(SIZE | own | corpus | fields | {"num_train_steps": steps, "seed": seed})
     tokenizer = f"{config.vocab_size} {config.spm_train_options}"
     config.vocab_path = str(cache / f"sentencepiece_model_{zlib.crc32(tokenizer.encode()):08x}")
@@ -178,14 +179,15 @@ def fields_of(kind: str, steps: int, changes: dict, corpus: dict, seed: int, cac
 
 
 @contextlib.contextmanager
-def changed(batches: str = "", network: str = "", matrices: str = "", **_):
+def changed(changes: dict):
     """While a run has other rows, another network, or another optimizer of matrices."""
-    read, change = input_pipeline.read_records, BATCHES[batches]
+    change, network, scale = (table[changes.get(name, "")] for name, table in STAND_INS.items())
+    read = input_pipeline.read_records
     models._abstract.cache_clear()
     with (
         mock.patch.object(input_pipeline, "read_records", lambda *arguments: change(read(*arguments))),
-        mock.patch.object(models, "TransformerLM", NETWORKS[network]),
-        mock.patch.object(optimizers, "scale_by_muon", MATRICES[matrices]),
+        mock.patch.object(models, "TransformerLM", network),
+        mock.patch.object(optimizers, "scale_by_muon", scale),
     ):
         yield
 
@@ -222,7 +224,7 @@ def main(_):
                     if key in results or name not in runs:
                         continue
                     config = fields_of(*runs[name], fields, seed, cache)
-                    with tempfile.TemporaryDirectory() as workdir, changed(**runs[name][2]):
+                    with tempfile.TemporaryDirectory() as workdir, changed(runs[name][2]):
                         results[key] = run(config, workdir)
                     logging.info("%s: %.4f bits a character", key, results[key]["bits_per_char"])
                     path.write_text(json.dumps(results, indent=1))

@@ -15,10 +15,10 @@ from typing import Any
 import fsspec
 
 from transformer_lm.data.corpora import conversations
-from transformer_lm.data.corpora.base import Options, Source
+from transformer_lm.data.corpora.base import Options, Source, library_errors
 from transformer_lm.data.corpora.files import check_field, check_texts, read_file
 from transformer_lm.data.corpora.listing import list_files
-from transformer_lm.errors import UserError, one_line
+from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
 from transformer_lm.files import is_remote
 
@@ -144,15 +144,12 @@ def _named_files(dataset: str) -> Iterator[None]:
     """An error of reading says which file cannot be read, which `datasets` knows only while it reads it."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
-        cause = error.__cause__ or error
-        frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
+        frames = [frame for frame, _ in traceback.walk_tb((error.__cause__ or error).__traceback__)]
         reading = [frame.f_locals.get("file") for frame in frames if "packaged_modules" in frame.f_code.co_filename]
-        if files := [file for file in reading if isinstance(file, str)]:
-            raise UserError(f"{dataset}: {files[-1]} cannot be read: {one_line(cause)}") from error
-        raise
+        files = [file for file in reading if isinstance(file, str)]
+        with library_errors(lambda: f"{dataset}: {files[-1]} cannot be read") if files else contextlib.nullcontext():
+            raise
 
 
 def _downloaded(repository: str) -> str | None:
