@@ -77,6 +77,8 @@ LITERATURE: dict[str, tuple[str, int, dict]] = {
     "v2/6": ("v2", SIXTH, {}),
     "v2/3": ("v2", THIRD, {}),
     "v2": ("v2", FULL, {}),
+    "v2/6 with AdamW at 0.001 for all": ("v2", SIXTH, {"optimizer": "adamw", "learning_rate": 0.001}),
+    "v2/6 with AdamW at 0.002 for all": ("v2", SIXTH, {"optimizer": "adamw", "learning_rate": 0.002}),
     "v2/6 with AdamW": ("v2", SIXTH, {"optimizer": "adamw", "learning_rate": 0.004}),
     "v2/6 with Adam for matrices 0.001": ("v2", SIXTH, {"matrices": "adam", "learning_rate": 0.001}),
     "v2/6 with Adam for matrices 0.002": ("v2", SIXTH, {"matrices": "adam", "learning_rate": 0.002}),
