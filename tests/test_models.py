@@ -1,6 +1,8 @@
 """The network: parity with the original, and the properties that a language model rests on."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +143,18 @@ class TestNetwork:
             tokens = texts[np.arange(2), at][:, None]
             logits, cache = extend(params, tokens, at[:, None], np.ones((2, 1), bool), cache)
             np.testing.assert_allclose(logits, [expected[0, 4 + step], expected[1, 2 + step]], atol=1e-5)
+
+    @pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA for CPUs")
+    @pytest.mark.parametrize("rows", [1, 3])
+    def test_a_decoding_step_moves_no_weights(self, tiny, rows):
+        config = dataclasses.replace(tiny, emb_dim=24, vocab_size=51)  # sizes that nothing else has
+        params = models.for_decoding(init(config))
+        arguments = np.ones((rows, 1), int), np.ones((rows, 1), int), np.ones((rows, 1), bool)
+        step = jax.jit(lambda params, cache: models.bind(config, params).extend(*arguments, cache))
+        text = step.lower(params, models.empty_cache(config, rows, 12)).compile().as_text()
+        weights = {24 * 16, 24 * 32, 24 * 51}
+        made = re.findall(r"= f32\[([\d,]+)\]\S* (?:copy|transpose|fusion)\(", text)
+        assert not [shape for shape in made if math.prod(map(int, shape.split(","))) in weights]
 
     def test_logits_via_embedding(self, tiny):
         """The formula, on what the untied network with the transposed embedding as kernel computes."""

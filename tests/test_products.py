@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer_lm.products import dot_general
+from transformer_lm.products import dot_general, dot_general_of_transposed
 
 # inputs, kernel, and how NumPy says what their product is
 CASES = {
@@ -11,6 +11,8 @@ CASES = {
     "into heads": ((2, 3, 4), (4, 5, 6), "btd,dhk->bthk"),
     "out of heads": ((2, 3, 5, 6), (5, 6, 4), "bthk,hkd->btd"),
     "one row": ((4,), (4, 5), "d,df->f"),
+    "one row into heads": ((1, 1, 4), (4, 5, 6), "btd,dhk->bthk"),
+    "one row out of heads": ((1, 1, 5, 6), (5, 6, 4), "bthk,hkd->btd"),
 }
 
 
@@ -25,7 +27,9 @@ def test_product_and_gradients_are_those_of_numpy(case):
     product, gradients = jax.jit(lambda *arrays: jax.vjp(lambda *pair: dot_general(*pair, numbers), *arrays))(
         inputs, kernel
     )
-    np.testing.assert_allclose(product, np.einsum(letters, inputs, kernel), rtol=1e-5, atol=1e-5)
+    expected = np.einsum(letters, inputs, kernel)
+    np.testing.assert_allclose(product, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dot_general_of_transposed(inputs, kernel, numbers), expected, rtol=1e-5, atol=1e-5)
     grad = rng.standard_normal(product.shape).astype(np.float32)
     inputs_grad, kernel_grad = gradients(grad)
     np.testing.assert_allclose(inputs_grad, np.einsum(f"{out},{right}->{left}", grad, kernel), rtol=1e-5, atol=1e-5)

@@ -24,7 +24,7 @@ from flax import nnx
 from transformer_lm.attention import attend, attend_in_rows, attend_to_filled
 from transformer_lm.axes import named
 from transformer_lm.dropout import Keys, dropout, split
-from transformer_lm.products import dot_general
+from transformer_lm.products import dot_general, dot_general_of_transposed
 from transformer_lm.transformer_config import DTYPES, TransformerConfig
 
 NORM_EPSILON = 1e-6
@@ -350,19 +350,20 @@ def head(config: TransformerConfig, params: Params) -> Params:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Transposed:
-    """A matrix [in, out] that lies in memory as [out, in]; `bind` gives the network the matrix."""
+    """A kernel [*in, *out] that lies in memory as [*out, *in]; `bind` gives the network the kernel."""
 
     array: jax.Array
+    num_in: int = dataclasses.field(metadata={"static": True})  # number of its axes
 
     @classmethod
-    def of(cls, matrix) -> "Transposed":
-        """A matrix whose last axis is what it makes; the axes before are what it is multiplied by."""
-        return cls(jnp.moveaxis(matrix, -1, 0))
+    def of(cls, kernel, num_in: int) -> "Transposed":
+        """A kernel, so many of whose first axes are what it is multiplied by."""
+        return cls(jnp.moveaxis(kernel, range(num_in), range(-num_in, 0)), num_in)
 
     @property
-    def matrix(self) -> jax.Array:
-        """The matrix, in a compiled function without moving anything."""
-        return jnp.moveaxis(self.array, 0, -1)
+    def kernel(self) -> jax.Array:
+        """The kernel, in a compiled function without moving anything."""
+        return jnp.moveaxis(self.array, range(-self.num_in, 0), range(self.num_in))
 
 
 def for_decoding(params: Params) -> Params:
@@ -373,28 +374,45 @@ def for_decoding(params: Params) -> Params:
     """
 
     def turn(path, array):
-        arrange = Transposed.of if path[-1].key == "kernel" else lambda vector: vector
+        *_, module, name = (entry.key for entry in path)
+        num_in = 2 if module == "out" else 1
+
+        def arrange(array):
+            return Transposed.of(array, num_in) if name == "kernel" else array
+
         return tuple(map(arrange, array)) if path[0].key == "blocks" else arrange(array)
 
     return jax.tree.map_with_path(turn, params)
 
 
 def bind(config: TransformerConfig, params: Params) -> TransformerLM:
-    """The network with these parameters in it, ready to be called; with `head` alone, to make logits only."""
-    graphdef, state = _abstract(config)
+    """The network with these parameters in it, ready to be called; with `head` alone, to make logits only.
+
+    What lies transposed is best bound where it is used: in a loop, not before it.
+    """
+    leaves, tree = jax.tree.flatten(params, is_leaf=_is_transposed)
+    graphdef, state = _abstract(config, any(map(_is_transposed, leaves)))
     state = jax.tree.map(lambda x: x, state)
-    nnx.replace_by_pure_dict(state, jax.tree.map(_whole, params, is_leaf=lambda x: isinstance(x, Transposed)))
+    kernels = tree.unflatten([leaf.kernel if _is_transposed(leaf) else leaf for leaf in leaves])
+    nnx.replace_by_pure_dict(state, kernels)
     return nnx.merge(graphdef, state)
 
 
-def _whole(leaf):
-    return leaf.matrix if isinstance(leaf, Transposed) else leaf
+def _is_transposed(leaf) -> bool:
+    return isinstance(leaf, Transposed)
 
 
 @functools.lru_cache(8)
-def _abstract(config: TransformerConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """The network with shapes and dtypes for parameters, split."""
-    return nnx.split(nnx.eval_shape(lambda: TransformerLM(config, rngs=nnx.Rngs(0))))
+def _abstract(config: TransformerConfig, transposed: bool = False) -> tuple[nnx.GraphDef, nnx.State]:
+    """The network with shapes and dtypes for parameters, split; `transposed` says how its kernels lie."""
+
+    def make():
+        network = TransformerLM(config, rngs=nnx.Rngs(0))
+        if transposed:
+            network.set_attributes(dot_general=dot_general_of_transposed)
+        return network
+
+    return nnx.split(nnx.eval_shape(make))
 
 
 def abstract_params(config: TransformerConfig) -> Params:

@@ -113,12 +113,11 @@ def _cut(tokens: list[int]) -> Continuation:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _generate(network, sampling, num_samples, params, inputs, lengths, limits, key):
     """[P, W] left-padded prompts -> [P, num_samples, max_length] ids; those after EOS or a limit mean nothing."""
-    transformer = models.bind(network, params)
     num_prompts, width = inputs.shape
     offset = width - lengths[:, None]  # [P, 1] padding before each prompt
     positions = jnp.arange(width) - offset  # [P, W]
     cache = models.empty_cache(network, num_prompts, width + sampling.max_length)
-    logits, cache = transformer.extend(inputs, jnp.maximum(positions, 0), positions >= 0, cache)
+    logits, cache = models.bind(network, params).extend(inputs, jnp.maximum(positions, 0), positions >= 0, cache)
 
     def repeat(x):
         return jnp.repeat(x, num_samples, axis=0) if x.ndim else x
@@ -138,7 +137,7 @@ def _generate(network, sampling, num_samples, params, inputs, lengths, limits, k
         tokens = tokens.at[:, step].set(token)
         done |= (token == EOS_ID) | (step + 1 >= limits)
         valid = jnp.ones((len(token), 1), bool)
-        logits, cache = transformer.extend(token[:, None], (lengths + step)[:, None], valid, cache)
+        logits, cache = models.bind(network, params).extend(token[:, None], (lengths + step)[:, None], valid, cache)
         return step + 1, logits, cache, tokens, done
 
     tokens = jnp.zeros((len(keys), sampling.max_length), jnp.int32)

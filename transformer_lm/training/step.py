@@ -78,7 +78,9 @@ def make_train_step(
             batch = {name: batch[name] for name in ROWS} | {"rows": jnp.arange(batch["targets"].shape[0])}
             key = jax.random.fold_in(key, state.step)
             grads, totals = (accumulated_gradient if accumulation > 1 else gradient)(state.params, batch, key)
-            grads = jax.tree.map(lambda grad: grad / jnp.maximum(totals["tokens"], 1.0), grads)
+            tokens = jnp.maximum(totals["tokens"], 1.0)
+            grad_norm = optax.global_norm(grads) / tokens  # of sums: of what is divided XLA would keep the squares
+            grads = jax.tree.map(lambda grad: grad / tokens, grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             new_state = TrainState(
                 step=state.step + 1,
@@ -86,10 +88,7 @@ def make_train_step(
                 opt_state=opt_state,
                 totals=jax.tree.map(jnp.add, state.totals, totals),
             )
-            return new_state, {
-                "loss": totals["loss"] / jnp.maximum(totals["tokens"], 1.0),
-                "grad_norm": optax.global_norm(grads),
-            }
+            return new_state, {"loss": totals["loss"] / tokens, "grad_norm": grad_norm}
 
     return train_step
 
