@@ -11,9 +11,6 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-# Large blocks of memory in large pages, where Linux and its C library can: fewer of them to find in each step of training.
-demo play chat: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
-
 .PHONY: demo play chat test test-interop faults lint bench clean
 demo: $(VENV)/core
 	$(VENV)/bin/python -m transformer_lm.demo

@@ -3,7 +3,8 @@
 python benchmarks/train_step.py [--shapes=small,0.1b] [--dtypes=float32] [--json=FILE]    (extra `interop`)
 
 Networks of the same sizes on the same batches: dropout 0.1, AdamW, vocabulary 30,000. Each contender has a process of
-its own, as its users run it, and they take turns; the table shows the median of the rounds, and ratios of one round:
+its own, as its users run it (on Linux our commands take memory in large pages; GLIBC_TUNABLES=glibc.malloc.hugetlb=1
+gives them to all), and they take turns; the table shows the median of the rounds, and ratios of one round:
 
 - lm1b: Flax's example as the original project had it, written anew: unrolled layers, attention and dropout of Flax,
   one-hot targets;
@@ -13,10 +14,12 @@ its own, as its users run it, and they take turns; the table shows the median of
 On a GPU all of them run on it; PyTorch needs a build for it.
 """
 
+import contextlib
 import functools
 import importlib.util
 import json
 import multiprocessing
+import os
 import statistics
 import time
 import traceback
@@ -278,13 +281,25 @@ def serve(make: Callable[[Case], Callable[[], None]], case: Case, pipe):
     return None
 
 
+@contextlib.contextmanager
+def memory_of(name: str):
+    """Ours in large pages, as its commands take it; with GLIBC_TUNABLES in the environment, all of them alike."""
+    alone = name == OURS and "GLIBC_TUNABLES" not in os.environ
+    if alone:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    yield
+    if alone:
+        del os.environ["GLIBC_TUNABLES"]
+
+
 def take_turns(makers: dict[str, Callable], case: Case) -> dict[str, list[float]]:
     """Seconds of every run of every contender that can run, one at a time."""
     context = multiprocessing.get_context("spawn")
     pipes = {}
     for name, make in makers.items():
         pipe, theirs = context.Pipe()
-        context.Process(target=serve, args=(make, case, theirs), daemon=True).start()
+        with memory_of(name):
+            context.Process(target=serve, args=(make, case, theirs), daemon=True).start()
         if pipe.recv():
             pipes[name] = pipe
     seconds: dict[str, list[float]] = {name: [] for name in pipes}

@@ -40,6 +40,7 @@ if "TRANSFORMER_LM_TESTS" not in os.environ:  # else, a process of a test has im
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # commands have it, and begin again where it is missing
         "NPROC": "2",  # threads of XLA; with one alone the interpreter of TPU kernels waits for ever
     }
 

@@ -8,6 +8,8 @@ import sys
 import pytest
 from conftest import ROOT, command, run
 
+from transformer_lm import cli
+
 PACKAGE = ROOT / "transformer_lm"
 
 
@@ -159,6 +161,23 @@ cli.run_to_exit(command)
     done = run([sys.executable, "-c", code, tmp_path / "昔話", "髙い"], env=os.environ | environment, encoding="utf-8")
     assert (done.stdout, done.stderr, done.returncode) == ("髙い\n", "", 0)
     assert (tmp_path / "昔話").read_text(encoding="utf-8") == "髙い"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linux's C library")
+@pytest.mark.parametrize("own", [None, "glibc.malloc.check=0"])
+def test_memory_in_large_pages(tmp_path, own):
+    """A command begins again with them at once, as the same process, unless the user has chosen otherwise."""
+    note = "import os\nprint(os.getpid(), os.environ.get('GLIBC_TUNABLES'), flush=True)\n"
+    (tmp_path / "sitecustomize.py").write_text(note)
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    environment |= {"PYTHONPATH": str(tmp_path)} | ({"GLIBC_TUNABLES": own} if own else {})
+    done = subprocess.run(
+        [sys.executable, "-m", "transformer_lm.main", "--workdir=語 x"], env=environment, capture_output=True, text=True
+    )
+    assert_one_line(done, ["--config is missing"])
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [tunables for _, tunables in lines] == ([own] if own else ["None", cli.LARGE_PAGES])
+    assert len({pid for pid, _ in lines}) == 1
 
 
 def test_standard_output_that_is_closed_or_full():

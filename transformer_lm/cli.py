@@ -8,9 +8,33 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # would stand in for libraries of the same names.
 sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != HERE]
 
+import codecs  # noqa: E402
+import locale  # noqa: E402
 import signal  # noqa: E402
 
 INTERRUPTED = "Interrupted; run the same command to go on.\n"
+LARGE_PAGES = "glibc.malloc.hugetlb=1"
+
+
+def _begin_again():
+    """Begins again, on Linux, where the environment should be another from the first instruction on.
+
+    - Memory comes in large pages, of the GNU C library: a step of training touches a gigabyte of it anew. A user's own
+      GLIBC_TUNABLES stay as they are.
+    - Where the locale is not UTF-8, Python's UTF-8 mode: arguments, names of files, and files that libraries open
+      without an encoding are UTF-8 as well, also in child processes. The arguments are taken as bytes: decoded by such
+      a locale, some do not come back.
+    """
+    is_utf8 = sys.flags.utf8_mode or codecs.lookup(locale.getpreferredencoding(False)).name == "utf-8"
+    command_line = "/proc/self/cmdline"
+    if os.path.exists(command_line) and not (is_utf8 and "GLIBC_TUNABLES" in os.environ):
+        os.environ.setdefault("GLIBC_TUNABLES", LARGE_PAGES)
+        if not is_utf8:
+            os.environ["PYTHONUTF8"] = "1"
+        with open(command_line, "rb") as file:
+            program, *arguments = file.read().split(b"\0")[:-1]
+        mode = [] if is_utf8 else [b"-X", b"utf8"]
+        os.execv(sys.executable or "/proc/self/exe", [program, *mode, *arguments])
 
 
 def _leave_at_once(number, frame):
@@ -18,13 +42,12 @@ def _leave_at_once(number, frame):
     os._exit(130)
 
 
-if os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "").startswith(HERE):
-    signal.signal(signal.SIGINT, _leave_at_once)  # while a command still imports: nothing is lost yet
+if os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "").startswith(HERE):  # it is a command
+    _begin_again()
+    signal.signal(signal.SIGINT, _leave_at_once)  # while it still imports: nothing is lost yet
 
 import atexit  # noqa: E402
-import codecs  # noqa: E402
 import contextlib  # noqa: E402
-import locale  # noqa: E402
 import select  # noqa: E402
 import threading  # noqa: E402
 import traceback  # noqa: E402
@@ -128,7 +151,7 @@ def run_to_exit(command: Callable[[], object]) -> NoReturn:
     The exit status is 0, or 1 after any error, which is one line on standard error, or 130 after Ctrl-C. The process
     ends even while threads of libraries are at work, for which Python would wait.
     """
-    _require_utf8()
+    _begin_again()
     console.set_up(_debug())
     signal.signal(signal.SIGINT, _interrupt)
     status = 1
@@ -189,18 +212,3 @@ def _is_closed(stream) -> bool:
 
 def _debug() -> bool:
     return "--debug" in sys.argv or (flags.FLAGS.is_parsed() and _DEBUG.value)
-
-
-def _require_utf8():
-    """Begins again in Python's UTF-8 mode where Linux's locale is another.
-
-    There, arguments, names of files, and files that libraries open without an encoding are UTF-8 as well, also in
-    child processes. The arguments are taken as bytes: decoded by such a locale, some do not come back.
-    """
-    is_utf8 = sys.flags.utf8_mode or codecs.lookup(locale.getpreferredencoding(False)).name == "utf-8"
-    command_line = "/proc/self/cmdline"
-    if not is_utf8 and os.path.exists(command_line):
-        os.environ["PYTHONUTF8"] = "1"
-        with open(command_line, "rb") as file:
-            program, *arguments = file.read().split(b"\0")[:-1]
-        os.execv("/proc/self/exe", [program, b"-X", b"utf8", *arguments])
