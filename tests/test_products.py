@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer_lm.products import dot_general, dot_general_of_transposed
+from transformer_lm.products import add_bias, dot_general, dot_general_of_transposed
 
 # inputs, kernel, and how NumPy says what their product is
 CASES = {
@@ -34,6 +34,17 @@ def test_product_and_gradients_are_those_of_numpy(case):
     inputs_grad, kernel_grad = gradients(grad)
     np.testing.assert_allclose(inputs_grad, np.einsum(f"{out},{right}->{left}", grad, kernel), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(kernel_grad, np.einsum(f"{left},{out}->{right}", inputs, grad), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_bias_and_its_gradient(dtype):
+    rng = np.random.default_rng(0)
+    x, bias, grad = (rng.integers(-9, 9, shape).astype(dtype) for shape in ((2, 3, 5), (5,), (2, 3, 5)))
+    total, gradients = jax.jit(lambda *arrays: jax.vjp(add_bias, *arrays))(x, bias)
+    np.testing.assert_array_equal(total, x + bias)
+    for found, expected in zip(gradients(jnp.asarray(grad)), (grad, grad.sum((0, 1))), strict=True):
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_bfloat16_is_left_to_jax():

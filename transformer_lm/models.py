@@ -24,7 +24,7 @@ from flax import nnx
 from transformer_lm.attention import attend, attend_in_rows, attend_to_filled
 from transformer_lm.axes import named
 from transformer_lm.dropout import Keys, dropout, split
-from transformer_lm.products import dot_general, dot_general_of_transposed
+from transformer_lm.products import add_bias, dot_general, dot_general_of_transposed
 from transformer_lm.transformer_config import DTYPES, TransformerConfig
 
 NORM_EPSILON = 1e-6
@@ -112,6 +112,18 @@ def kernel_init(config: TransformerConfig, *, last: bool = False) -> nnx.Initial
     return nnx.initializers.zeros if last and config.zero_init else nnx.initializers.xavier_uniform()
 
 
+class Dense(nnx.Linear):
+    """As nnx.Linear, with `add_bias`."""
+
+    def __call__(self, x):
+        """[..., in] -> [..., out]."""
+        bias = None if self.bias is None else self.bias[...]
+        x, kernel, bias = self.promote_dtype((x, self.kernel[...], bias), dtype=self.dtype)
+        last = (((x.ndim - 1,), (0,)), ((), ()))
+        product = self.dot_general(x, kernel, last, preferred_element_type=self.preferred_element_type)
+        return product if bias is None else add_bias(product, bias)
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention without biases (Vaswani et al. 2017, section 3.2)."""
 
@@ -165,7 +177,7 @@ class MlpBlock(nnx.Module):
         self.dropout_rate = config.dropout_rate
         self.activate, self.gated = ACTIVATIONS[config.mlp], config.mlp == "swiglu"
         dense = functools.partial(
-            nnx.Linear,
+            Dense,
             use_bias=config.use_bias,
             bias_init=nnx.initializers.normal(1e-6),
             dtype=DTYPES[config.dtype],
@@ -223,7 +235,7 @@ class TransformerLM(nnx.Module):
         self.blocks = make_block(jax.random.split(rngs.params(), config.num_layers))  # parameters stacked: [L, ...]
         self.norm = make_norm(config, rngs)
         if not config.logits_via_embedding:
-            self.logits = nnx.Linear(
+            self.logits = Dense(
                 config.emb_dim,
                 config.vocab_size,
                 use_bias=config.use_bias,

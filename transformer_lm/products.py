@@ -44,6 +44,26 @@ def _backward(as_usual, num_in, residuals, grad):
 _product.defvjp(_forward, _backward)
 
 
+def add_bias(x, bias):
+    """x [..., F] + bias [F], whose gradient XLA for CPUs (jax 0.10) adds up at a thirtieth of a product's speed."""
+    if jax.default_backend() == "cpu" and x.dtype == bias.dtype == jnp.float32:
+        return _add_bias(x, bias)
+    return x + bias
+
+
+@jax.custom_vjp
+def _add_bias(x, bias):
+    return x + bias
+
+
+def _sum_rows(_, grad):
+    rows = grad.reshape(-1, grad.shape[-1])
+    return grad, jnp.ones(len(rows), grad.dtype) @ rows
+
+
+_add_bias.defvjp(lambda x, bias: (x + bias, None), _sum_rows)
+
+
 def dot_general_of_transposed(inputs, kernel, dimension_numbers, **options):
     """As jax.lax.dot_general, for a kernel that lies in memory as [*out, *in].
 
