@@ -26,8 +26,11 @@ def _begin_again():
       a locale, some do not come back.
     """
     is_utf8 = sys.flags.utf8_mode or codecs.lookup(locale.getpreferredencoding(False)).name == "utf-8"
+    is_debugged = sys.gettrace() is not None or "pydevd" in sys.modules  # and would not be any more
     command_line = "/proc/self/cmdline"
-    if os.path.exists(command_line) and not (is_utf8 and "GLIBC_TUNABLES" in os.environ):
+    if is_debugged or (is_utf8 and "GLIBC_TUNABLES" in os.environ):
+        return
+    if os.path.exists(command_line):
         os.environ.setdefault("GLIBC_TUNABLES", LARGE_PAGES)
         if not is_utf8:
             os.environ["PYTHONUTF8"] = "1"
