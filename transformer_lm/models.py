@@ -24,7 +24,7 @@ from flax import nnx
 from transformer_lm.attention import attend, attend_in_rows, attend_to_filled
 from transformer_lm.axes import named
 from transformer_lm.dropout import Keys, dropout, split
-from transformer_lm.products import add_bias, dot_general, dot_general_of_transposed
+from transformer_lm.products import Transposed, add_bias, dot_general, dot_general_of_transposed
 from transformer_lm.transformer_config import DTYPES, TransformerConfig
 
 NORM_EPSILON = 1e-6
@@ -357,25 +357,6 @@ def init(config: TransformerConfig, key: jax.Array) -> Params:
 def head(config: TransformerConfig, params: Params) -> Params:
     """Those of the parameters that `to_logits` reads."""
     return {name: params[name] for name in ("norm", "embed" if config.logits_via_embedding else "logits")}
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Transposed:
-    """A kernel [*in, *out] that lies in memory as [*out, *in]; `bind` gives the network the kernel."""
-
-    array: jax.Array
-    num_in: int = dataclasses.field(metadata={"static": True})  # number of its axes
-
-    @classmethod
-    def of(cls, kernel, num_in: int) -> "Transposed":
-        """A kernel, so many of whose first axes are what it is multiplied by."""
-        return cls(jnp.moveaxis(kernel, range(num_in), range(-num_in, 0)), num_in)
-
-    @property
-    def kernel(self) -> jax.Array:
-        """The kernel, in a compiled function without moving anything."""
-        return jnp.moveaxis(self.array, range(-self.num_in, 0), range(self.num_in))
 
 
 def for_decoding(params: Params) -> Params:

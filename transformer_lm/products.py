@@ -1,5 +1,6 @@
 """Products of activations and weights: `jax.lax.dot_general`, in the ways that XLA computes soonest on CPUs."""
 
+import dataclasses
 import functools
 import math
 
@@ -62,6 +63,25 @@ def _sum_rows(_, grad):
 
 
 _add_bias.defvjp(lambda x, bias: (x + bias, None), _sum_rows)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Transposed:
+    """A kernel [*in, *out] that lies in memory as [*out, *in]; models.bind gives the network the kernel."""
+
+    array: jax.Array
+    num_in: int = dataclasses.field(metadata={"static": True})  # number of its axes
+
+    @classmethod
+    def of(cls, kernel, num_in: int) -> "Transposed":
+        """A kernel, so many of whose first axes are what it is multiplied by."""
+        return cls(jnp.moveaxis(kernel, range(num_in), range(-num_in, 0)), num_in)
+
+    @property
+    def kernel(self) -> jax.Array:
+        """The kernel, in a compiled function without moving anything."""
+        return jnp.moveaxis(self.array, range(-self.num_in, 0), range(self.num_in))
 
 
 def dot_general_of_transposed(inputs, kernel, dimension_numbers, **options):
