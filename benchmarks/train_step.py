@@ -14,7 +14,6 @@ gives them to all), and they take turns; the table shows the median of the round
 On a GPU all of them run on it; PyTorch needs a build for it.
 """
 
-import contextlib
 import functools
 import importlib.util
 import json
@@ -26,6 +25,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,7 @@ SHAPES = {
 VOCAB_SIZE = 30_000
 PRODUCT = 2048  # rows and columns of the matrices that the peak is measured with
 OURS = "transformer-lm-japanese"
+LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as our commands take memory
 
 _SHAPES = flags.DEFINE_list("shapes", ["small", "0.1b"], f"Of {', '.join(SHAPES)}.")
 _DTYPES = flags.DEFINE_list("dtypes", ["float32"], "float32, bfloat16: what networks compute in.")
@@ -286,24 +287,13 @@ def serve(make: Callable[[Case], Callable[[], None]], case: Case, pipe):
     return None
 
 
-@contextlib.contextmanager
-def memory_of(name: str):
-    """Ours in large pages, as its commands take it; with GLIBC_TUNABLES in the environment, all of them alike."""
-    alone = name == OURS and "GLIBC_TUNABLES" not in os.environ
-    if alone:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    yield
-    if alone:
-        del os.environ["GLIBC_TUNABLES"]
-
-
 def take_turns(makers: dict[str, Callable], case: Case) -> dict[str, list[float]]:
     """Seconds of every run of every contender that can run, one at a time."""
     context = multiprocessing.get_context("spawn")
     pipes = {}
     for name, make in makers.items():
         pipe, theirs = context.Pipe()
-        with memory_of(name):
+        with mock.patch.dict(os.environ, LARGE_PAGES | os.environ if name == OURS else {}):
             context.Process(target=serve, args=(make, case, theirs), daemon=True).start()
         if pipe.recv():
             pipes[name] = pipe

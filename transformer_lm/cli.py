@@ -28,16 +28,15 @@ def _begin_again():
     is_utf8 = sys.flags.utf8_mode or codecs.lookup(locale.getpreferredencoding(False)).name == "utf-8"
     is_debugged = sys.gettrace() is not None or "pydevd" in sys.modules  # and would not be any more
     command_line = "/proc/self/cmdline"
-    if is_debugged or (is_utf8 and "GLIBC_TUNABLES" in os.environ):
+    if is_debugged or (is_utf8 and "GLIBC_TUNABLES" in os.environ) or not os.path.exists(command_line):
         return
-    if os.path.exists(command_line):
-        os.environ.setdefault("GLIBC_TUNABLES", LARGE_PAGES)
-        if not is_utf8:
-            os.environ["PYTHONUTF8"] = "1"
-        with open(command_line, "rb") as file:
-            program, *arguments = file.read().split(b"\0")[:-1]
-        mode = [] if is_utf8 else [b"-X", b"utf8"]
-        os.execv(sys.executable or "/proc/self/exe", [program, *mode, *arguments])
+    os.environ.setdefault("GLIBC_TUNABLES", LARGE_PAGES)
+    if not is_utf8:
+        os.environ["PYTHONUTF8"] = "1"
+    with open(command_line, "rb") as file:
+        program, *arguments = file.read().split(b"\0")[:-1]
+    mode = [] if is_utf8 else [b"-X", b"utf8"]
+    os.execv(sys.executable or "/proc/self/exe", [program, *mode, *arguments])
 
 
 def _leave_at_once(number, frame):

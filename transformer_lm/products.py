@@ -93,7 +93,7 @@ def dot_general_of_transposed(inputs, kernel, dimension_numbers, **options):
     num_in = len(dimension_numbers[0][0])
     rows, out = inputs.shape[: inputs.ndim - num_in], kernel.shape[num_in:]
     inputs = inputs.reshape(-1, math.prod(kernel.shape[:num_in]))
-    matrix = jnp.moveaxis(kernel, range(num_in), range(-num_in, 0)).reshape(-1, inputs.shape[1])
+    matrix = Transposed.of(kernel, num_in).array.reshape(-1, inputs.shape[1])
     last = (((1,), (1,)), ((), ()))
     factors = (inputs, matrix) if len(inputs) > 1 else (matrix, inputs)
     return jax.lax.dot_general(*factors, last, **options).reshape(*rows, *out)
