@@ -118,8 +118,13 @@ LITERATURE: dict[str, tuple[str, int, dict]] = {
     "v2/6 with smear": ("v2", SIXTH, {"network": "smear"}),
 }
 # The demo as it was with v1, whose numbers were chosen for it, and as it is.
+V1_TALES = NO_DROPOUT | {"per_device_batch_size": 2, "num_heads": 6, "learning_rate": 0.003}
 TALES = {
-    "v1": ("v1", 3000, NO_DROPOUT | {"per_device_batch_size": 2, "num_heads": 6, "learning_rate": 0.003}),
+    "v1": ("v1", 3000, V1_TALES),
+    "v1 linear 0.00075": ("v1", 3000, V1_TALES | {"schedule": "wsd", "learning_rate": 0.00075}),
+    "v1 linear 0.0015": ("v1", 3000, V1_TALES | {"schedule": "wsd", "learning_rate": 0.0015}),
+    "v1 linear 0.003": ("v1", 3000, V1_TALES | {"schedule": "wsd"}),
+    "v1 linear 0.006": ("v1", 3000, V1_TALES | {"schedule": "wsd", "learning_rate": 0.006}),
     "v2": ("v2", 500, {"per_device_batch_size": 8}),
     "v2 for as long as v1": ("v2", 600, {"per_device_batch_size": 8}),
     "v2 of half the steps": ("v2", 250, {"per_device_batch_size": 8}),

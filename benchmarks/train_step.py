@@ -4,7 +4,10 @@ python benchmarks/train_step.py [--shapes=small,0.1b] [--dtypes=float32] [--json
 
 Networks of the same sizes on the same batches: dropout 0.1, AdamW, vocabulary 30,000. Each contender has a process of
 its own, as its users run it (on Linux our commands take memory in large pages; GLIBC_TUNABLES=glibc.malloc.hugetlb=1
-gives them to all), and they take turns; the table shows the median of the rounds, and ratios of one round:
+gives them to all), and they take turns; the table shows the median of the rounds, and ratios of one round. Where their
+memory is not enough for all, as on an accelerator, which JAX takes as a whole, they come one after the other (--alone).
+
+Contenders:
 
 - lm1b: Flax's example as the original project had it, written anew: unrolled layers, attention and dropout of Flax,
   one-hot targets;
@@ -14,6 +17,7 @@ gives them to all), and they take turns; the table shows the median of the round
 On a GPU all of them run on it; PyTorch needs a build for it.
 """
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -23,6 +27,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -69,6 +74,7 @@ _DTYPES = flags.DEFINE_list("dtypes", ["float32"], "float32, bfloat16: what netw
 _ROWS = flags.DEFINE_integer("rows", 0, "Rows of a batch in place of the shape's, for devices with room for more.")
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds that are counted.")
 _DROPOUT = flags.DEFINE_float("dropout", 0.1, "Dropout of all networks.")
+_ALONE = flags.DEFINE_bool("alone", False, "Contenders come one after the other, not in turns: each has all memory.")
 _ONLY = flags.DEFINE_list("only", [], "Contenders; all that can run by default.")
 _JSON = flags.DEFINE_string("json", None, "File for the figures.")
 
@@ -287,25 +293,40 @@ def serve(make: Callable[[Case], Callable[[], None]], case: Case, pipe):
     return None
 
 
-def take_turns(makers: dict[str, Callable], case: Case) -> dict[str, list[float]]:
-    """Seconds of every run of every contender that can run, one at a time."""
+def start(name: str, make: Callable, case: Case) -> Connection | None:
+    """The pipe of a contender's process, which has run once; None if it can't."""
     context = multiprocessing.get_context("spawn")
-    pipes = {}
-    for name, make in makers.items():
-        pipe, theirs = context.Pipe()
-        with mock.patch.dict(os.environ, LARGE_PAGES | os.environ if name == OURS else {}):
-            context.Process(target=serve, args=(make, case, theirs), daemon=True).start()
-        if pipe.recv():
-            pipes[name] = pipe
-    seconds: dict[str, list[float]] = {name: [] for name in pipes}
-    for turn in range(_ROUNDS.value + 1):
-        for name, pipe in pipes.items():
-            pipe.send(True)
-            taken = pipe.recv()
-            if turn:  # the first one warms up
-                seconds[name].append(taken)
-    for pipe in pipes.values():
-        pipe.send(False)
+    pipe, theirs = context.Pipe()
+    with mock.patch.dict(os.environ, LARGE_PAGES | os.environ if name == OURS else {}):
+        context.Process(target=serve, args=(make, case, theirs), daemon=True).start()
+    theirs.close()
+    with contextlib.suppress(EOFError):  # it was killed, for want of memory
+        return pipe if pipe.recv() else None
+    return None
+
+
+def ask(pipe: Connection) -> float:
+    """Seconds of a contender's run."""
+    pipe.send(True)
+    return pipe.recv()
+
+
+def end(pipe: Connection):
+    """Ends a contender's process, and waits until it has given its memory back."""
+    pipe.send(False)
+    with contextlib.suppress(EOFError):
+        pipe.recv()
+
+
+def take_turns(makers: dict[str, Callable], case: Case) -> dict[str, list[float]]:
+    """Seconds of every run of every contender that can run, one at a time; the first of each warms up."""
+    seconds: dict[str, list[float]] = {}
+    for group in [{name: make} for name, make in makers.items()] if _ALONE.value else [makers]:
+        pipes = {name: pipe for name, make in group.items() if (pipe := start(name, make, case))}
+        turns = [{name: ask(pipe) for name, pipe in pipes.items()} for _ in range(_ROUNDS.value + 1)]
+        seconds |= {name: [turn[name] for turn in turns[1:]] for name in pipes}
+        for pipe in pipes.values():
+            end(pipe)
     return seconds
 
 
