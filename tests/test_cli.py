@@ -180,6 +180,21 @@ def test_memory_in_large_pages(tmp_path, own):
     assert len({pid for pid, _ in lines}) == 1
 
 
+@pytest.mark.parametrize(
+    ("hindrance", "times"), [("os.environ.pop('GLIBC_TUNABLES', None)", 2), ("os.remove(sys.executable)", 1)]
+)
+def test_memory_that_cannot_be_in_large_pages(tmp_path, hindrance, times):
+    """The C library takes the choice from a privileged interpreter; another's may not be begun: it works without."""
+    (tmp_path / "sitecustomize.py").write_text(f"import os, sys\nprint('begun', flush=True)\n{hindrance}\n")
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    (tmp_path / "python").symlink_to(os.path.realpath(sys.executable))
+    line = [tmp_path / "python", "-m", "transformer_lm.main", f"--workdir={tmp_path}"]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=60)
+    assert_one_line(done, ["--config is missing"])
+    assert done.stdout == "begun\n" * times
+
+
 def test_standard_output_that_is_closed_or_full():
     code = "from transformer_lm import cli\ncli.run_to_exit(lambda: print('x\\n' * 100_000))"
     script = f'"{sys.executable}" -c "$CODE" | head -1'

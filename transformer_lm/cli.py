@@ -9,11 +9,13 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != HERE]
 
 import codecs  # noqa: E402
+import contextlib  # noqa: E402
 import locale  # noqa: E402
 import signal  # noqa: E402
 
 INTERRUPTED = "Interrupted; run the same command to go on.\n"
 LARGE_PAGES = "glibc.malloc.hugetlb=1"
+AGAIN = "transformer_lm_again"  # option of an interpreter that has begun again, which is done once
 
 
 def _begin_again():
@@ -27,16 +29,16 @@ def _begin_again():
     """
     is_utf8 = sys.flags.utf8_mode or codecs.lookup(locale.getpreferredencoding(False)).name == "utf-8"
     is_debugged = sys.gettrace() is not None or "pydevd" in sys.modules  # and would not be any more
-    command_line = "/proc/self/cmdline"
-    if is_debugged or (is_utf8 and "GLIBC_TUNABLES" in os.environ) or not os.path.exists(command_line):
+    if is_debugged or AGAIN in sys._xoptions or (is_utf8 and "GLIBC_TUNABLES" in os.environ):
         return
-    os.environ.setdefault("GLIBC_TUNABLES", LARGE_PAGES)
-    if not is_utf8:
-        os.environ["PYTHONUTF8"] = "1"
-    with open(command_line, "rb") as file:
-        program, *arguments = file.read().split(b"\0")[:-1]
-    mode = [] if is_utf8 else [b"-X", b"utf8"]
-    os.execv(sys.executable or "/proc/self/exe", [program, *mode, *arguments])
+    with contextlib.suppress(OSError):  # not Linux, or the interpreter may not be begun: a sandbox, another user's
+        with open("/proc/self/cmdline", "rb") as file:
+            program, *arguments = file.read().split(b"\0")[:-1]
+        os.environ.setdefault("GLIBC_TUNABLES", LARGE_PAGES)
+        if not is_utf8:
+            os.environ["PYTHONUTF8"] = "1"
+        mode = ["-X", AGAIN, *([] if is_utf8 else ["-X", "utf8"])]
+        os.execv(sys.executable or "/proc/self/exe", [program, *mode, *arguments])
 
 
 def _leave_at_once(number, frame):
@@ -49,7 +51,6 @@ if os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "").sta
     signal.signal(signal.SIGINT, _leave_at_once)  # while it still imports: nothing is lost yet
 
 import atexit  # noqa: E402
-import contextlib  # noqa: E402
 import select  # noqa: E402
 import threading  # noqa: E402
 import traceback  # noqa: E402
