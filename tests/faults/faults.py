@@ -57,9 +57,11 @@ RUN = {
     "checkpoint_every_steps": 5,
     "checkpoint_every_minutes": 0,
 }
-# Small blocks, so that a preparation has many moments to be killed in.
+# Small blocks, so that a preparation has many moments to be killed in. While it imports, Ctrl-C ends it without a word,
+# as it ends a command that is not begun from here.
 COMMAND = (
-    "import sys, runpy\n"
+    "import sys, runpy, signal\n"
+    "signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
     "from transformer_lm.data import rows\n"
     "rows.BLOCK_CHARS = 20_000\n"
     "{before}\n"
