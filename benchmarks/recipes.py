@@ -42,7 +42,8 @@ SIZE = {
     "max_predict_length": 8,
 }  # fmt: skip
 UNIGRAM = "--character_coverage=0.9995 --byte_fallback=true"
-BPE = f"{UNIGRAM} --model_type=bpe --normalization_rule_name=identity --remove_extra_whitespaces=false"
+AS_IT_IS = f"{UNIGRAM} --normalization_rule_name=identity --remove_extra_whitespaces=false"
+BPE = f"{AS_IT_IS} --model_type=bpe"
 GATED = 512  # mlp_dim of a gated MLP with as many parameters as 768 without a gate
 
 FULL, THIRD, SIXTH, TENTH = 400, 133, 67, 40  # steps, of 2,048 tokens
@@ -62,7 +63,7 @@ def rates(*, adam: float, muon: float = 1.0) -> dict:
 
 # Name: recipe, steps, and fields that are not the recipe's. All schedules follow the number of steps. No fields are
 # the names of STAND_INS: "batches", what is done to the rows of training and evaluation, "network", and "matrices",
-# what computes in Muon's place.
+# what computes in Muon's place. Tokenizers of other sizes have as many steps as take as many FLOPs.
 LITERATURE: dict[str, tuple[str, int, dict]] = {
     "v1": ("v1", FULL, {}),
     "v1 with half its rate": ("v1", FULL, {"learning_rate": 0.0008}),
@@ -98,7 +99,14 @@ LITERATURE: dict[str, tuple[str, int, dict]] = {
     "v2/6 with heads of 96": ("v2", SIXTH, {"num_heads": 2}),
     "v2/6 with one head of keys and values": ("v2", SIXTH, {"num_kv_heads": 1}),
     "v2/6 with soft cap 15": ("v2", SIXTH, {"logits_soft_cap": 15.0}),
+    "v2/6 with texts as they are": ("v2", SIXTH, {"spm_train_options": AS_IT_IS}),
     "v2/6 with BPE": ("v2", SIXTH, {"spm_train_options": BPE}),
+    "v2/6 with BPE across scripts": ("v2", SIXTH, {"spm_train_options": f"{BPE} --split_by_unicode_script=false"}),
+    "v2/6 with BPE and NFKC": ("v2", SIXTH, {"spm_train_options": BPE.replace("identity", "nfkc")}),
+    "v2/6 with BPE of single digits": ("v2", SIXTH, {"spm_train_options": f"{BPE} --split_digits=true"}),
+    "v2/6 with BPE of short pieces": ("v2", SIXTH, {"spm_train_options": f"{BPE} --max_sentencepiece_length=8"}),
+    "v2/6 with BPE of 12k": ("v2", 49, {"spm_train_options": BPE, "vocab_size": 12_000}),
+    "v2/6 with BPE of 24k": ("v2", 32, {"spm_train_options": BPE, "vocab_size": 24_000}),
     "v2/6 with rests that begin anew": ("v2", SIXTH, {"batches": "anew"}),
     "v2/6 with attention across documents": ("v2", SIXTH, {"batches": "across"}),
     "v2/6 tied": ("v2", SIXTH, {"logits_via_embedding": True}),
