@@ -163,14 +163,21 @@ cli.run_to_exit(command)
     assert (tmp_path / "昔話").read_text(encoding="utf-8") == "髙い"
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linux's C library")
+of_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linux's C library")
+
+
+def environment_of_a_user(**changes: str) -> dict[str, str]:
+    """Without the tests' own choice of memory."""
+    return {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"} | changes
+
+
+@of_linux
 @pytest.mark.parametrize("own", [None, "glibc.malloc.check=0"])
 def test_memory_in_large_pages(tmp_path, own):
     """A command begins again with them at once, as the same process, unless the user has chosen otherwise."""
     note = "import os\nprint(os.getpid(), os.environ.get('GLIBC_TUNABLES'), flush=True)\n"
     (tmp_path / "sitecustomize.py").write_text(note)
-    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
-    environment |= {"PYTHONPATH": str(tmp_path)} | ({"GLIBC_TUNABLES": own} if own else {})
+    environment = environment_of_a_user(PYTHONPATH=str(tmp_path)) | ({"GLIBC_TUNABLES": own} if own else {})
     done = subprocess.run(
         [sys.executable, "-m", "transformer_lm.main", "--workdir=語 x"], env=environment, capture_output=True, text=True
     )
@@ -180,14 +187,14 @@ def test_memory_in_large_pages(tmp_path, own):
     assert len({pid for pid, _ in lines}) == 1
 
 
+@of_linux
 @pytest.mark.parametrize(
     ("hindrance", "times"), [("os.environ.pop('GLIBC_TUNABLES', None)", 2), ("os.remove(sys.executable)", 1)]
 )
 def test_memory_that_cannot_be_in_large_pages(tmp_path, hindrance, times):
     """The C library takes the choice from a privileged interpreter; another's may not be begun: it works without."""
     (tmp_path / "sitecustomize.py").write_text(f"import os, sys\nprint('begun', flush=True)\n{hindrance}\n")
-    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    environment = environment_of_a_user(PYTHONPATH=os.pathsep.join([str(tmp_path), *filter(None, sys.path)]))
     (tmp_path / "python").symlink_to(os.path.realpath(sys.executable))
     line = [tmp_path / "python", "-m", "transformer_lm.main", f"--workdir={tmp_path}"]
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=60)
