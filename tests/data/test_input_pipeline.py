@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import resource
 
 import numpy as np
 import pytest
@@ -61,3 +62,16 @@ def test_evaluation_reads_every_row_once_in_order(corpus):
         np.testing.assert_array_equal(joined[:real], rows[name])
     assert not np.concatenate([batch["segments"] for batch in read])[real:].any()
     assert len(list(input_pipeline.eval_batches(corpus, batch_size=50, max_rows=100))) == 2
+
+
+def test_a_corpus_may_have_more_files_than_may_be_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "BLOCK_CHARS", 1)  # a file each document
+    many = preparation.prepare(data_config(train_split="train[:300]"), str(tmp_path)).train
+    assert len(many.paths) == 300
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (250, limits[1]))
+    try:
+        read = np.concatenate(batches(many, 2 * many.manifest["rows"], batch_size=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert set(map(tuple, read)) == set(map(tuple, batch_of_all(many)["targets"]))

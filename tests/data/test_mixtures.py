@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from real_datasets import write_jsonl
-from test_preparation import data_config
+from test_preparation import batch_of_all, data_config
 
 from transformer_lm.data import input_pipeline, preparation
 from transformer_lm.data.corpora import mukashi
@@ -51,6 +51,14 @@ def test_order_is_a_function_of_the_step(mixed):
 def test_evaluation_sees_the_shares(mixed):
     letters = letter_rows(mixed, input_pipeline.eval_batches(mixed.eval, batch_size=1, max_rows=12))
     assert letters.mean() == pytest.approx(0.25, abs=0.1)
+
+
+def test_evaluation_of_all_reads_every_row_of_every_part(mixed):
+    batches = list(input_pipeline.eval_batches(mixed.eval, batch_size=10, max_rows=-1))
+    read = np.concatenate([batch["targets"] for batch in batches])
+    expected = np.concatenate([batch_of_all(part)["targets"] for part in mixed.eval.parts])
+    assert sorted(map(tuple, read[: len(expected)])) == sorted(map(tuple, expected))
+    assert not np.concatenate([batch["segments"] for batch in batches])[len(expected) :].any()
 
 
 def test_the_tokenizer_learns_from_every_part(mixed):

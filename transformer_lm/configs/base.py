@@ -129,7 +129,7 @@ def _set_network_and_run(config: ml_collections.ConfigDict):
     config.num_train_steps = 500_000
     config.log_every_steps = 100
     config.eval_every_steps = 1_000
-    # Batches that an evaluation reads at most; -1 for all.
+    # Batches that an evaluation reads at most; -1 for all. Of a mixture it reads the shares as long as the parts last.
     config.num_eval_steps = 2_000
     # As in the original, whose commands set it, nothing reads it.
     config.num_predict_steps = -1
