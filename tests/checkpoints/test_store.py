@@ -147,15 +147,15 @@ def test_no_beginning_anew_beside_what_was_set_aside(tmp_path):
 def test_what_cannot_be_read_now_is_left_as_it_is(tmp_path, monkeypatch, error):
     """Even though the checkpoint before could be read."""
     save(tmp_path, 3, 4)
-    manager = store.ocp.CheckpointManager
-    whole = manager.restore
+    handler = store.ocp.StandardCheckpointHandler
+    whole = handler.restore
 
-    def restore_older_alone(self, step, **arguments):
-        if step == 4:
+    def restore_older_alone(self, folder, **arguments):
+        if folder.parent.name == "4":
             raise error
-        return whole(self, step, **arguments)
+        return whole(self, folder, **arguments)
 
-    monkeypatch.setattr(manager, "restore", restore_older_alone)
+    monkeypatch.setattr(handler, "restore", restore_older_alone)
     with pytest.raises(UserError, match=r"Checkpoint 4 .* cannot be read now"):
         restore(tmp_path)
     assert steps_in(tmp_path) == [3, 4]

@@ -163,10 +163,15 @@ def wait_for(path):
 def test_stopped_together(unbroken, tmp_path):
     """A signal to one of two stops both after the same step, with a checkpoint of it; till then they are as one.
 
-    They have a device each: whoever has more computes one program after the other in any case.
+    They have a device each: whoever has more computes one program after the other in any case. They save by their
+    clocks, which are not the same.
     """
-    both = start(tmp_path, processes=2, devices=1, **ENDLESS)
-    wait_for(tmp_path / "checkpoints" / "2")
+    by_the_clock = {"checkpoint_every_steps": 10_000, "checkpoint_every_minutes": 0.02}
+    both = start(tmp_path, processes=2, devices=1, **ENDLESS | by_the_clock)
+    saved: set[str] = set()
+    while len(saved) < 3 and all(process.poll() is None for process in both):
+        saved |= {path.name for path in tmp_path.glob("checkpoints/*") if path.name.isdigit()}
+        time.sleep(0.05)
     both[1].send_signal(signal.SIGTERM)
     done = finish(both)
     assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr
@@ -196,14 +201,19 @@ def test_one_that_is_killed_ends_the_other(killed):
 
 
 def test_started_again_it_is_the_unbroken_run(killed, two):
-    """After a kill, both go on to the very bits of a run that nothing befell."""
+    """After a kill, and damage to what one of them saved last, both go on to the bits of a run that nothing befell."""
     workdir, *_ = killed
     steps = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
     assert max(steps) > 20
     for step in steps:
         if step > 38:
             shutil.rmtree(workdir / "checkpoints" / str(step))
-    train(workdir, **TWO)
+    damaged = max(step for step in steps if step <= 38)
+    for file in (workdir / "checkpoints" / str(damaged) / "params" / "ocdbt.process_1" / "d").iterdir():
+        file.write_bytes(file.read_bytes()[:10])  # which only the second of them reads
+    first, _ = train(workdir, **TWO)
+    assert f"Checkpoint {damaged} is damaged: moved to" in first.stderr
+    assert (workdir / "damaged_checkpoints" / str(damaged)).exists()
     assert metrics_of(workdir) == metrics_of(two)
     params = [loading.load_model(folder).params for folder in (workdir, two)]
     jax.tree.map(np.testing.assert_array_equal, *params)

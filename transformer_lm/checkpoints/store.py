@@ -10,9 +10,12 @@ import re
 import tempfile
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from transformer_lm.checkpoints.workdir import CHECKPOINTS_DIR, DAMAGED_DIR
@@ -100,28 +103,32 @@ class Checkpoints:
           UserError: there are checkpoints, and none of them can be read, or they are of another network or optimizer;
             or there are none but such as were set aside.
         """
-        failures: dict[int, Exception] = {}
+        failures: dict[int, str] = {}
         for step in self.steps[::-1]:
+            restored, cause, outcome = None, None, _READ
             try:
                 restored = self._restore(step, dict(zip(ITEMS, (params, opt_state, progress), strict=True)))
             except UserError:
                 raise
             except Exception as error:  # whatever a damaged file makes Orbax raise
-                if NOT_DAMAGE.search(f"{type(error).__name__} {error}") or not self._is_readable(step):
-                    raise UserError(
-                        f"Checkpoint {step} in {self._directory} cannot be read now: {first_line(error)}. It is left "
-                        "as it is; see to memory, permissions and the network, and run the same command again."
-                    ) from error
-                logging.error("Checkpoint %d cannot be read (%s).", step, first_line(error))
-                failures[step] = error
-            else:
-                for damaged in failures:
-                    self._set_aside(damaged)
+                hidden = NOT_DAMAGE.search(f"{type(error).__name__} {error}") or not self._is_readable(step)
+                cause, outcome = error, _HIDDEN if hidden else _DAMAGED
+            outcome = _worst(outcome)
+            why = first_line(cause) if cause else "as another process of this run says"
+            if outcome == _HIDDEN:
+                raise UserError(
+                    f"Checkpoint {step} in {self._directory} cannot be read now: {why}. It is left as it is; see to "
+                    "memory, permissions and the network, and run the same command again."
+                ) from cause
+            if outcome == _READ:
+                self._set_aside(list(failures))
                 return restored
+            logging.error("Checkpoint %d cannot be read (%s).", step, why)
+            failures[step] = why
         if failures:
             raise UserError(
                 f"None of the checkpoints {sorted(failures)} in {self._directory} can be read "
-                f"({first_line(failures[max(failures)])}); they are left as they are. Bring back a copy, or use "
+                f"({failures[max(failures)]}); they are left as they are. Bring back a copy, or use "
                 "another --workdir to train from the beginning."
             )
         if self.set_aside:
@@ -140,9 +147,9 @@ class Checkpoints:
         stored = self._check_shapes(step, {name: targets[name] for name in ("params", "opt_state")})
         known = {path.split("/")[0] for path in stored["progress"]}
         targets["progress"] = {name: value for name, value in targets["progress"].items() if name in known}
-        args = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-        return tuple(restored[name] for name in ITEMS)
+        # Not by the manager, which waits for the other processes even where one of them has failed.
+        folder, handler = self._manager.directory / str(step), ocp.StandardCheckpointHandler()
+        return tuple(handler.restore(folder / name, args=ocp.args.StandardRestore(targets[name])) for name in ITEMS)
 
     def _stored_shapes(self, step: int) -> dict[str, dict[str, tuple[int, ...]]]:
         """For each item {path of an array: its shape}; opens every array, and raises where one is not there."""
@@ -177,14 +184,18 @@ class Checkpoints:
             return False
         return True
 
-    def _set_aside(self, step: int):
-        """Moves a checkpoint to where its name is free."""
+    def _set_aside(self, steps: list[int]):
+        """Moves checkpoints to where their names are free: the first process of the run does, the others wait."""
+        if not steps:
+            return
         folder = self._workdir / DAMAGED_DIR
-        folder.mkdir(parents=True, exist_ok=True)
-        names = (f"{step}" if n == 0 else f"{step}.{n}" for n in range(10**6))
-        place = next(folder / name for name in names if not (folder / name).exists())
-        logging.error("Checkpoint %d is damaged: moved to %s.", step, place)
-        (self._directory / str(step)).rename(place)
+        for step in steps if jax.process_index() == 0 else ():
+            folder.mkdir(parents=True, exist_ok=True)
+            names = (f"{step}" if n == 0 else f"{step}.{n}" for n in range(10**6))
+            place = next(folder / name for name in names if not (folder / name).exists())
+            logging.error("Checkpoint %d is damaged: moved to %s.", step, place)
+            (self._directory / str(step)).rename(place)
+        _worst(_READ)
         self._manager.reload()
 
     def close(self):
@@ -195,6 +206,15 @@ class Checkpoints:
             self._manager.close()
             if self._alias:
                 self._alias.cleanup()
+
+
+# What comes of reading a checkpoint.
+_READ, _DAMAGED, _HIDDEN = range(3)
+
+
+def _worst(outcome: int) -> int:
+    """Of all processes of the run, for which it waits."""
+    return int(np.max(multihost_utils.process_allgather(np.asarray(outcome))))
 
 
 _OWNERS = {"params": "network", "opt_state": "optimizer"}

@@ -22,6 +22,7 @@ from transformer_lm.data import input_pipeline, preparation
 from transformer_lm.generation import language_model
 from transformer_lm.tokenizer.turns import Turns
 from transformer_lm.training import batching, distributed, instructions, metrics, optimizers, sharding
+from transformer_lm.training.agreement import AnyProcess
 from transformer_lm.training.config import Recipe
 from transformer_lm.training.evaluation import evaluate_rows
 from transformer_lm.training.flops import flops_per_token
@@ -163,6 +164,7 @@ class _Loop:
         self._train_step = jax.jit(train_step, donate_argnums=0, out_shardings=placement)
         self._eval_step = jax.jit(make_eval_step(run.network, run.layout), out_shardings=everywhere)
         self._stop = Stop(signals, run.layout)
+        self._save_is_due = AnyProcess(self._is_old, run.layout)
         self._reporter = Reporter(
             writer,
             optimizers.learning_rate_schedule(run.recipe.optimizer),
@@ -236,13 +238,17 @@ class _Loop:
         run.state = dataclasses.replace(run.state, totals=jax.device_put(zero_totals(), run.layout.sharding()))
         return totals
 
-    def _saves(self, step: int) -> bool:
-        config = self._config
+    def _is_old(self) -> bool:
+        """Whether the last checkpoint is, by this process's clock."""
         minutes = (time.monotonic() - self._saved_at) / 60
-        due = config.checkpoint_every_minutes and minutes >= config.checkpoint_every_minutes
-        return config.save_checkpoints and bool(
-            due or step % config.checkpoint_every_steps == 0 or step == config.num_train_steps
-        )
+        return 0 < self._config.checkpoint_every_minutes <= minutes
+
+    def _saves(self, step: int) -> bool:
+        """The same in all processes, whose saves wait for one another."""
+        config = self._config
+        due = config.checkpoint_every_minutes > 0 and self._save_is_due()
+        due = due or step % config.checkpoint_every_steps == 0 or step == config.num_train_steps
+        return config.save_checkpoints and due
 
     def _evaluates(self, step: int) -> bool:
         return step % self._config.eval_every_steps == 0 or step == self._config.num_train_steps
@@ -252,6 +258,7 @@ class _Loop:
         self._writer.sync()
         run.saved.save(run.step, run.state.params, run.state.opt_state, run.progress)
         self._saved_step, self._saved_at = run.step, time.monotonic()
+        self._save_is_due.forget()
 
     def _evaluate(self):
         """Evaluates and samples, in vain when a signal comes."""

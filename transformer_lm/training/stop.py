@@ -4,10 +4,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
+from transformer_lm.training.agreement import AnyProcess
 from transformer_lm.training.sharding import Layout
 from transformer_lm.training.signals import Signals, Stopped
 
@@ -21,10 +19,7 @@ class Stop:
         self._signals = signals
         self._agreed = False
         self._alone = jax.process_count() == 1
-        self._asked: jax.Array | None = None
-        mesh = layout.mesh
-        self._one_a_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self._any = jax.jit(jnp.any, out_shardings=layout.sharding())
+        self._any_is_told = AnyProcess(lambda: signals.caught is not None, layout)
 
     @property
     def agreed(self) -> bool:
@@ -32,18 +27,10 @@ class Stop:
         return self._signals.caught is not None if self._alone else self._agreed
 
     def __call__(self) -> bool:
-        """Whether to stop now. All processes ask equally often; they hear what was so when they asked before."""
-        if not self._alone:
-            before, self._asked = self._asked, self._ask()
-            self._agreed = self._agreed or (before is not None and bool(before))
+        """Whether to stop now. All processes ask equally often."""
+        if self._any_is_told():
+            self._agreed = True
         return self.agreed
-
-    def _ask(self) -> jax.Array:
-        def mine(_):
-            return np.array([self._signals.caught is not None])
-
-        devices = self._one_a_device.mesh.size
-        return self._any(jax.make_array_from_callback((devices,), self._one_a_device, mine))
 
     def unless(self, work: Callable[[], Result]) -> Result:
         """What `work` returns; raises Stopped when the run is to stop.
