@@ -19,6 +19,7 @@ LONG = 1024  # attention of more queries is computed in blocks
 QUERY_BLOCK = 256  # of so many
 SLOT_BLOCK = 128  # slots of a cache that are attended to at a time, where rows begin at different times
 TPU_BLOCK = 128  # lengths that the TPU's kernel takes are multiples of it
+TPU_LANES = 128  # head sizes that it takes are at most so large, or multiples of it
 HEADS = ("batch", "num_heads", None, None)  # names of the axes of queries
 
 
@@ -62,12 +63,21 @@ def attend_in_rows(query, key, value, segments, *, kind: str = "auto", dropout_r
 def choose(query, dropout_rate: float) -> str:
     """The fastest kind that there is for queries [B, H, T, K] on the devices at hand."""
     length, size = query.shape[-2:]
-    backend = jax.default_backend()
-    if not dropout_rate and backend == "gpu" and query.dtype == jnp.bfloat16 and size % 8 == 0 and size <= 128:
-        return "cudnn"
-    if not dropout_rate and backend == "tpu" and length % TPU_BLOCK == 0:
-        return "tpu"
+    device = jax.devices()[0]
+    if dropout_rate:
+        return "xla"
+    if device.platform == "gpu" and _has_cudnn_attention(device):
+        return "cudnn" if query.dtype == jnp.bfloat16 and size % 8 == 0 and size <= 128 and length % 2 == 0 else "xla"
+    # A TPU before v4 multiplies no bfloat16 to float32 in a kernel.
+    if device.platform == "tpu" and device.device_kind not in ("TPU v2", "TPU v3"):
+        return "tpu" if length % TPU_BLOCK == 0 and (size <= TPU_LANES or size % TPU_LANES == 0) else "xla"
     return "xla"
+
+
+def _has_cudnn_attention(device: jax.Device) -> bool:
+    """Whether a GPU is NVIDIA's, of Ampere or later: compute capability 8.0 (AMD's are like gfx90a)."""
+    major, _, minor = getattr(device, "compute_capability", "").partition(".")
+    return major.isdecimal() and minor.isdecimal() and int(major) >= 8
 
 
 def attend(query, key, value, mask, *, dropout_rate=0.0, dropout_keys: Keys = None):

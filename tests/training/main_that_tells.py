@@ -1,13 +1,16 @@
-"""main.py, each of whose processes writes down what it restored and which rows it read.
+"""main.py, each of whose processes writes down what it restored and which rows it read, and has a clock of its own.
 
 python main_that_tells.py --workdir=WORKDIR ...: in WORKDIR/told/PROCESS/ "state", a pickle of {path of an array: its
 parts on the devices of the process, as (index, values)}, and "rows", a line of JSON a step, {number of a row: tokens}.
+The clock by which a process saves goes twice as fast as that of the process before it.
 """
 
 import json
 import pickle
 import runpy
 import sys
+import time
+import types
 from pathlib import Path
 
 import jax
@@ -47,5 +50,6 @@ def read_and_tell(*arguments, only, **options):
 
 
 if __name__ == "__main__":
+    loop.time = types.SimpleNamespace(monotonic=lambda: time.monotonic() * 2 ** jax.process_index())
     loop.restore_or_init, input_pipeline.train_batches = restore_and_tell, read_and_tell
     runpy.run_module("transformer_lm.main", run_name="__main__", alter_sys=True)

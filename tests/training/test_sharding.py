@@ -1,8 +1,10 @@
 """What a run computes does not depend on the devices that it runs on; and what they tell each other."""
 
+import itertools
 import json
 import os
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -85,6 +87,49 @@ def test_the_largest_recipe_fits_eight_devices_of_16_gb(results):
 def test_impossible_mesh():
     with pytest.raises(UserError, match=r"1 device\(s\) do not divide by mesh_fsdp=2 x mesh_tensor=1"):
         sharding.make_layout(2, 1)
+
+
+def tpus(kind: str, *sides: int, slices: int = 1, cores: int = 1) -> list:
+    """What stands for the chips of a pod: JAX asks them for their places alone."""
+    places = itertools.product(range(slices), range(sides[2]), range(sides[1]), range(sides[0]), range(cores))
+    return [
+        types.SimpleNamespace(id=number, platform="tpu", device_kind=kind, process_index=number // 4, slice_index=part,
+                              coords=[x, y, z], core_on_chip=core)
+        for number, (part, z, y, x, core) in enumerate(places)
+    ]  # fmt: skip
+
+
+def gpus(nodes: int) -> list:
+    """Eight a node, in no order; JAX takes each node for a slice."""
+    numbers = np.random.default_rng(0).permutation(8 * nodes)
+    return [types.SimpleNamespace(id=i, platform="gpu", device_kind="H100", slice_index=i // 8) for i in numbers]
+
+
+@pytest.mark.parametrize(
+    ("devices", "shape"),
+    [
+        (tpus("TPU v3", 2, 2, 1, cores=2), (8, 1, 1)),
+        (tpus("TPU v4", 4, 4, 4), (8, 8, 1)),
+        (tpus("TPU v4", 2, 2, 4), (2, 2, 4)),
+        (tpus("TPU v5 lite", 4, 4, 1), (2, 8, 1)),
+        (tpus("TPU v6 lite", 4, 4, 1), (2, 8, 1)),
+        (tpus("TPU v6 lite", 4, 4, 1, slices=2), (2, 8, 2)),
+        (gpus(2), (2, 8, 1)),
+        (gpus(2), (4, 2, 2)),
+    ],
+)
+def test_devices_of_pods_and_nodes(devices, shape):
+    """Each has one place; what talks most lies within one slice or node."""
+    arranged = sharding.arrange(devices, shape)
+    assert arranged.shape == shape
+    assert sorted(device.id for device in arranged.flat) == list(range(len(devices)))
+    for part in arranged:
+        assert len({device.slice_index for device in part.flat}) == 1
+
+
+def test_a_mesh_that_slices_do_not_allow():
+    with pytest.raises(UserError, match="cannot be a mesh of data 1 x mesh_fsdp=32 x mesh_tensor=1; choose others"):
+        sharding.make_layout(32, 1, tpus("TPU v6 lite", 4, 4, 1, slices=2))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from transformer_lm import models
@@ -82,11 +83,25 @@ class Layout:
                 )
 
 
+def spread(tree: Any, places: Any) -> Any:
+    """NumPy arrays, which every process has whole, laid out by their shardings (a tree like it, or one for all).
+
+    `jax.device_put` would gather those of all processes on every device, to see whether they are the same.
+    """
+
+    def whole(array: np.ndarray, place: NamedSharding) -> jax.Array:
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
+
+    places = jax.tree.map(lambda _: places, tree) if isinstance(places, NamedSharding) else places
+    return jax.tree.map(whole, tree, places)
+
+
 def make_layout(fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Layout:
     """All devices of all processes, or those given, as a mesh, whose axis "data" takes what the other two leave.
 
     Raises:
-      UserError: the number of devices does not divide by them.
+      UserError: the number of devices does not divide by them, or their wires allow no such mesh.
     """
     devices = list(devices or jax.devices())
     if len(devices) % (fsdp * tensor):
@@ -95,4 +110,26 @@ def make_layout(fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = N
             "product divides the devices."
         )
     shape = (len(devices) // (fsdp * tensor), fsdp, tensor)
-    return Layout(jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices))
+    try:
+        arranged = arrange(devices, shape)
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(
+            f"{len(devices)} devices of kind {devices[0].device_kind} cannot be a mesh of data {shape[0]} x mesh_fsdp="
+            f"{fsdp} x mesh_tensor={tensor}; choose others of the two ({str(error).splitlines()[0]})."
+        ) from error
+    return Layout(Mesh(arranged, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3))
+
+
+def arrange(devices: Sequence[jax.Device], shape: tuple[int, int, int]) -> np.ndarray:
+    """The devices [data, fsdp, tensor], so that those that talk most are neighbours by their wires.
+
+    GPUs lie in their order, so that nodes are parts of "data"; so are the slices of a TPU run over several.
+    """
+    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices > 1:
+        data, *others = shape
+        if data % slices:
+            raise ValueError(f"{slices} slices of a pod do not divide data")
+        within, between = (data // slices, *others), (slices, 1, 1)
+        return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
