@@ -1,8 +1,10 @@
 #!/bin/bash
 # A run on all hosts of a TPU pod slice: launch/tpu_pod.sh TPU_NAME ZONE gs://BUCKET/WORKDIR CONFIG [--config.field=value ...]
-# The workdir lies in a bucket. The package is installed on every host before, with the extras tpu and gcs.
+# The workdir lies in a bucket. Every host has the checkout in its home, with the package in the checkout's .venv:
+# docs/scale.md has the commands.
 set -e
 name=$1 zone=$2 workdir=$3 config=$4
 shift 4
+arguments=$(printf ' %q' --workdir="$workdir" --config="$config" "$@")
 gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all \
-  --command="python3 -m transformer_lm.main --workdir='$workdir' --config='$config' $*"
+  --command="cd transformer-lm-japanese && .venv/bin/python -m transformer_lm.main$arguments"

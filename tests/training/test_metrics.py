@@ -2,12 +2,13 @@
 
 import json
 import math
+import types
 
 import pytest
 from tensorboardX.proto import event_pb2, plugin_hparams_pb2
 
 from transformer_lm.errors import UserError
-from transformer_lm.training import metrics
+from transformer_lm.training import board, metrics
 from transformer_lm.training.loss import perplexity
 
 
@@ -47,6 +48,34 @@ def test_lines_scalars_texts_and_recipe(tmp_path):
     assert text == "    昔々\n    \n    あるところに"  # indented, so that Markdown leaves marks alone
     [text] = [values[tag][1].tensor.string_val[0].decode() for tag in values if tag.startswith("recipe")]
     assert "seed = 3" in text
+
+
+def test_an_object_store_is_written_to_seldom(tmp_path, monkeypatch):
+    """Not at each line, but at each checkpoint, at the end, and once a minute."""
+    monkeypatch.setattr(metrics, "is_remote", lambda _: True)
+    monkeypatch.setattr(board, "is_remote", lambda _: True)
+    clock = [0.0]
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    writer = metrics.MetricWriter(tmp_path, 0, print)
+    for step in range(1, 41):
+        writer.write(step, {"train_loss": 1.0, "mfu": 0.5})
+    assert lines(tmp_path) == []
+    clock[0] = 61.0
+    writer.write(41, {"train_loss": 1.0})
+    assert len(lines(tmp_path)) == 41
+    assert len(scalars(tmp_path)) == 81
+    writer.write(42, {"train_loss": 1.0})
+    assert len(lines(tmp_path)) == 41
+    writer.sync()
+    assert len(lines(tmp_path)) == 42
+    writer.write(43, {"train_loss": 1.0})
+    writer.close()
+    assert len(lines(tmp_path)) == 43
+    assert len(scalars(tmp_path)) == 83
+
+
+def scalars(workdir) -> list[tuple[int, str]]:
+    return [(event.step, value.tag) for event in events(workdir) for value in event.summary.value]
 
 
 def test_resumed_run_drops_what_it_does_again(tmp_path):

@@ -37,13 +37,15 @@ def test_data_wait_is_what_the_devices_waited(monkeypatch, kind, share):
     monkeypatch.setattr(reporter, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(reporter, "peak_flops", lambda device: 1.0)
     writer = Writer()
-    told = reporter.Reporter(writer, schedule=lambda step: 0.1, flops=1.0, devices=1)
+    told = reporter.Reporter(writer, schedule=lambda step: 0.1, flops=1.0, devices=1, tokens=8)
     for step in range(1, 4):
         with told.waiting_for_data():
             clock.now += 3
         clock.now += 1
         told.flush()
         totals = {"loss": 1.0, "correct": 1.0, "tokens": 2.0}
-        told.pending = step, {"loss": kind(0.5), "grad_norm": kind(1)}, totals, 1
+        told.pending = step, {"loss": kind(0.5), "grad_norm": kind(1)}, totals
     assert writer.values["step_seconds"] == 4
+    assert writer.values["tokens_per_second"] == 2  # whatever share of them is scored
+    assert writer.values["mfu"] == 2
     assert writer.values["data_wait"] == share

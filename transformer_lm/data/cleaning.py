@@ -18,6 +18,7 @@ from etils import epath
 from transformer_lm.data import corpora
 from transformer_lm.data.dataset_preprocessor import Preprocessing
 from transformer_lm.data.launcher import Launcher
+from transformer_lm.data.workers import cores
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
 from transformer_lm.files import children, json_bytes, write_atomically
@@ -106,7 +107,7 @@ def open_texts(folder: epath.Path) -> corpora.Documents:
 
 def local_launcher(processes: int) -> Launcher:
     """For one machine: 0 processes for one a core."""
-    return Launcher("local", tasks=LOCAL_TASKS, workers=processes or os.cpu_count() or 1)
+    return Launcher("local", tasks=LOCAL_TASKS, workers=processes or cores())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ of its own. For many, the same functions are steps of a datatrove pipeline (`dat
 
 import dataclasses
 import itertools
-import os
 from typing import Annotated
 
 from absl import logging
@@ -18,7 +17,7 @@ from transformer_lm.data import cleaning, corpora, dataset_preprocessor, rows, t
 from transformer_lm.data.dataset_preprocessor import Preprocessing, texts_of
 from transformer_lm.data.launcher import Launcher
 from transformer_lm.data.rows import Corpus, PreparedCorpus, PreparedMixture, PreparedRows, RowsPlan
-from transformer_lm.data.workers import make_blocks
+from transformer_lm.data.workers import cores, make_blocks
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
 from transformer_lm.fields import Count, Range, RowLength, check
@@ -212,7 +211,7 @@ def prepare_rows(plan: RowsPlan, processes: int = 0, launcher: Launcher | None =
     if (plan.directory / rows.MANIFEST).exists():
         logging.warning("%s: something is damaged, and is made again.", plan.directory)
     if launcher is None:
-        return rows.finish_rows(plan, make_blocks(plan, processes or os.cpu_count() or 1))
+        return rows.finish_rows(plan, make_blocks(plan, processes or cores()))
     optional_import("datatrove", "prep", f"--executor={launcher.executor}")
     from transformer_lm.data import datatrove_steps as steps
 

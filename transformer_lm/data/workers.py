@@ -52,6 +52,11 @@ def make_blocks(plan: RowsPlan, processes: int) -> list[str]:
     return names
 
 
+def cores() -> int:
+    """How many this process may use, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextlib.contextmanager
 def _pool(processes: int) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
     """Worker processes; spawned, since JAX's threads do not survive a fork. After an error none is waited for."""

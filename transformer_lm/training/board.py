@@ -22,6 +22,8 @@ from tensorboardX.proto.summary_pb2 import Summary  # noqa: E402
 if _HIDDEN:
     del sys.modules["torch"]
 
+from transformer_lm.files import is_remote  # noqa: E402
+
 HPARAM_METRICS = {"eval/loss": 0.0, "eval/bits_per_char": 0.0}  # what the HParams tab compares runs by
 
 
@@ -31,14 +33,14 @@ class Board:
     def __init__(self, folder: os.PathLike | str, start_step: int):
         """Begins a file; of earlier files TensorBoard shows the steps up to `start_step` alone."""
         suffix = f".{uuid.uuid4().hex[:8]}"
+        self._is_remote = is_remote(folder)
         self._writer = EventsWriter(os.path.join(os.fspath(folder), "events"), suffix)
         if start_step:
             self._write(Event(session_log=SessionLog(status=SessionLog.START)), start_step + 1)
 
     def add_scalars(self, step: int, values: Mapping[str, float]):
         """Adds values by their tags, like "train/loss"."""
-        for tag, value in values.items():
-            self._add(step, summary.scalar(tag, value))
+        self._add(step, *(summary.scalar(tag, value) for tag, value in values.items()))
 
     def add_text(self, step: int, tag: str, text: str):
         """Adds a text as it is: indented, so that Markdown leaves its marks alone."""
@@ -49,15 +51,20 @@ class Board:
         shown = {
             name: value if isinstance(value, bool | int | float) else _text(value) for name, value in fields.items()
         }
-        for content in summary.hparams(shown, HPARAM_METRICS):
-            self._add(0, content)
+        self._add(0, *summary.hparams(shown, HPARAM_METRICS))
 
-    def _add(self, step: int, content: Summary):
-        self._write(Event(summary=content), step)
+    def _add(self, step: int, *contents: Summary):
+        for content in contents:
+            self._write(Event(summary=content), step)
+        if not self._is_remote:
+            self.flush()
 
     def _write(self, event: Event, step: int):
         event.wall_time, event.step = time.time(), step
         self._writer.write_event(event)
+
+    def flush(self):
+        """Writes what was added; an object store takes the whole file each time, so that there it is not done often."""
         self._writer.flush()
 
     def close(self):

@@ -49,10 +49,10 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
     Raises:
       UserError: the processes did not find together.
     """
-    if num_processes == 1:
-        return
     flags = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     given = {name: value for name, value in flags.items() if value is not None}
+    if num_processes == 1 or (not given and _is_only_task()):
+        return
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is for signals.py
     # A CPU that is a process's only device would begin a program before the last one has ended, in other orders in
     # other processes: what they tell each other would not match (jax 0.10).
@@ -73,6 +73,11 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
         _explain_abort()
     if not is_first():
         logging.set_verbosity(logging.WARNING)
+
+
+def _is_only_task() -> bool:
+    """Whether Slurm or Open MPI has begun this process alone, which has all devices then: JAX would give it one."""
+    return os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("SLURM_NTASKS")) == "1"
 
 
 def is_first() -> bool:

@@ -11,6 +11,7 @@ from transformer_lm import models
 
 # Peak dense bfloat16 FLOP/s of one device, from the makers' data sheets; by jax.Device.device_kind.
 PEAK_FLOPS = {
+    "TPU v2": 45e12 / 2,
     "TPU v3": 123e12 / 2,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -21,8 +22,14 @@ PEAK_FLOPS = {
     "TPU v6e": 918e12,
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
 }
 
 
@@ -38,22 +45,30 @@ def flops_per_token(network: models.TransformerConfig, length: int) -> float:
 
 
 def peak_flops(device: jax.Device) -> float:
-    """Peak FLOP/s of a device: bfloat16 by its maker's data sheet, else those of a measured product in float32."""
+    """Peak FLOP/s of a device: bfloat16 by its maker's data sheet, else those of a measured product."""
     if device.device_kind in PEAK_FLOPS:
         return PEAK_FLOPS[device.device_kind]
-    return measured_flops()
+    return measured_flops() if device.platform == "cpu" else measured_flops(jnp.bfloat16, size=4096, products=8)
 
 
 @functools.cache
-def measured_flops(size: int = 1024, seconds: float = 0.1) -> float:
-    """FLOP/s of the fastest product of float32 matrices [size, size] within some time, on the default device."""
-    a = jnp.ones((size, size), jnp.float32)
-    multiply = jax.jit(jnp.matmul)
-    multiply(a, a).block_until_ready()
+def measured_flops(dtype=jnp.float32, size: int = 1024, products: int = 1, seconds: float = 0.1) -> float:
+    """FLOP/s of matrix products on the default device, the fastest time of those within some seconds.
+
+    Args:
+      dtype: of the matrices, [size, size].
+      size: their rows.
+      products: in one call, one after the other: on an accelerator a call takes longer than a small product.
+      seconds: how long to measure.
+    """
+    ones, mean = jnp.ones((size, size), dtype), jnp.full((size, size), 1 / size, dtype)
+    multiply = jax.jit(lambda x: jax.lax.fori_loop(0, products, lambda _, x: x @ mean, x))
+    multiply(ones).block_until_ready()
     taken = []
     while sum(taken) < seconds:
         start = time.perf_counter()
-        multiply(a, a).block_until_ready()
+        multiply(ones).block_until_ready()
         taken.append(time.perf_counter() - start)
-    logging.info("mfu is a share of a matrix product's speed here: %.0f GFLOP/s.", 2e-9 * size**3 / min(taken))
-    return 2.0 * size**3 / min(taken)
+    speed = 2.0 * products * size**3 / min(taken)
+    logging.info("mfu is a share of a matrix product's speed here: %.0f GFLOP/s.", 1e-9 * speed)
+    return speed

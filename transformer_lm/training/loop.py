@@ -170,6 +170,7 @@ class _Loop:
             optimizers.learning_rate_schedule(run.recipe.optimizer),
             flops_per_token(run.network, run.data.train.row_length),
             run.layout.mesh.size,
+            run.batching.rows * run.data.train.row_length,
         )
 
     def run(self):
@@ -215,7 +216,7 @@ class _Loop:
             run.step, run.rows_read = run.step + 1, run.rows_read + rows
             self._profile.after(run.step, step_metrics)
             self._reporter.flush()
-            self._reporter.pending = (run.step, step_metrics, self._totals_to_log(), config.log_every_steps)
+            self._reporter.pending = (run.step, step_metrics, self._totals_to_log())
             saving, evaluating = self._saves(run.step), self._evaluates(run.step)
             if saving or evaluating:
                 self._reporter.flush()

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,19 +16,26 @@ from transformer_lm.errors import UserError
 from transformer_lm.files import is_remote, write_atomically
 from transformer_lm.training.board import Board
 
+REMOTE_SECONDS = 60  # at least, between two times that the files of an object store are written for a log line
+
 
 class MetricWriter:
-    """Writes a run's events; a step that is done again after a restart stands there once."""
+    """Writes a run's events; a step that is done again after a restart stands there once.
+
+    An object store takes whole files alone, so that there they are written seldom, and always by `sync` and `close`.
+    """
 
     def __init__(self, workdir: os.PathLike | str, start_step: int, report: Callable[[int, str], None]):
         """Drops what an interrupted run wrote after `start_step`; `report` shows a step and a text on the console."""
         self._report = report
         self._path = epath.Path(workdir) / METRICS_FILE
+        self._file = None
         with self._explained():
             self._lines = _lines_until(self._path, start_step)
             write_atomically(self._path, "".join(self._lines).encode())
             self._file = None if is_remote(workdir) else self._path.open("a", encoding="utf-8")
             self._board = Board(workdir, start_step)
+            self._stored_at = time.monotonic()
 
     def write(self, step: int, values: Mapping[str, float]):
         """Adds one line to metrics.jsonl and the values to TensorBoard, and logs them."""
@@ -37,9 +45,9 @@ class MetricWriter:
             if self._file:
                 self._file.write(line)
                 self._file.flush()
-            else:  # an object store cannot append
-                write_atomically(self._path, "".join(self._lines).encode())
             self._board.add_scalars(step, {_tag(name): value for name, value in values.items()})
+            if time.monotonic() - self._stored_at > REMOTE_SECONDS:
+                self._store()
         text = " ".join(f"{name.removeprefix('train_')} {_brief(value)}" for name, value in values.items())
         logging.info("step %d: %s", step, text)
 
@@ -66,13 +74,22 @@ class MetricWriter:
 
     def sync(self):
         """Returns when what was written survives a power cut; before a checkpoint that counts on it."""
-        if self._file:
-            with self._explained():
+        with self._explained():
+            if self._file:
                 os.fsync(self._file.fileno())
+            self._store()
+
+    def _store(self):
+        """Writes the files of an object store."""
+        if self._file is None:
+            write_atomically(self._path, "".join(self._lines).encode())
+            self._board.flush()
+        self._stored_at = time.monotonic()
 
     def close(self):
         """Closes the files."""
         with self._explained():
+            self._store()
             if self._file:
                 self._file.close()
             self._board.close()
@@ -81,7 +98,9 @@ class MetricWriter:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except Exception as error:
+            if self._file is not None and not isinstance(error, OSError):  # of an object store's library anything
+                raise
             raise UserError(
                 f"The run's metrics could not be written to {self._path.parent}: {error}. Checkpoints are unharmed: "
                 "mend the cause and run the same command again."

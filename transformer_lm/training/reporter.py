@@ -20,12 +20,14 @@ class Reporter:
     """Reads the metrics of finished steps, stops on a loss that is not finite, and hands lines to the writer.
 
     Attributes:
-      pending: of the step that was dispatched last its number, its metrics, the totals to log or None, and the number
-        of steps in them; None when it has been reported.
+      pending: of the step that was dispatched last its number, its metrics, and the totals to log or None; None when
+        it has been reported.
     """
 
-    def __init__(self, writer: metrics.MetricWriter, schedule: optax.Schedule, flops: float, devices: int):
+    def __init__(self, writer: metrics.MetricWriter, schedule: optax.Schedule, flops: float, devices: int, tokens: int):
+        """`flops`: of a token; `tokens`: of a step, those that are not scored and padding included."""
         self._writer = writer
+        self._tokens = tokens
         self._schedule = schedule
         self._flops = flops
         self._peak = peak_flops(jax.devices()[0]) * (devices if jax.default_backend() != "cpu" else 1)
@@ -40,7 +42,7 @@ class Reporter:
         """Reports the pending step, if there is one; waits for the device to finish it."""
         if self.pending is None:
             return
-        (step, step_metrics, totals, steps_in_totals), self.pending = self.pending, None
+        (step, step_metrics, totals), self.pending = self.pending, None
         step_metrics = {name: float(value) for name, value in step_metrics.items()}
         if not all(map(math.isfinite, step_metrics.values())):
             raise UserError(
@@ -53,7 +55,7 @@ class Reporter:
         else:
             self._timed_steps += 1
         if totals is not None:
-            self._write(step, totals, steps_in_totals)
+            self._write(step, totals)
         self._writer.show(step, f"loss {step_metrics['loss']:.3f}  {self._tokens_per_second:,.0f} tokens/s")
 
     @contextlib.contextmanager
@@ -71,7 +73,7 @@ class Reporter:
         """Leaves out of the speed whatever has happened since the last step (an evaluation, a checkpoint)."""
         self._clock, self._timed_steps = None, 0
 
-    def _write(self, step: int, totals: dict, steps: int):
+    def _write(self, step: int, totals: dict):
         totals = {name: float(total) for name, total in totals.items()}
         loss = totals["loss"] / totals["tokens"]
         values = {
@@ -80,17 +82,17 @@ class Reporter:
             "train_perplexity": perplexity(loss),
             "learning_rate": float(self._schedule(step - 1)),
         }
-        self._writer.write(step, values | self._speeds(totals["tokens"] / steps))
+        self._writer.write(step, values | self._speeds())
 
-    def _speeds(self, tokens: float) -> dict[str, float]:
-        """How fast the steps since the last report were, of so many tokens each."""
+    def _speeds(self) -> dict[str, float]:
+        """How fast the steps since the last report were."""
         values: dict[str, float] = {}
         now = time.perf_counter()
         if self._began is not None:
             values["first_step_seconds"], self._began = now - self._began, None
         if self._timed_steps:
             seconds = now - self._clock
-            self._tokens_per_second = tokens * self._timed_steps / seconds
+            self._tokens_per_second = self._tokens * self._timed_steps / seconds
             values |= {
                 "tokens_per_second": self._tokens_per_second,
                 "step_seconds": seconds / self._timed_steps,

@@ -1,0 +1,45 @@
+"""The scripts in launch/, with stand-ins for the commands of the clusters."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT
+
+ODD = [
+    "--config.dataset_name=[('a b', 1.0), (\"c\", 2)]",
+    "--config.train_split=train[:98%]",
+    "--config.prompts=昔 $HOME;*",
+]
+RUN = ["-m", "transformer_lm.main", "--workdir=gs://bucket/a b", "--config=configs/japanese_0.1b_v1.py", *ODD]
+TELL = f"#!/bin/sh\nexec {sys.executable} -c 'import json, sys; print(json.dumps(sys.argv[1:]))' \"$@\"\n"
+
+
+def program(path: Path, content: str):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    path.chmod(0o755)
+
+
+def launch(script: str, *arguments: str, path: Path, **environment: str) -> list[str]:
+    """What the program that a script comes down to is given."""
+    environment = os.environ | {"PATH": f"{path}:{os.environ['PATH']}"} | environment
+    line = [ROOT / "launch" / script, *arguments]
+    return json.loads(subprocess.run(line, env=environment, capture_output=True, text=True, check=True).stdout)
+
+
+def test_a_pod_gets_the_words_as_they_are(tmp_path):
+    """Through gcloud's ssh, which hands the command to a shell in the home of each host."""
+    program(tmp_path / "gcloud", '#!/bin/bash\nlast=${@: -1}\ncd "$HOME" && exec bash -c "${last#--command=}"\n')
+    program(tmp_path / "transformer-lm-japanese" / ".venv" / "bin" / "python", TELL)
+    arguments = ["pod", "zone", RUN[2].partition("=")[2], RUN[3].partition("=")[2], *ODD]
+    assert launch("tpu_pod.sh", *arguments, path=tmp_path, HOME=str(tmp_path)) == RUN
+
+
+def test_slurm_gets_the_words_as_they_are(tmp_path):
+    program(tmp_path / "srun", TELL)
+    arguments = [RUN[2].partition("=")[2], RUN[3].partition("=")[2], *ODD]
+    told = launch("slurm.sh", *arguments, path=tmp_path, SLURM_CPUS_PER_TASK="8")
+    assert told == ["--kill-on-bad-exit=1", "--cpus-per-task=8", "python3", *RUN]
