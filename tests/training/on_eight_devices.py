@@ -115,17 +115,22 @@ class Run:
         return {"same bits": jax.tree.all(same), "losses": self.steps(state)[1]}
 
 
-def compiled_step(network, optimizer, layout, state, batch, key, *, smoothing: float, accumulation: int):
-    """A step of training, compiled for arrays like these."""
+def traced_step(network, optimizer, layout, state, batch, key, *, smoothing: float, accumulation: int):
+    """A step of training, for arrays like these."""
     step = make_train_step(network, optimizer, smoothing, layout=layout, accumulation=accumulation)
     results = jax.tree.map(lambda x: x.sharding, state), layout.sharding()
-    return jax.jit(step, donate_argnums=0, out_shardings=results).lower(state, batch, key).compile()
+    return jax.jit(step, donate_argnums=0, out_shardings=results).trace(state, batch, key)
 
 
-def bytes_of_the_largest_recipe() -> int:
-    """What a step of japanese_1.0b_v1 takes on each of eight devices in fsdp; compiled, not run."""
-    config = recipe.load(str(Path(base.__file__).with_name("japanese_1.0b_v1.py"))).unlock()
-    config.update({"mesh_fsdp": 8, "remat": "block"})
+def compiled_step(*arguments, **options):
+    """As `traced_step`, compiled."""
+    return traced_step(*arguments, **options).lower().compile()
+
+
+def step_of(name: str, **fields):
+    """The step of a recipe with some fields changed, of abstract arrays."""
+    config = recipe.load(str(Path(base.__file__).with_name(f"{name}.py"))).unlock()
+    config.update(fields)
     chosen = recipe.read(config)
     layout = sharding.make_layout(chosen.train.mesh_fsdp, chosen.train.mesh_tensor)
     batches = batching.plan(chosen.train, layout)
@@ -134,11 +139,21 @@ def bytes_of_the_largest_recipe() -> int:
     shape = (batches.rows, chosen.data.max_target_length)
     batch = {name: jax.ShapeDtypeStruct(shape, np.int32, sharding=layout.sharding("batch")) for name in ROW_ARRAYS}
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=layout.sharding())
-    step = compiled_step(
+    return traced_step(
         chosen.network, optimizer, layout, state, batch, key, smoothing=0.0, accumulation=batches.accumulation
     )
-    memory = step.memory_analysis()
+
+
+def bytes_of_the_largest_recipe() -> int:
+    """What a step of japanese_1.0b_v1 takes on each of eight devices in fsdp; compiled, not run."""
+    memory = step_of("japanese_1.0b_v1", mesh_fsdp=8, remat="block").lower().compile().memory_analysis()
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+
+def kernels_for_tpus() -> int:
+    """How many of the TPU's own kernels are in a step of japanese_0.1b_v2 on 2 x 2 x 2 of them; translated, not run."""
+    step = step_of("japanese_0.1b_v2", mesh_fsdp=2, mesh_tensor=2, attention="tpu", num_kv_heads=4)
+    return step.lower(lowering_platforms=("tpu",)).as_text().count("@tpu_custom_call")
 
 
 def run_family(workdir: Path, network: dict, optimizer: dict, meshes: tuple[str, ...]) -> dict:
@@ -163,7 +178,7 @@ def run_family(workdir: Path, network: dict, optimizer: dict, meshes: tuple[str,
 def main(workdir: str):
     """Prints what is found, as JSON."""
     results = {name: run_family(Path(workdir) / name, *family) for name, family in FAMILIES.items()}
-    print(json.dumps(results | {"bytes": bytes_of_the_largest_recipe()}))
+    print(json.dumps(results | {"bytes": bytes_of_the_largest_recipe(), "kernels": kernels_for_tpus()}))
 
 
 if __name__ == "__main__":

@@ -84,6 +84,11 @@ def test_the_largest_recipe_fits_eight_devices_of_16_gb(results):
     assert results["bytes"] < 16e9
 
 
+def test_tpus_take_their_kernels(results):
+    """In bfloat16, with heads that share keys: forward, and backward for queries and for keys and values."""
+    assert results["kernels"] >= 3
+
+
 def test_impossible_mesh():
     with pytest.raises(UserError, match=r"1 device\(s\) do not divide by mesh_fsdp=2 x mesh_tensor=1"):
         sharding.make_layout(2, 1)
