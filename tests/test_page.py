@@ -131,6 +131,22 @@ def test_several_side_by_side_stop_and_errors(page, server):
     expect(page.locator("#error")).to_contain_text("The server does not answer")
 
 
+def test_the_newest_text_alone_is_written(page, server):
+    """Though the tokens of the one before come late, which Escape has given up."""
+    waiting = []
+    page.route("**/tokenize", lambda route: waiting.append(route))
+    write(page)
+    page.keyboard.press("Escape")
+    write(page)
+    page.wait_for_timeout(200)
+    for route in waiting:
+        route.continue_()
+    finished(page)
+    assert len(waiting) == 2
+    assert page.locator("article").count() == 1
+    expect(page.locator("#error")).to_be_empty()
+
+
 def test_a_text_is_stopped(page, server, monkeypatch):
     engine = server.worker.scheduler.engine
     step = engine.step

@@ -139,6 +139,13 @@ class TestCompletions:
             assert best[0]["id"] == np.argmax(row)
             assert tokenizer.piece_text(token) in top
         assert found.usage.completion_tokens == 5
+        bare = server.openai.completions.create(
+            model=NAME, prompt="昔々あるところに", echo=True, logprobs=0, max_tokens=0
+        )
+        np.testing.assert_allclose(
+            bare.choices[0].logprobs.token_logprobs, choice.logprobs.token_logprobs[: len(prompt)]
+        )
+        assert {len(top) for top in bare.choices[0].logprobs.top_logprobs} == {1}
 
     def test_prompts_in_all_forms(self, server, tokenizer):
         texts = ["昔々", "吾輩は猫である。"]
@@ -205,7 +212,9 @@ class TestOthers:
         words = dict(re.findall(r"^  (ja|en): \{(.*?)^  \},", answer.text, re.M | re.S))
         names = [re.findall(r'(\w+): "', words[language]) for language in ("ja", "en")]
         assert names[0] == names[1]
-        assert set(re.findall(r'data-say="(\w+)"|say\("(\w+)"\)', answer.text)[0]) - {""} <= set(names[0])
+        said = re.findall(r'data-say="(\w+)"|\b(?:say|sayHere)\("(\w+)"', answer.text)
+        assert len(said) > 15
+        assert {one or other for one, other in said} <= set(names[0])
 
 
 class TestErrors:
@@ -275,6 +284,31 @@ class TestErrors:
                 assert '"server_error"' in answer.text
             assert server.post(prompt="昔", max_tokens=2).status_code == 200
 
+    def test_an_engine_that_cannot_go_on_is_told_to_all(self, network, tokenizer, monkeypatch):
+        """Nobody waits for ever: neither who waits when it happens, nor who asks later."""
+        engine = Engine(network, init(network), slots=1, context=CONTEXT)
+        with serving(Scheduler(engine, tokenizer)) as server:
+            monkeypatch.setattr(engine, "step", lambda: 1 / 0)
+            monkeypatch.setattr(engine, "reset", lambda: 1 / 0)
+            with ThreadPoolExecutor(3) as clients:
+                answers = list(clients.map(lambda _: server.post(prompt="昔", max_tokens=2), range(3)))
+            assert {answer.status_code for answer in answers} <= {500, 503}
+            wait_until(lambda: not server.worker.is_alive)
+            late = server.post(prompt="昔")
+            assert (late.status_code, late.json()["error"]["message"]) == (503, "The server writes no more texts.")
+            assert server.http.get("/health").status_code == 503
+            assert not server.worker.open
+
+    def test_a_client_that_goes_while_it_sends_is_no_failure(self, scheduler, caplog):
+        with serving(scheduler) as server:
+            host, port = server.url.removeprefix("http://").split(":")
+            with socket.create_connection((host, int(port))) as client:
+                head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                client.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+            wait_until(lambda: 'answers_total{status="499"} 1.0' in server.http.get("/metrics").text)
+            assert 'status="500"' not in server.http.get("/metrics").text
+        assert "failed" not in caplog.text
+
 
 class TestLimits:
     def test_64_clients_at_once(self, server):
@@ -337,6 +371,16 @@ class TestLimits:
             assert answer.headers["access-control-allow-origin"] == "https://a.example"
             answer = server.http.get("/health", headers={"Origin": "https://b.example"})
             assert "access-control-allow-origin" not in answer.headers
+
+    def test_a_server_of_this_machine_alone_answers_to_its_names(self, scheduler):
+        """A web page whose name comes to mean 127.0.0.1 gets nothing; where there is a key it needs that."""
+        hosts = {"localhost:8000": 200, "127.0.0.1": 200, "[::1]:8000": 200, "a.localhost": 200, "evil.example": 403}
+        with serving(scheduler, is_local=True) as server:
+            for host, status in hosts.items():
+                assert server.http.get("/v1/models", headers={"Host": host}).status_code == status
+        with serving(scheduler, is_local=True, api_key="a") as server:
+            headers = {"Host": "server.example", "Authorization": "Bearer a"}
+            assert server.http.get("/v1/models", headers=headers).status_code == 200
 
 
 def wait_until(holds, seconds: float = 60):

@@ -130,8 +130,8 @@ def evaluate_tasks(model: language_model.LanguageModel) -> dict[str, dict]:
 
     found = harness.run_tasks(
         model, [name for name in _TASKS.value if name.strip()], data_dir=_TASKS_DATA.value,
-        include_path=_INCLUDE_PATH.value, num_fewshot=_NUM_FEWSHOT.value, limit=_LIMIT.value,
-        chat=bool(_CHAT.value),
+        include_path=_INCLUDE_PATH.value and os.path.expanduser(_INCLUDE_PATH.value),
+        num_fewshot=_NUM_FEWSHOT.value, limit=_LIMIT.value, chat=bool(_CHAT.value),
     )  # fmt: skip
     if _SAMPLES.value:
         lines = [

@@ -10,6 +10,7 @@ Of the recipe only use_bfloat16 counts; how a text is written each request says 
 On SIGTERM what has begun is finished, for --grace_seconds at most, and the exit status is 0.
 """
 
+import ipaddress
 import os
 import signal
 import socket
@@ -61,11 +62,12 @@ def main(config: ConfigDict, workdir: str):
         turns = model.turns
         del model  # its parameters lie in the engine as it needs them
         _warm_up(scheduler)
+    is_local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
     key = os.environ.get("TRANSFORMER_LM_API_KEY", "") if _API_KEY.value is None else _API_KEY.value
     _serve(
         scheduler, listener, name=_NAME.value or _name(workdir), api_key=key, max_body_bytes=_MAX_BODY_BYTES.value,
-        cors_origins=tuple(_CORS_ORIGINS.value), openings=tuple(chosen.prompts), sampling=chosen.sampling,
-        turns=turns, is_mukashi=chosen.data.dataset_name in ("mukashi", "mukashi_chat"),
+        is_local=is_local, cors_origins=tuple(_CORS_ORIGINS.value), openings=tuple(chosen.prompts),
+        sampling=chosen.sampling, turns=turns, is_mukashi=chosen.data.dataset_name in ("mukashi", "mukashi_chat"),
     )  # fmt: skip
 
 

@@ -172,6 +172,17 @@ class TestPrompts:
         ids = [[(token.id, token.log_prob) for token in text] for text in found]
         assert ids[1][len(prompt) :] == ids[0]
 
+    def test_penalties_count_what_is_written_alone(self, engine, tokenizer):
+        """And not what steps choose in a slot whose prompt is still being read, chunk by chunk."""
+        endless = {"logit_bias": {EOS_ID: -100.0}}
+        prompt = np.random.default_rng(0).integers(3, tokenizer.vocab_size, 3 * CHUNK + 8).tolist()
+        penalized = Request(prompt, Settings(temperature=0.0, frequency_penalty=2.0, **endless), 8)
+        engine.reset()
+        alone = write(Scheduler(engine, tokenizer), [penalized])
+        engine.reset()
+        other = Request([5], Settings(**endless), 40)
+        assert write(Scheduler(engine, tokenizer), [other, penalized], late=1)[1:] == alone
+
     def test_a_long_prompt_holds_nobody_up(self, engine, tokenizer):
         """Others write a token at each step, and a short prompt does not wait for the end of a long one."""
         engine.reset()
@@ -274,6 +285,7 @@ class TestSettings:
             ({"top_p": 0.6}, [1, 3]),  # 0.4 is not enough, 0.65 is
             ({"top_p": 0.66}, [1, 3, 4]),
             ({"top_p": 1e-6}, [1]),
+            ({"top_p": 1e-300}, [1]),
             ({"min_p": 0.4}, [1, 3, 4]),  # 0.16 and more
             ({"min_p": 1.0}, [1]),
             ({"top_k": 3, "top_p": 0.77}, [1, 3, 4]),  # 0.65 of 0.85 is 0.76

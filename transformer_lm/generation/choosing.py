@@ -98,7 +98,8 @@ def _cut_top_k(logits, table):
 
 def _cut_top_p(logits, table):
     """Logits [N, V] with -inf for what top_p leaves out."""
-    top_p, probabilities = table["top_p"][:, None], jax.nn.softmax(logits, axis=-1)
+    top_p = jnp.maximum(table["top_p"], jnp.finfo(jnp.float32).tiny)[:, None]  # a smaller one has become 0
+    probabilities = jax.nn.softmax(logits, axis=-1)
     order = jax.lax.bitcast_convert_type(probabilities, jnp.uint32)  # as the probabilities', none being negative
 
     def reaches(value):

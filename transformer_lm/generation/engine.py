@@ -258,16 +258,16 @@ def _empty(network: models.TransformerConfig, slots: int, context: int) -> Slots
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _begin(state: Slots, slot, bias, prompted) -> Slots:
-    """The slots with one whose text begins anew."""
-    counts = state.counts.at[slot].set(0)
+    """The slots with one that is given to another text."""
     return dataclasses.replace(
-        state, bias=state.bias.at[slot].set(bias), counts=counts, prompted=state.prompted.at[slot].set(prompted)
+        state, bias=state.bias.at[slot].set(bias), prompted=state.prompted.at[slot].set(prompted)
     )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put_logits(state: Slots, slot, logits) -> Slots:
-    return dataclasses.replace(state, logits=state.logits.at[slot].set(logits))
+    """The slots with one whose text begins now: what steps chose there while its prompt was read counts for nothing."""
+    return dataclasses.replace(state, logits=state.logits.at[slot].set(logits), counts=state.counts.at[slot].set(0))
 
 
 @functools.partial(jax.jit, donate_argnums=0)

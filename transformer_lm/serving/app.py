@@ -1,10 +1,14 @@
 """The application: what stands at which address, who may ask, how much at once, and what is measured."""
 
 import asyncio
+import contextlib
 import dataclasses
+import ipaddress
 import json
 import secrets
+import socket
 import time
+import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +20,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -35,6 +39,11 @@ NO_TURNS = (
     "This model continues texts; it was not trained on conversations and has no turns, so that there is no chat. "
     "Ask POST /v1/completions."
 )
+GONE = "The client has gone."
+NOT_LOCAL = (
+    "This server listens on this machine alone, and answers no name but those of this machine, so that no web page can "
+    "reach it by another one. Ask for localhost, or begin it with --api_key or another --host."
+)
 PAGE = Path(__file__).with_name("page.html")
 PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
@@ -50,6 +59,7 @@ class ServerConfig:
     name: str  # of the model
     api_key: str = ""  # without which nothing is answered but / and /health; "" for none
     max_body_bytes: int = 1 << 20
+    is_local: bool = False  # whether it listens on this machine alone: without a key other names are refused then
     cors_origins: tuple[str, ...] = ()  # whose pages may ask; "*" for all
     turns: Turns | None = None  # of conversations, where the model was trained on them
     # What the page begins with, and whether it says that this model knows tales alone.
@@ -161,6 +171,8 @@ class Server:
             raise error_of(error, asked) from error
         except BusyError as error:
             raise ApiError(429, str(error)) from error
+        except WorkerError as error:
+            raise ApiError(503, str(error)) from error
         answer = kind(asked, texts, self.metrics.watched(texts), self.tokenizer, self.config.name)
         if asked.stream:
             return StreamingResponse(
@@ -211,10 +223,13 @@ class Server:
         limit, body = self.config.max_body_bytes, bytearray()
         declared = request.headers.get("content-length", "0")
         if declared.isdigit() and int(declared) <= limit:
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    break
+            try:
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > limit:
+                        break
+            except ClientDisconnect as error:
+                raise ApiError(499, GONE) from error
         if max(len(body), int(declared) if declared.isdigit() else 0) > limit:
             raise ApiError(413, f"The body has more than {limit} bytes.", code="body_too_large")
         asked = schema.parse(kind, bytes(body))
@@ -235,11 +250,22 @@ async def _unless_gone(request: Request, work: Awaitable[dict]) -> dict:
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if tasks[0] not in done:
-            raise ApiError(499, "The client has gone.")
+            raise ApiError(499, GONE)
         return tasks[0].result()
     finally:
         for task in tasks:
             task.cancel()
+
+
+def _is_of_this_machine(host: str) -> bool:
+    """Whether a Host header has an address or a name of this machine, which no name of the web can stand for.
+
+    A page's own name may come to mean 127.0.0.1 while it is open (DNS rebinding), and then asks as if from here.
+    """
+    name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(name))
+    return name in ("localhost", socket.gethostname().lower()) or name.endswith(".localhost")
 
 
 def make_app(scheduler: Scheduler, worker: Worker, config: ServerConfig) -> Starlette:
@@ -251,6 +277,8 @@ def make_app(scheduler: Scheduler, worker: Worker, config: ServerConfig) -> Star
             key = request.headers.get("authorization", "").removeprefix("Bearer ")
             if config.api_key and not secrets.compare_digest(key.encode("latin-1"), config.api_key.encode()):
                 raise ApiError(401, "The API key is missing or wrong: send Authorization: Bearer KEY.")
+            if config.is_local and not config.api_key and not _is_of_this_machine(request.headers.get("host", "")):
+                raise ApiError(403, NOT_LOCAL)
             response = await endpoint(request)
             server.metrics.answers.labels(response.status_code).inc()
             return response

@@ -124,7 +124,7 @@ class Answer:
 
     def _base(self, number: int, part: Part) -> dict[str, Any]:
         """What all kinds of answers tell of a text or a part of it."""
-        asks = self._asked.logprobs not in (None, False)
+        asks = self._asked.logprobs is not None and self._asked.logprobs is not False  # 0 is without alternatives
         ids = {"token_ids": [token.id for token in part.tokens]} if self._asked.return_token_ids else {}
         log_probs = self._log_probs(part.tokens) if asks else None
         return {"index": number, "finish_reason": part.finish_reason or None, "logprobs": log_probs, **ids}

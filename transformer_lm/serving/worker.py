@@ -10,6 +10,8 @@ from absl import logging
 from transformer_lm.errors import UserError, one_line
 from transformer_lm.generation.scheduler import Job, Part, Request, Scheduler
 
+ENDED = "The server writes no more texts."
+
 
 class BusyError(Exception):
     """There are as many texts at work and waiting as there may be."""
@@ -67,6 +69,7 @@ class Worker:
         self.scheduler, self.limit, self.open = scheduler, limit, 0
         self.inbox: queue.SimpleQueue[tuple[Texts | None, str]] = queue.SimpleQueue()
         self._jobs: dict[Job, tuple[Texts, int]] = {}
+        self._has_ended = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -81,6 +84,7 @@ class Worker:
         Raises:
           UserError: one does not fit into the context.
           BusyError: there are too many texts already.
+          WorkerError: the thread has ended.
         """
         for request in requests:
             self.scheduler.engine.check(request.prompt, request.max_tokens, request.settings)
@@ -88,6 +92,9 @@ class Worker:
         self.open += len(requests)
         texts = Texts(self, requests)
         self.inbox.put((texts, "open"))
+        if self._has_ended:  # perhaps before it could find them in the inbox
+            texts.close()
+            raise WorkerError(ENDED)
         return texts
 
     def check_room(self, count: int):
@@ -103,12 +110,25 @@ class Worker:
         self._thread.join()
 
     def _run(self):
+        try:
+            self._work()
+        except Exception as error:  # not even room for empty slots is left, say
+            logging.error("The server writes no more texts, begin it again: %s", one_line(error))
+        self._has_ended = True
+        self._tell_all(ENDED)
+        while not self.inbox.empty():
+            texts, what = self.inbox.get()
+            if what == "open":
+                _tell([(texts, WorkerError(ENDED))])
+
+    def _work(self):
         while self._read_inbox():
             try:
                 parts = self.scheduler.advance()
             except Exception as error:  # memory is exhausted, say: all texts are lost, but not the server
                 logging.error("Writing texts failed: %s", one_line(error))
-                self._fail(one_line(error))
+                self._tell_all(one_line(error))
+                self.scheduler.clear()
                 continue
             owners = [self._jobs.pop(job) if part.finish_reason else self._jobs[job] for job, part in parts]
             _tell([(texts, (number, part)) for (texts, number), (_, part) in zip(owners, parts, strict=True)])
@@ -128,10 +148,10 @@ class Worker:
                     del self._jobs[job]
         return True
 
-    def _fail(self, why: str):
+    def _tell_all(self, why: str):
+        """Tells everybody whose texts are at work that they are lost."""
         owners = {id(texts): texts for texts, _ in self._jobs.values()}
         self._jobs = {}
-        self.scheduler.clear()
         _tell([(texts, WorkerError(why)) for texts in owners.values()])
 
 
