@@ -9,8 +9,9 @@ import sys
 import pytest
 from etils import epath
 from real_datasets import write_jsonl
+from test_preparation import data_config
 
-from transformer_lm.data import cleaning, corpora
+from transformer_lm.data import cleaning, corpora, preparation
 from transformer_lm.data.corpora import mukashi
 from transformer_lm.data.dataset_preprocessor import Preprocessing
 from transformer_lm.data.launcher import Launcher
@@ -95,6 +96,19 @@ def test_nothing_left(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["短い文です。"])
     with pytest.raises(UserError, match=r"cleaning_rules.* removed every text"):
         clean(corpora.open_documents(f"jsonl:{tmp_path}/a.jsonl", "train"), "length,minhash", tmp_path / "w")
+
+
+def test_an_edited_number_cleans_anew(tmp_path, monkeypatch):
+    """As the error advises, where a rule has removed all."""
+    write_jsonl(tmp_path / "a.jsonl", ["短い文です。", "もっと短い。"])
+    config = data_config(
+        dataset_name=f"jsonl:{tmp_path}/a.jsonl", train_split="train", eval_split="train", cleaning_rules="length",
+        vocab_size=300, spm_train_options="--byte_fallback=true --hard_vocab_limit=false",
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"removed every text.*numbers in cleaning\.py"):
+        preparation.prepare(config, str(tmp_path / "w"))
+    monkeypatch.setitem(cleaning.RULES, "length", {"DocumentLengthFilter": {"min_doc_len": 2, "max_doc_len": 100}})
+    assert preparation.prepare(config, str(tmp_path / "w")).train.manifest["texts"] == 2
 
 
 @pytest.mark.parametrize("rules", ["grammar", "minhash,length"])

@@ -1,5 +1,6 @@
 """Preprocessors, document by document, from the original's rules."""
 
+import importlib
 import json
 
 import pytest
@@ -85,6 +86,46 @@ def test_fingerprint_follows_the_function(monkeypatch):
     assert before != Preprocessing("plain").fingerprint
 
 
+CODE = """
+import re
+
+LEAST = 3
+MARK = re.compile("。")
+
+def lines(document):
+    return (MARK.sub("", line) for line in document.split(" "))
+
+def mine(document):
+    found = []
+    for line in lines(document):
+        if len(line) >= LEAST:
+            found.append(line)
+    return found
+"""
+EDITS = [
+    ("            found.append(line)", "            pass\n    found.append(line)"),
+    ("    found.append", "    found.append"),
+    ('split(" ")', 'split("\u3000")'),
+    ("LEAST = 3", "LEAST = 4"),
+    ('compile("。")', 'compile("、")'),
+]
+
+
+def test_fingerprint_follows_all_that_a_function_uses(tmp_path, monkeypatch):
+    """Where a line is indented, which white space it means, a constant and a function beside it."""
+
+    def fingerprint(number: int, code: str) -> str:
+        (tmp_path / f"corpus_{number}.py").write_text(code)
+        mine = importlib.import_module(f"corpus_{number}").mine
+        monkeypatch.setitem(dataset_preprocessor.PREPROCESSORS, "plain", mine)
+        return Preprocessing("plain").fingerprint
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = [fingerprint(number, CODE.replace(*edit)) for number, edit in enumerate(EDITS)]
+    assert len(set(found)) == len(EDITS)
+    assert fingerprint(len(EDITS), CODE) == found[1]
+
+
 @pytest.mark.parametrize("arguments", [("nosuch",), ("plain", "NFX")])
 def test_unknown_names(arguments):
     with pytest.raises(UserError, match="must be"):
@@ -103,10 +144,27 @@ def test_texts_can_be_written_as_utf_8(name, document):
 @given(st.text(st.characters(), min_size=1))
 def test_conversations_can_be_written_as_utf_8(said):
     """Of messages the same."""
-    document = conversations.document({"instruction": said, "output": said}, "text", "line 1")
-    for message in json.loads(*dataset_preprocessor.Preprocessing("conversations")(document)):
-        expected, _ = dataset_preprocessor.without_impossible_characters(said)
-        assert message["content"] == expected
+    document = conversations.document({"instruction": said, "output": f"{said}。"}, "text", "line 1")
+    asked, answered = json.loads(*dataset_preprocessor.Preprocessing("conversations")(document))
+    expected, _ = dataset_preprocessor.without_impossible_characters(said)
+    assert (asked["content"], answered["content"]) == (expected, f"{expected}。")
+
+
+@pytest.mark.parametrize("missing", ["", " \n", []])
+def test_a_conversation_ends_before_an_answer_that_is_missing(missing):
+    """As a null is read, which tables have; whoever learnt it would say nothing."""
+    turns = [
+        ("user", "一"),
+        ("assistant", "二"),
+        ("user", "三"),
+        ("assistant", missing),
+        ("user", "五"),
+        ("assistant", "六"),
+    ]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    read = Preprocessing("conversations")
+    assert [json.loads(text) for text in read(json.dumps(messages))] == [messages[:2]]
+    assert read(json.dumps(messages[2:])) == []
 
 
 def test_impossible_characters_are_counted():

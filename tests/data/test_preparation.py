@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from conftest import command
+from real_datasets import write_jsonl
 
 from transformer_lm import tokenizer
 from transformer_lm.data import corpora, packing, preparation, rows
+from transformer_lm.data.corpora import mukashi
 from transformer_lm.errors import UserError
 from transformer_lm.tokenizer import EOS_ID
 
@@ -290,6 +292,22 @@ def test_evaluating_on_what_is_trained_on_is_said(train, evaluation, told, caplo
     assert parts[0][0].documents.source is parts[1][0].documents.source  # counted once
     preparation._warn_of_overlaps(*parts)
     assert ("scores will be too good" in caplog.text) == told
+
+
+def test_what_is_prepared_is_not_read_again(tmp_path, monkeypatch):
+    """Nor to count what a percentage is of, or to see whether training and evaluation overlap."""
+    write_jsonl(tmp_path / "a.jsonl", [mukashi.tale(number) for number in range(100)])
+    splits = {"train_split": "train[:90%]", "eval_split": "train[90%:]"}
+    config = data_config(dataset_name=f"jsonl:{tmp_path}/a.jsonl", **splits)
+    preparation.prepare(config, str(tmp_path / "w"))
+    monkeypatch.setattr(corpora.files, "read_file", None)
+    assert preparation.prepare(config, str(tmp_path / "w")).train.manifest["documents"] == 90
+
+
+def test_an_error_names_the_field(tmp_path):
+    for field in ("dataset_name", "eval_dataset_name"):
+        with pytest.raises(UserError, match=rf"^{field}='nosuch:x' must be"):
+            preparation.prepare(data_config(**{field: "nosuch:x"}), str(tmp_path))
 
 
 def test_a_refused_tokenizer_does_not_stay(tmp_path):

@@ -1,5 +1,6 @@
 """Two processes of four devices each as one run: real processes, real kills."""
 
+import errno
 import json
 import os
 import pickle
@@ -20,6 +21,7 @@ from conftest import command, one_line_error, run
 from processes import Fork
 
 from transformer_lm.checkpoints import loading
+from transformer_lm.training import distributed
 from transformer_lm.training.reporter import SPEEDS
 
 FIELDS = {
@@ -231,6 +233,23 @@ def test_a_folder_that_is_not_shared(tmp_path):
     assert f"{tmp_path / 'there'} is not the folder that the first process" in one_line_error(second)
     assert "Another process of this run has gone" in one_line_error(first)
     assert not (tmp_path / "here" / "checkpoints").exists()
+
+
+def test_a_folder_that_may_only_be_read_is_no_fault(tmp_path, monkeypatch):
+    """Such as a prepared_dir with all rows: nothing can have been made there. Another error is one."""
+
+    def write(number):
+        def fail(path, content):
+            raise OSError(number, os.strerror(number), str(path))
+
+        return fail
+
+    assert distributed._mark(tmp_path / "mark")
+    monkeypatch.setattr(distributed, "write_atomically", write(errno.EROFS))
+    assert not distributed._mark(tmp_path / "other")
+    monkeypatch.setattr(distributed, "write_atomically", write(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space"):
+        distributed._mark(tmp_path / "other")
 
 
 def test_flags_that_do_not_suffice(tmp_path):

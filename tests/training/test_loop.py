@@ -187,13 +187,15 @@ def test_another_batch_size_goes_on_at_the_same_row(tmp_path, prepared, monkeypa
 
 
 def test_what_has_changed_is_said(tmp_path, prepared, caplog):
-    train(tmp_path, prepared, num_train_steps=1)
+    mixture = {"dataset_name": [("mukashi", 1.0)]}
+    train(tmp_path, prepared, num_train_steps=1, **mixture)
     caplog.clear()
     with caplog.at_level("INFO", logger="absl"):
-        train(tmp_path, prepared, num_train_steps=2, learning_rate=0.5, seed=3, log_every_steps=2)
+        train(tmp_path, prepared, **mixture, num_train_steps=2, learning_rate=0.5, seed=3, log_every_steps=2)
     assert "learning_rate was 0.0016 before and is 0.5 now." in caplog.text
     assert "With another seed the data have another order" in caplog.text
     assert "log_every_steps was" not in caplog.text
+    assert "dataset_name was" not in caplog.text
     with pytest.raises(UserError, match="vocab_size=800 cannot be meant"):
         train(tmp_path, prepared, num_train_steps=3, vocab_size=800)
 

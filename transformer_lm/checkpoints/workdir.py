@@ -1,5 +1,6 @@
 """The contract of a workdir: the names in it, and what its config.json says."""
 
+import json
 from typing import Any
 
 from absl import logging
@@ -93,6 +94,7 @@ def remembered_batch(workdir: epath.Path, recipe: dict) -> dict[str, int]:
 def _report_changes(workdir: epath.Path, before: Any, recipe: dict, rows_before: Any, rows: list[str]):
     """Logs each field of the recipe that is not what it was, and what follows; refuses what would have no effect."""
     before = before if isinstance(before, dict) else {}
+    recipe = json.loads(json_bytes(recipe))  # which has lists for tuples
     changed = {name for name in before.keys() & recipe.keys() if before[name] != recipe[name]} - SILENT_FIELDS
     for name in sorted(changed & TOKENIZER_FIELDS):
         if recipe.get("vocab_path") is None:

@@ -55,6 +55,12 @@ def parse_rules(rules: str) -> list[str]:
     return names
 
 
+def fingerprint(rules: str) -> list:
+    """What changes when the texts that rules keep may, for an identity: VERSION, and the numbers of these rules."""
+    numbers = RULES | {MINHASH: [NGRAM, NUM_BUCKETS, HASHES_PER_BUCKET]}
+    return [VERSION, *(numbers[name] for name in parse_rules(rules))]
+
+
 def clean(
     documents: corpora.Documents, preprocessing: Preprocessing, rules: list[str], folder: epath.Path, launcher: Launcher
 ):

@@ -10,6 +10,7 @@ import inspect
 import itertools
 import json
 import re
+import types
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 
@@ -44,8 +45,11 @@ def cc100(document: str) -> list[str]:
 
 
 def conversations(document: str) -> list[str]:
-    """A conversation (JSON of messages) to the assistant's last turn; none where turns are missing or in no order."""
-    messages = json.loads(document)
+    """A conversation (JSON of messages) to the assistant's last turn; none where turns are missing or in no order.
+
+    An answer that is missing ends it, too: nobody is to learn to say nothing.
+    """
+    messages = list(itertools.takewhile(lambda message: not _is_no_answer(message), json.loads(document)))
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     try:
@@ -53,6 +57,11 @@ def conversations(document: str) -> list[str]:
     except UserError:
         return []
     return [json.dumps(messages, ensure_ascii=False)]
+
+
+def _is_no_answer(message: dict) -> bool:
+    content = message["content"]
+    return message["role"] == "assistant" and (not content.strip() if isinstance(content, str) else not content)
 
 
 def without_impossible_characters(document: str) -> tuple[str, dict[str, int]]:
@@ -107,10 +116,30 @@ class Preprocessing:
 
     @property
     def fingerprint(self) -> str:
-        """A text that changes when the texts may: with the function's code, too, so that no stale rows are met."""
-        code = re.sub(r"\s+", " ", inspect.getsource(PREPROCESSORS[self.preprocessor]))
+        """A text that changes when the texts may: with the preprocessor's code, too, so that no stale rows are met."""
+        code = "".join(_code(PREPROCESSORS[self.preprocessor]))
         tables = unicodedata.unidata_version if self.unicode_normalization else ""  # which grow with Python's version
         return hashlib.sha256(f"{self} {tables} {code}".encode()).hexdigest()[:16]
+
+
+def _code(function: Callable, seen: frozenset = frozenset()) -> Iterator[str]:
+    """The source of a function, and of what it uses of its module: functions, and the values of constants."""
+    yield inspect.getsource(function)
+    seen |= {function}
+    for name in sorted(set(_names(function.__code__))):
+        value = function.__globals__.get(name)
+        if inspect.isfunction(value) and value.__module__ == function.__module__ and value not in seen:
+            yield from _code(value, seen)
+        elif isinstance(value, str | int | float | tuple | re.Pattern):
+            yield f"{name} = {value!r}"
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """The names that code looks up, of globals among others; that of functions within, too."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
 
 
 def for_dataset(name: str, preprocessor: str | None, unicode_normalization: str) -> Preprocessing:

@@ -92,23 +92,35 @@ def prepare(
     work = _Preparation(config, absolute(config.prepared_dir or epath.Path(workdir) / "prepared"), launcher)
     opened: dict[str, corpora.Source] = {}
     train = open_corpora(config.dataset_name, config.train_split, config, opened)
-    evaluation = open_corpora(config.eval_dataset_name or config.dataset_name, config.eval_split, config, opened)
-    _warn_of_overlaps(train, evaluation)
+    evaluation = _open_evaluation(config, opened)
     spm_path = absolute(config.vocab_path or epath.Path(workdir) / "sentencepiece_model")
     if tokenizer_source is None and not spm_path.exists():
         tokenizer_training.check_options(config.spm_train_options)  # before the corpus is read
     judged = next((corpus.documents for corpus in evaluation if corpus.documents.source.judges), None)
+    sources = train, evaluation
     train, evaluation = work.cleaned(train), work.cleaned(evaluation)
     spm = _tokenizer(spm_path, tokenizer_source, train, config)
-    train_rows = work.rows_of(train, spm, config.max_target_length)
-    return PreparedData(spm, train_rows, work.rows_of(evaluation, spm, config.max_eval_target_length), judged)
+    lengths = config.max_target_length, config.max_eval_target_length
+    if not (work.has_rows(train, spm, lengths[0]) and work.has_rows(evaluation, spm, lengths[1])):
+        _warn_of_overlaps(*sources)  # which may read all documents
+    return PreparedData(spm, work.rows_of(train, spm, lengths[0]), work.rows_of(evaluation, spm, lengths[1]), judged)
 
 
 def prepare_evaluation(config: DataConfig, spm: Tokenizer, root: epath.Path) -> PreparedRows:
     """The evaluation rows of a recipe alone, for a tokenizer read from a file; found or made below `root`."""
-    evaluation = open_corpora(config.eval_dataset_name or config.dataset_name, config.eval_split, config)
+    evaluation = _open_evaluation(config)
     work = _Preparation(config, root)
     return work.rows_of(work.cleaned(evaluation), spm, config.max_eval_target_length)
+
+
+def _open_evaluation(config: DataConfig, opened: dict | None = None) -> list[Corpus]:
+    """What a recipe evaluates on; an error names the field that has it."""
+    try:
+        return open_corpora(config.eval_dataset_name or config.dataset_name, config.eval_split, config, opened)
+    except UserError as error:
+        if config.eval_dataset_name and str(error).startswith("dataset_name="):
+            raise UserError(f"eval_{error}") from error
+        raise
 
 
 def _warn_of_overlaps(train: list[Corpus], evaluation: list[Corpus]):
@@ -180,7 +192,7 @@ class _Preparation:
     def _clean(self, corpus: Corpus) -> Corpus:
         """The corpus with only the texts that the rules keep, which are written to disk in between."""
         rules = self.config.cleaning_rules
-        identity = corpus.identity | {"cleaning_rules": rules, "cleaning_version": cleaning.VERSION}
+        identity = corpus.identity | {"cleaning_rules": rules, "cleaning_code": cleaning.fingerprint(rules)}
         directory = self.root / f"cleaned-{rows.digest(identity)}"
         if not (directory / cleaning.REPORT).exists():
             launcher = self.launcher or cleaning.local_launcher(self.config.prepare_processes)
@@ -191,6 +203,11 @@ class _Preparation:
         report = read_json(directory / cleaning.REPORT)
         documents = cleaning.open_texts(directory / report["texts"])
         return Corpus(documents, Preprocessing(), identity | {"cleaning_counts": report["counts"]}, corpus.weight)
+
+    def has_rows(self, mixture: list[Corpus], spm: Tokenizer, row_length: int) -> bool:
+        """Whether all rows of a corpus or a mixture have been made, damaged since or not."""
+        plans = (RowsPlan(corpus, spm, row_length, self.root) for corpus in mixture)
+        return all((plan.directory / rows.MANIFEST).exists() for plan in plans)
 
     def rows_of(self, mixture: list[Corpus], spm: Tokenizer, row_length: int) -> PreparedRows:
         """The rows of a corpus or a mixture, found or made."""

@@ -6,6 +6,7 @@ and decides for all; checkpoints are written by all.
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import re
@@ -27,7 +28,7 @@ HEARTBEAT_SECONDS = 30  # a process that was not heard of for so long has gone
 POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 20  # until a folder shows what another machine has written
 LONGEST_WAIT_MS = 24 * 3600 * 1000  # for the others' rows to be checked; one that has gone is missed long before
-SHARED_FILE = ".shared"
+SHARED_FILE = ".shared-"  # with the run's own name behind it
 GONE = "error: Another process of this run has gone; run the same command in all of them again to go on.\n"
 # What libraries say when a process they talk to has gone. They tell by words alone.
 HAS_GONE = re.compile(r"gloo|nccl|coordination|closed by peer|connection reset|heartbeat", re.IGNORECASE)
@@ -108,27 +109,37 @@ def first_alone(prepare: Callable[[], Result], folders: list[str]) -> Result:
     """
     if global_state.num_processes == 1:
         return prepare()
-    token = uuid.uuid4().hex
-    files = [epath.Path(folder) / SHARED_FILE for folder in folders]
     if is_first():
         result = prepare()
-        for file in files:
-            write_atomically(file, token.encode())
-    token = agree("prepared", lambda: token)
+    name = SHARED_FILE + agree("run", lambda: uuid.uuid4().hex)  # other runs may share a folder, too
+    marks = [epath.Path(folder) / name for folder in folders]
+    marked = agree("prepared", lambda: [_mark(mark) for mark in marks])
     if not is_first():
-        for file in files:
-            _wait_for(file, token)
+        for mark, is_there in zip(marks, marked, strict=True):
+            if is_there:
+                _wait_for(mark)
         result = prepare()
     together("prepared")
     if is_first():
-        for file in files:
-            file.unlink(missing_ok=True)
+        for mark in marks:
+            mark.unlink(missing_ok=True)
     return result
 
 
-def _wait_for(file: epath.Path, token: str):
+def _mark(file: epath.Path) -> bool:
+    """Makes a file; False where that may not be done, so that nothing can have been made there either."""
+    try:
+        write_atomically(file, b"")
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        return False
+    return True
+
+
+def _wait_for(file: epath.Path):
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while not (file.exists() and file.read_text() == token):
+    while not file.exists():
         if time.monotonic() > deadline:
             raise UserError(
                 f"{file.parent} is not the folder that the first process of the run has under this name: it has to be "

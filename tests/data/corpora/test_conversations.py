@@ -26,6 +26,17 @@ def test_forms(form):
     assert json.loads(conversations.document(FORMS[form], "text", "here")) == TURNS
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_in_one_table(form):
+    """Which has all their fields in every row, null where a row has none."""
+    names = {name for record in FORMS.values() for name in record}
+    said = conversations.document({name: FORMS[form].get(name) for name in sorted(names)}, "text", "here")
+    assert json.loads(said) == TURNS
+    turn = {"content": None, "from": "human", "role": None, "value": ASKED}
+    said = conversations.document({"messages": [turn]}, "text", "here")
+    assert json.loads(said) == TURNS[:1]
+
+
 def test_input_follows_the_instruction():
     record = {"instruction": "要約してください。", "input": "猿が柿を食べた。", "output": "猿と柿。"}
     said = json.loads(conversations.document(record, "text", "here"))

@@ -195,7 +195,9 @@ def test_missing_packages_are_named():
 
 
 @pytest.mark.parametrize("num_tasks", [1, 2, 3, 7, 20])
-@pytest.mark.parametrize("split", ["train", "train[:70%]", "train[13:31]", "train[-9:]", "train[:5]+train[30:]"])
+@pytest.mark.parametrize(
+    "split", ["train", "train[:70%]", "train[13:31]", "train[4:]", "train[-9:]", "train[:5]+train[30:]"]
+)
 def test_tasks_share_the_documents(tmp_path, num_tasks, split):
     """Every document is read by one task, whatever their number, counted before or not."""
     for i, size in enumerate([3, 0, 17, 1, 9, 12]):
@@ -208,3 +210,16 @@ def test_tasks_share_the_documents(tmp_path, num_tasks, split):
             documents.count()
         shares = [list(documents.read(task, num_tasks)) for task in range(num_tasks)]
         assert sorted(document for share in shares for document in share) == sorted(expected)
+
+
+@pytest.mark.parametrize(("split", "read"), [("train", 0), ("train[:4]", 5), ("train[6:]", 10), ("train[3:5]", 5)])
+def test_no_more_is_counted_than_tasks_need(tmp_path, split, read):
+    """Of five files of five documents each: not those behind the last document, nor any of a split that is whole."""
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_text("\n\n".join("昔々" for _ in range(5)))
+    documents = corpora.open_documents(f"text:{tmp_path}/*.txt", split)
+    documents.count()
+    known = [documents.source.known_size("train", shard) for shard in range(5)]
+    assert known == [5] * (read // 5) + [None] * (5 - read // 5)
+    shares = [len(list(documents.read(task, 3))) for task in range(3)]
+    assert sum(shares) == {"train": 25, "train[:4]": 4, "train[6:]": 19, "train[3:5]": 2}[split]

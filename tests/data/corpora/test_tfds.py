@@ -63,7 +63,7 @@ def test_versions_configs_and_features(data_dir, monkeypatch):
     ids = corpora.open_documents("wiki40b/ja", "validation", corpora.Options(text_field="wikidata_id"))
     assert sorted(ids) == [f"Q{i}" for i in range(7)]
     for name in ("wiki40b/en", "wiki40b/ja:2.0.0", "lm1b"):
-        with pytest.raises(UserError, match=r"no prepared data in TFDS_DATA_DIR=.* tfds build"):
+        with pytest.raises(UserError, match=r"no prepared data in TFDS_DATA_DIR=.* own: pip install .* tfds build"):
             corpora.open_documents(name, "train")
     with pytest.raises(UserError, match="no split 'dev'; it has train, validation, test"):
         corpora.open_documents("wiki40b/ja", "dev")

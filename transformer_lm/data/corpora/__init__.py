@@ -81,11 +81,10 @@ class Documents:
         return False
 
     def count(self):
-        """Counts what its tasks need to find their documents in `read`: nothing where whole splits are read."""
+        """Counts what its tasks need to find their documents in `read`, and no more."""
         with library_errors(lambda: f"Dataset {self.name!r}, split {self.split!r}, cannot be counted"):
             for part in self.slices:
-                if part.start is not None or part.stop is not None:
-                    self.source.size(part.name)
+                self.source.count(part.name, *splits.resolve(part, self.source.size))
 
 
 def open_documents(name: str, split: str, options: Options = Options(), opened: dict | None = None) -> Documents:

@@ -102,19 +102,27 @@ class Source(abc.ABC):
         """Number of documents in a split."""
         return sum(self.shard_size(split, shard) for shard in range(self.num_shards(split)))
 
+    def count(self, split: str, start: int, stop: int | None):
+        """Counts the shards that must be counted for the tasks of `read` to know where their documents are."""
+        first = 0
+        for shard in range(self.num_shards(split)):
+            if first >= (start if stop is None else stop):
+                return
+            first += self.shard_size(split, shard)
+
     def read(self, split: str, start: int, stop: int | None, task: int, num_tasks: int) -> Iterator[str]:
         """The documents numbered start <= n < stop of a split, to its end where stop is None.
 
         Of many tasks that share the work, each reads the shards whose number modulo `num_tasks` is its own.
         """
-        bounded = start > 0 or stop is not None
         first = 0  # number of the shard's first document
         for shard in range(self.num_shards(split)):
             if stop is not None and first >= stop:
                 return
             mine = shard % num_tasks == task
             size = self.known_size(split, shard)
-            if (not mine and (size is not None or not bounded)) or (size is not None and first + size <= start):
+            counts = stop is not None or first < start  # how many documents it has, for where those after it stand
+            if (not mine and (size is not None or not counts)) or (size is not None and first + size <= start):
                 first += size or 0
                 continue
             skip = max(0, start - first) if size is not None else 0  # what is not counted yet is read from its start

@@ -1,7 +1,7 @@
 """Conversations in the forms that people have them in, as documents: JSON of [{"role": ..., "content": ...}, ...]."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from transformer_lm.errors import UserError
@@ -12,7 +12,7 @@ SPEAKERS = {"role", "from"}
 SAID = {"content", "value"}
 # What the speakers are called, and which role that is.
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-# Fields with one question, with what belongs to it, and with its answer; of each the first that a record has.
+# Fields with one question, with what belongs to it, and with its answer; of each the first that has a text.
 QUESTIONS = ("instruction", "prompt", "question", "text")
 INPUTS = ("input", "context")
 ANSWERS = ("output", "response", "completion", "answer")
@@ -43,18 +43,21 @@ def document(record: Any, text_field: str, where: str) -> str:
 
 
 def _first(record: Mapping, names: Collection[str]) -> str | None:
-    """The text in the first of some fields; of null no text, and None where the record has none of them."""
-    for name in names:
-        if isinstance(text := record.get(name, 0), str | None):
-            return text or ""
-    return None
+    """The first text in some fields; of nulls alone, which tables have for fields without one, no text; else None."""
+    found = [text for name in names if isinstance(text := record.get(name, 0), str | None)]
+    return (_first_known(found) or "") if found else None
+
+
+def _first_known(values: Iterable) -> Any:
+    """The first that is not null."""
+    return next((value for value in values if value is not None), None)
 
 
 def _message(turn: Any, where: str, field: str) -> dict[str, str]:
     """A turn by our names; a role that is unknown stays, and makes the conversation one that is left out."""
     if not isinstance(turn, Mapping) or not (SPEAKERS & turn.keys() and SAID & turn.keys()):
         raise UserError(f"{where}: a turn of {field!r} is not an object with role and content (or from and value).")
-    role, text = (next(turn[name] for name in sorted(names & turn.keys())) for names in (SPEAKERS, SAID))
+    role, text = (_first_known(turn[name] for name in sorted(names & turn.keys())) for names in (SPEAKERS, SAID))
     if not isinstance(text, str | list | None):
         raise UserError(f"{where}: a turn of {field!r} says a {type(text).__name__}, not a text.")
     return _said(ROLES.get(str(role), str(role)), text or "")

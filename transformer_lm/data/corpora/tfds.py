@@ -39,8 +39,8 @@ class Tfds(Source):
             builder = tfds.core.read_only_builder.builder_from_files(str(parsed), data_dir=folder, **arguments)
         except (tfds.core.registered.DatasetNotFoundError, ValueError, FileNotFoundError) as error:
             raise UserError(
-                f"dataset_name={name!r}: no prepared data in TFDS_DATA_DIR={data_dir}. Prepare it once: "
-                "pip install 'transformer-lm-japanese[tfds-prepare]', then "
+                f"dataset_name={name!r}: no prepared data in TFDS_DATA_DIR={data_dir}. Prepare it once, "
+                "in an environment of its own: pip install tensorflow tensorflow-datasets apache-beam, then "
                 f"TFDS_DATA_DIR={data_dir} tfds build {name} --file_format=array_record"
             ) from error
         self._builder, self._info = builder, builder.info
