@@ -264,3 +264,12 @@ def test_compilations_are_kept_and_damaged_ones_do_no_harm(tmp_path):
     assert kept[0] == kept[1] != {}
     assert texts == ["10.0 6.0\n"] * 3
     assert "cache" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["demo", "demo_chat"])
+def test_a_demo_asked_for_help_trains_nothing(name, tmp_path):
+    line = [sys.executable, "-m", f"transformer_lm.{name}"]
+    done = run([*line, "--help"], cwd=tmp_path)
+    assert (done.returncode, f"python -m transformer_lm.{name}" in done.stdout) == (0, True)
+    assert "Unexpected argument '--steps=3'" in one_line_error(run([*line, "--steps=3"], cwd=tmp_path))
+    assert not list(tmp_path.iterdir())

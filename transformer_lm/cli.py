@@ -50,6 +50,7 @@ if os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "").sta
     _begin_again()
     signal.signal(signal.SIGINT, _leave_at_once)  # while it still imports: nothing is lost yet
 
+import argparse  # noqa: E402
 import atexit  # noqa: E402
 import select  # noqa: E402
 import threading  # noqa: E402
@@ -146,6 +147,20 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if len(rest) > 1:
         raise UserError(f"Unexpected argument {rest[1]!r}; options begin with --.")
     return rest
+
+
+def run_without_flags(text: str, command: Callable[[], object]) -> NoReturn:
+    """Calls a command that has no flags but --help, which shows `text`, and --debug; ends as `run_to_exit` does."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--debug", action="store_true", help="show stack traces")
+
+    def start():
+        _, rest = parser.parse_known_args()
+        if rest:
+            raise UserError(f"Unexpected argument {rest[0]!r}; there are --help and --debug.")
+        command()
+
+    run_to_exit(start)
 
 
 def run_to_exit(command: Callable[[], object]) -> NoReturn:

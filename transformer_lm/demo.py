@@ -54,4 +54,4 @@ def main(demo: Recipe, workdir: Path):
 
 
 if __name__ == "__main__":
-    cli.run_to_exit(lambda: main(recipe.read(config.get_config()), WORKDIR))
+    cli.run_without_flags(__doc__, lambda: main(recipe.read(config.get_config()), WORKDIR))

@@ -84,4 +84,4 @@ def talk(model: language_model.LanguageModel) -> list[dict[str, str]]:
 if __name__ == "__main__":
     fields = mukashi_chat.get_config()
     fields.init_from = str(demo.WORKDIR)
-    cli.run_to_exit(lambda: main(recipe.read(fields), recipe.read(mukashi.get_config()), WORKDIR))
+    cli.run_without_flags(__doc__, lambda: main(recipe.read(fields), recipe.read(mukashi.get_config()), WORKDIR))
