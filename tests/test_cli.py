@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, command, run
+from conftest import ROOT, command, one_line_error, run
 
 from transformer_lm import cli
 
