@@ -53,6 +53,14 @@ def test_streamed_greedy_texts_are_the_originals(original):
     assert "leaves no room to write" in done.stderr
 
 
+def test_lines_without_end(original):
+    """As many as the random numbers of texts are told apart by are no limit."""
+    lines = ["長" * 99] * 2**15 + [original.about["texts"][0]]
+    done = generate("--interactive", "--config.sampling_temperature=0", workdir=original.path, input="\n".join(lines))
+    spm = tokenizer.Tokenizer.load(original.path / "sentencepiece_model")
+    assert (done.returncode, done.stdout) == (0, f"{spm.decode(original.reference['greedy'][0])}\n\n"), done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -63,7 +71,7 @@ def test_streamed_greedy_texts_are_the_originals(original):
         ),
         (
             ["--config.max_predict_length=100000", "--num_generated_texts=60000"],
-            "error: memory is exhausted while generating text; lower the number of prompts, of texts for each,",
+            "error: memory is exhausted while generating text; lower the number of texts for each prompt,",
         ),
         (["--workdir=/no/such/folder"], "No model at /no/such/folder"),
         (["--stream", "--output=jsonl"], "error: --output=jsonl writes whole texts"),

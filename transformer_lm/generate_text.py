@@ -82,7 +82,7 @@ def stream_texts(model: language_model.LanguageModel, chosen: Recipe):
             logging.error("%s", error)
             continue
         for number in range(1 if _INTERACTIVE.value else _NUM_GENERATED_TEXTS.value):
-            number += place * language_model.MAX_SAMPLES
+            number = (number + place * language_model.MAX_SAMPLES) % 2**31
             request = Request(ids, settings, sampling.max_length - len(ids), number=number, echo=model.turns is None)
             if model.turns:
                 print(prompt, flush=True)
@@ -102,7 +102,7 @@ def talk(model: language_model.LanguageModel, chosen: Recipe):
             messages = []
             continue
         most = min(chosen.sampling.max_length, context - len(ids))
-        request = Request(ids, settings, most, number=place * language_model.MAX_SAMPLES)
+        request = Request(ids, settings, most, number=place * language_model.MAX_SAMPLES % 2**31)
         messages.append(Message("assistant", stream(scheduler, request, model.turns)))
 
 

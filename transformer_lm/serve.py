@@ -10,8 +10,10 @@ Of the recipe only use_bfloat16 counts; how a text is written each request says 
 On SIGTERM what has begun is finished, for --grace_seconds at most, and the exit status is 0.
 """
 
+import contextlib
 import ipaddress
 import os
+import resource
 import signal
 import socket
 
@@ -28,6 +30,15 @@ from transformer_lm.generation.choosing import Settings
 from transformer_lm.generation.engine import CHUNK_SIZES, Engine
 from transformer_lm.generation.scheduler import Request, Scheduler
 from transformer_lm.tokenizer import START_ID
+
+# A connection of which nothing is heard for two minutes is asked whether it is still there, and else let go.
+KEEP_ALIVE = (
+    (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+    (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 120),
+    (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 30),
+    (socket.IPPROTO_TCP, "TCP_KEEPCNT", 4),
+)
+MAX_FILES = 10_240  # open at once, where the system names no limit but has one, as macOS
 
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for all of this machine's.")
 _PORT = flags.DEFINE_integer("port", 8000, "Port to listen on; 0 for any that is free.", 0, 65535)
@@ -52,6 +63,7 @@ def main(config: ConfigDict, workdir: str):
     for name in ("starlette", "uvicorn", "pydantic", "prometheus_client"):
         optional_import(name, "serve", "serve.py")
     chosen = recipe.read(config)
+    _allow_connections()
     with stage(f"listening on {_HOST.value}:{_PORT.value}"):
         listener = _listen(_HOST.value, _PORT.value)
     model = language_model.load(workdir, dtype=chosen.network.dtype)
@@ -75,9 +87,20 @@ def _listen(host: str, port: int) -> socket.socket:
     """A socket that connections wait at; raises UserError if the port is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=1024)
+        listener = socket.create_server((host, port), family=family, backlog=1024)
+        for level, name, value in KEEP_ALIVE:
+            if hasattr(socket, name):
+                listener.setsockopt(level, getattr(socket, name), value)  # its connections inherit it
+        return listener
     except (OSError, OverflowError) as error:
         raise UserError(f"Cannot listen on {host}:{port} ({error}); choose others by --host and --port.") from error
+
+
+def _allow_connections():
+    """Lets this process have as many files and connections open as it may at all."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_FILES if most == resource.RLIM_INFINITY else most, most))
 
 
 def _name(workdir: str) -> str:

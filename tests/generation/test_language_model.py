@@ -58,6 +58,25 @@ def test_generation_is_the_originals(model, original):
     assert [one, two] == model.generate(["夏目漱石は、"], num_samples=2, max_length=20)
 
 
+def test_many_prompts_are_written_in_batches(model, monkeypatch):
+    """As large as there is room for caches; the texts are those of one batch, and come when they are written."""
+    prompts = ["昔々", "吾輩は猫である。", "", "桃", "むかし、おじいさんが", "猿"]
+    whole = model.generate(prompts, num_samples=3, max_length=24, temperature=1.0, top_k=0)
+    sizes, generate = [], sampler.generate
+    monkeypatch.setattr(
+        sampler, "generate", lambda *args, **named: sizes.append(len(args[2])) or generate(*args, **named)
+    )
+    settings = sampler.SamplingConfig(temperature=1.0, max_length=24)
+    room = language_model._prompts_at_once(model.network, 10, 3, settings)
+    monkeypatch.setattr(language_model, "CACHE_BYTES", 2 * language_model.CACHE_BYTES // room)
+    texts = model.continue_texts(prompts, settings, seed=0, num_samples=3)
+    assert sizes == []
+    assert next(texts) == whole[0]
+    assert sizes == [2]
+    assert list(texts) == whole[1:]
+    assert sizes == [2, 2, 2]
+
+
 def test_errors(model, tmp_path, monkeypatch):
     monkeypatch.setattr(language_model, "MAX_SCORED_TOKENS", 10)
     with pytest.raises(UserError, match=r"has 3\d tokens; at most 10"):

@@ -22,6 +22,7 @@ from transformer_lm.checkpoints.workdir import CHECKPOINTS_DIR, DAMAGED_DIR
 from transformer_lm.errors import UserError
 from transformer_lm.files import absolute, children, is_remote
 
+SAVE_SECONDS = 24 * 3600  # that a save may take in the background: slow storage is no error
 ITEMS = ("params", "opt_state", "progress")
 MISLEADING = re.compile(r"[*?\[\]\\\ud800-\udfff]")  # in paths: patterns to Orbax, slashes or nothing to TensorStore
 # What the libraries say when the files are not to blame. They tell by words alone.
@@ -43,7 +44,11 @@ class Checkpoints:
         options = {"read_only": True, "create": False} if read_only else {"cleanup_tmp_directories": True}
         self._manager = ocp.CheckpointManager(
             epath.Path(self._alias.name) / "workdir" / CHECKPOINTS_DIR if self._alias else self._directory,
-            options=ocp.CheckpointManagerOptions(preservation_policy=checkpoint_managers.LatestN(keep), **options),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.LatestN(keep),
+                async_options=ocp.options.AsyncOptions(timeout_secs=SAVE_SECONDS),
+                **options,
+            ),
             item_handlers={name: ocp.StandardCheckpointHandler() for name in ITEMS},
         )
         self._unread: int | None = None  # the step that was saved last, until it has been read back

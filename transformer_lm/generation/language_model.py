@@ -8,7 +8,7 @@ print(model.generate("夏目漱石は、")[0]["text"], model.score(["吾輩は�
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated
 
 import jax
@@ -27,6 +27,7 @@ from transformer_lm.transformer_config import check_dtype
 BATCH_TOKENS = 4096  # tokens that are scored at once
 LENGTH_STEP = 64  # lengths are padded to multiples of it, so that few shapes are compiled
 MAX_SCORED_TOKENS = 8192
+CACHE_BYTES = 4 << 30  # of keys and values of texts that are written at once
 MAX_SAMPLES = 2**16  # continuations of a prompt, which the sampler numbers
 
 SampleCount = Annotated[int, Range(least=0, most=MAX_SAMPLES)]
@@ -84,7 +85,7 @@ class LanguageModel:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> list[dict]:
-        """Continues texts, all in one batch; a model that was trained on conversations answers them.
+        """Continues texts, in batches; a model that was trained on conversations answers them.
 
         Args:
           prompts: a text or several.
@@ -103,12 +104,13 @@ class LanguageModel:
           UserError: a setting is impossible, or a prompt leaves no room for a new token.
         """
         sampling = sampler.SamplingConfig(temperature, top_k, top_p, max_length)
-        return self.continue_texts(list_of_texts(prompts, "prompts"), sampling, seed=seed, num_samples=num_samples)
+        texts = self.continue_texts(list_of_texts(prompts, "prompts"), sampling, seed=seed, num_samples=num_samples)
+        return list(texts)
 
     def continue_texts(
         self, prompts: Iterable[str], sampling: sampler.SamplingConfig, *, seed: int, num_samples: int
-    ) -> list[dict]:
-        """As `generate`, with the settings in one piece."""
+    ) -> Iterator[dict]:
+        """As `generate`, with the settings in one piece; each batch when it is written."""
         parts = (self.network, self.decoding_params, self.tokenizer)
         return generate_texts(*parts, prompts, sampling, seed=seed, num_samples=num_samples, turns=self.turns)
 
@@ -248,27 +250,40 @@ def generate_texts(
     seed: int,
     num_samples: int = 1,
     turns: Turns | None = None,
-) -> list[dict]:
+) -> Iterator[dict]:
     """Continues texts: for each prompt `num_samples` dicts of prompt, text, tokens, finished; prompts included.
 
-    With turns, a prompt is what the user says, and its text ends with a line for the answer.
+    As many prompts are a batch as CACHE_BYTES have room for. With turns, a prompt is what the user says, and its text
+    ends with a line for the answer.
     """
     check_value("seed", seed, Seed)
     check_value("num_samples", num_samples, SampleCount)
     prompts = list(prompts)
     ids = check_prompts(tokenizer, prompts, sampling, turns)
-    with stage("generating text", lower="the number of prompts, of texts for each, or max_predict_length"):
-        written = sampler.generate(network, params, ids, num_samples=num_samples, sampling=sampling, seed=seed)
-    return [
-        {
-            "prompt": prompt,
-            "text": f"{prompt}\n{turns.answer(text.tokens)}" if turns else tokenizer.decode(prompt_ids + text.tokens),
-            "tokens": prompt_ids + text.tokens,
-            "finished": text.finished,
-        }
-        for prompt, prompt_ids, texts in zip(prompts, ids, written, strict=True)
-        for text in texts
-    ]
+    size = _prompts_at_once(network, max(map(len, ids), default=0), num_samples, sampling)
+
+    def write() -> Iterator[dict]:
+        options = {"num_samples": num_samples, "sampling": sampling, "seed": seed}
+        for first in range(0, len(ids), size):
+            with stage("generating text", lower="the number of texts for each prompt, or max_predict_length"):
+                written = sampler.generate(network, params, ids[first : first + size], first=first, **options)
+            for prompt, prompt_ids, texts in zip(prompts[first:], ids[first:], written, strict=False):
+                for text in texts:
+                    tokens = prompt_ids + text.tokens
+                    whole = f"{prompt}\n{turns.answer(text.tokens)}" if turns else tokenizer.decode(tokens)
+                    yield {"prompt": prompt, "text": whole, "tokens": tokens, "finished": text.finished}
+
+    return write()
+
+
+def _prompts_at_once(
+    network: models.TransformerConfig, longest: int, num_samples: int, sampling: sampler.SamplingConfig
+) -> int:
+    """How many prompts of at most so many tokens fit CACHE_BYTES, with their texts."""
+    slots = sampler.padded_length(longest) + sampling.max_length
+    one = jax.eval_shape(lambda: models.empty_cache(network, num_samples, slots))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((one.keys, one.values)))
+    return max(1, CACHE_BYTES // max(1, size))
 
 
 def check_prompts(

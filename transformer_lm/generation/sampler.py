@@ -67,6 +67,7 @@ def generate(
     num_samples: int,
     sampling: SamplingConfig,
     seed: int,
+    first: int = 0,
 ) -> list[list[Continuation]]:
     """Continues every prompt `num_samples` times, all in one batch.
 
@@ -79,6 +80,7 @@ def generate(
       num_samples: texts a prompt.
       sampling: how tokens are chosen.
       seed: of the random choices.
+      first: number of the first prompt.
 
     Returns:
       for each prompt its texts.
@@ -98,7 +100,9 @@ def generate(
         row[width - len(prompt) :] = prompt
     limits = sampling.max_length - lengths + 1  # how many tokens each prompt may be continued by
     network = dataclasses.replace(network, max_len=max(network.max_len, sampling.max_length))
-    tokens = _generate(network, sampling, num_samples, params, inputs, lengths, limits, jax.random.key(seed))
+    tokens = _generate(
+        network, sampling, num_samples, params, inputs, lengths, limits, np.uint32(first % 2**16), jax.random.key(seed)
+    )
     # Waited for, since what memory was exhausted for would abort the process on its way to NumPy.
     tokens = np.asarray(jax.block_until_ready(tokens))  # [prompts, num_samples, max_length]
     return [[_cut(text[:limit].tolist()) for text in texts] for texts, limit in zip(tokens, limits, strict=True)]
@@ -111,7 +115,7 @@ def _cut(tokens: list[int]) -> Continuation:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(network, sampling, num_samples, params, inputs, lengths, limits, key):
+def _generate(network, sampling, num_samples, params, inputs, lengths, limits, first, key):
     """[P, W] left-padded prompts -> [P, num_samples, max_length] ids; those after EOS or a limit mean nothing."""
     num_prompts, width = inputs.shape
     offset = width - lengths[:, None]  # [P, 1] padding before each prompt
@@ -124,7 +128,9 @@ def _generate(network, sampling, num_samples, params, inputs, lengths, limits, k
 
     logits, cache = jax.tree.map(repeat, (logits, cache))  # [B, V], B = P * num_samples
     lengths, limits = repeat(lengths), repeat(limits)
-    rows = jnp.arange(num_samples) + jnp.arange(num_prompts)[:, None] * 2**16
+    rows = (
+        jnp.arange(num_samples, dtype=jnp.uint32) + (first + jnp.arange(num_prompts, dtype=jnp.uint32))[:, None] * 2**16
+    )
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows.reshape(-1))  # [B]
 
     def unfinished(state):

@@ -275,9 +275,11 @@ class _Loop:
             judged = run.data.judged
             values |= self._stop.unless(lambda: instructions.measure(run.network, params, run.turns, judged))
         texts = self._stop.unless(
-            lambda: language_model.generate_texts(
-                run.network, params, run.data.tokenizer, run.recipe.prompts, run.recipe.sampling,
-                seed=run.recipe.seed, turns=run.turns,
+            lambda: list(
+                language_model.generate_texts(
+                    run.network, params, run.data.tokenizer, run.recipe.prompts, run.recipe.sampling,
+                    seed=run.recipe.seed, turns=run.turns,
+                )
             )
         )  # fmt: skip
         self._writer.write(step, values)
