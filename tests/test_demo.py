@@ -7,7 +7,7 @@ from transformer_lm.configs import mukashi as config
 from transformer_lm.data.corpora import mukashi
 
 
-def test_summary(tmp_path, capsys):
+def test_summary(tmp_path, capsys, monkeypatch):
     workdir = tmp_path / "demo"
     workdir.mkdir()
     (workdir / "stale").touch()
@@ -32,7 +32,11 @@ def test_summary(tmp_path, capsys):
         assert sample in printed
     assert f"{summary['eval_bits_per_char']:.4f}" in printed
 
-    (workdir / "summary.json").unlink()  # as if it had been interrupted
+    (workdir / "summary.json").unlink()
+    with monkeypatch.context() as patched:  # interrupted
+        patched.setattr(demo.loop, "train_and_evaluate", lambda *_: False)
+        assert not demo.main(recipe.read(fields), workdir)
+    assert not (workdir / "summary.json").exists()
     (workdir / "kept").touch()
     lines = (workdir / "metrics.jsonl").read_text()
     demo.main(recipe.read(fields), workdir)

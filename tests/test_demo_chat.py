@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from transformer_lm import demo_chat, recipe
 from transformer_lm.configs import mukashi, mukashi_chat
 from transformer_lm.data.corpora import mukashi_chat as grammar
@@ -28,3 +30,13 @@ def test_summary(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(message["content"] in printed for message in summary["conversation"])
     assert "Instructions never seen that it follows" in printed
+
+    with pytest.MonkeyPatch.context() as patched:  # interrupted: it goes on, and one that came to its end begins afresh
+        (tmp_path / "chat" / "mine").touch()
+        patched.setattr(demo_chat.loop, "train_and_evaluate", lambda *_: False)
+        demo_chat.main(recipe.read(chat), recipe.read(base), tmp_path / "chat")
+        assert not (tmp_path / "chat" / "mine").exists()
+        (tmp_path / "chat" / "mine").touch()
+        demo_chat.main(recipe.read(chat), recipe.read(base), tmp_path / "chat")
+        assert (tmp_path / "chat" / "mine").exists()
+        assert not (tmp_path / "chat" / "summary.json").exists()

@@ -23,13 +23,14 @@ SUMMARY_FILE = "summary.json"
 NUM_TALES = 3
 
 
-def main(demo: Recipe, workdir: Path):
-    """Trains the recipe, prints tales and scores, and leaves them in the workdir's summary."""
+def main(demo: Recipe, workdir: Path) -> bool:
+    """Trains the recipe, prints tales and scores, leaves them in the workdir's summary; False where it was stopped."""
     if (workdir / SUMMARY_FILE).exists():
         shutil.rmtree(workdir)
     data = preparation.prepare(demo.data, str(workdir))
     start = time.perf_counter()
-    loop.train_and_evaluate(demo, data, str(workdir))
+    if not loop.train_and_evaluate(demo, data, str(workdir)):
+        return False
     train_seconds = time.perf_counter() - start
 
     model = language_model.load(workdir)
@@ -51,6 +52,7 @@ def main(demo: Recipe, workdir: Path):
         f"the grammar itself {summary['source_bits_per_char']:.4f} (the least possible); {ratio:.2f} times."
         f"\n{summary['params']:,} parameters, trained for {train_seconds:.0f} s. All of it lies in {workdir}/."
     )
+    return True
 
 
 if __name__ == "__main__":

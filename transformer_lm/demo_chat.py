@@ -1,12 +1,14 @@
-"""The demo of conversations: trains the recipe `mukashi_chat` afresh in logs/chat, talks, and says how often it obeys.
+"""The demo of conversations: trains the recipe `mukashi_chat` in logs/chat, talks, and says how often it obeys.
 
 python -m transformer_lm.demo_chat
 
-It begins with the model that the demo leaves in logs/demo, which is trained first where it is missing.
+It begins with the model that the demo leaves in logs/demo, which is trained first where it is missing. One that was
+interrupted goes on; one that came to its end begins afresh.
 """
 
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -28,12 +30,14 @@ ANIMALS = ("猿", "狐")  # asked for first, and in its place
 def main(chat: Recipe, base: Recipe, workdir: Path):
     """Trains what is missing, prints a conversation and scores, and leaves them in the workdir's summary."""
     base_workdir = Path(chat.init_from)
-    if not (base_workdir / demo.SUMMARY_FILE).exists():
-        demo.main(base, base_workdir)
-    shutil.rmtree(workdir, ignore_errors=True)
+    if not (base_workdir / demo.SUMMARY_FILE).exists() and not demo.main(base, base_workdir):
+        return
+    if (workdir / demo.SUMMARY_FILE).exists():
+        shutil.rmtree(workdir)
     start = time.perf_counter()
     data = preparation.prepare(chat.data, str(workdir), tokenizer_source=base_workdir / TOKENIZER_FILE)
-    loop.train_and_evaluate(chat, data, str(workdir))
+    if not loop.train_and_evaluate(chat, data, str(workdir)):
+        return
     seconds = time.perf_counter() - start
 
     messages = talk(language_model.load(workdir))
@@ -50,7 +54,7 @@ def main(chat: Recipe, base: Recipe, workdir: Path):
     print(
         f"Instructions never seen that it follows: {100 * summary['instruction_accuracy']:.1f} %. Trained for "
         f"{summary['base_train_seconds']:.0f} s on tales and {seconds:.0f} s on conversations.\n"
-        f"To talk to it: python -m transformer_lm.generate_text --workdir={workdir} --interactive"
+        f"To talk to it: {sys.executable} -m transformer_lm.generate_text --workdir={workdir} --interactive"
     )
 
 

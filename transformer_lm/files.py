@@ -1,6 +1,7 @@
 """Files that are whole or not there, local or remote."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -79,21 +80,34 @@ def write_json(path: Path, content: dict):
     path.write_bytes(json_bytes(content, indent=2) + b"\n")
 
 
-def local_copy(path: os.PathLike | str) -> Path:
-    """The file itself where it is local; else a copy in the cache, for libraries that read local files alone."""
+def local_copy(path: os.PathLike | str, size: int | None = None, version: Any = None) -> Path:
+    """The file itself where it is local; else a copy in the cache, for libraries that read local files alone.
+
+    Args:
+      path: of the file.
+      size, version: its bytes, and what is another when its content is; asked of the object store where not given.
+    """
     if not is_remote(path):
         return Path(path)
     path = epath.Path(path)
-    stat = path.stat()
-    version = hashlib.sha256(f"{path} {stat.length} {stat.mtime}".encode()).hexdigest()[:16]
-    copy = cache_folder() / version / path.name
-    if copy.exists():
-        copy.touch()  # used now
-    else:
-        _make_room(stat.length)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        write_file_atomically(copy, lambda temporary: path.copy(temporary, overwrite=True))
+    if size is None:
+        stat = path.stat()
+        size, version = stat.length, stat.mtime
+    name = hashlib.sha256(f"{path} {size} {version}".encode()).hexdigest()[:16]
+    copy = _copies() / name / path.name
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with (copy.parent / ".lock").open("w") as lock:  # of this machine's processes one copies, the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if copy.exists():
+            copy.touch()  # used now
+        else:
+            _make_room(size)
+            write_file_atomically(copy, lambda temporary: path.copy(temporary, overwrite=True))
     return copy
+
+
+def _copies() -> Path:
+    return cache_folder() / "copies"
 
 
 def _make_room(size: int):
@@ -101,14 +115,22 @@ def _make_room(size: int):
 
     What a run reads may be more than the limit: then it is what its disk has to hold, and nothing of it is removed.
     """
+    global _room
     limit = _cache_bytes()
-    copies = [(path.stat().st_mtime, path.stat().st_size, path) for path in cache_folder().rglob("*") if path.is_file()]
-    total = size + sum(length for _, length, _ in copies)
-    for used, length, path in sorted(copies):
-        if total <= limit or time.time() - used < CACHE_SECONDS:
-            return
-        path.unlink(missing_ok=True)  # whoever has it open goes on reading it
-        total -= length
+    if size > _room:
+        total, used = size, []
+        for path in _copies().glob("*/*"):
+            with contextlib.suppress(FileNotFoundError):  # another process has removed or renamed it
+                stat = path.stat()
+                total += stat.st_size
+                used.append((stat.st_mtime, stat.st_size, path))
+        for when, length, path in sorted(used):
+            if total <= limit or time.time() - when < CACHE_SECONDS:
+                break
+            path.unlink(missing_ok=True)
+            total -= length
+        _room = max(limit - total + size, limit / 20)  # until one looks again
+    _room -= size
 
 
 def _cache_bytes() -> float:
@@ -116,6 +138,9 @@ def _cache_bytes() -> float:
     if not re.fullmatch(r"\d+(\.\d+)?", value):
         raise UserError(f"TRANSFORMER_LM_CACHE_GB={value!r} must be a number of gigabytes.")
     return float(value) * 1e9
+
+
+_room = 0.0  # bytes that this process may add before it looks through the copies again
 
 
 def cache_folder() -> Path:
@@ -141,6 +166,20 @@ def utf8_name(folder: os.PathLike | str) -> str:
 def children(folder: epath.Path) -> list[epath.Path]:
     """What lies in a folder; nothing where there is none, as in an object store before its first object."""
     return list(folder.iterdir()) if folder.exists() else []
+
+
+def sizes_in(folder: epath.Path) -> dict[str, int]:
+    """{name: bytes} of the files in a folder, of an object store by its listing alone."""
+    if is_remote(folder):
+        import fsspec  # here, since it takes a while
+
+        files, path = fsspec.core.url_to_fs(os.fspath(folder))
+        files.invalidate_cache()
+        found = files.ls(path, detail=True) if files.exists(path) else []
+        return {info["name"].rstrip("/").rpartition("/")[2]: info["size"] for info in found}
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        return {entry.name: entry.stat().st_size for entry in entries}
+    return {}
 
 
 def absolute(path: os.PathLike | str) -> epath.Path:

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import os
 import resource
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from test_preparation import batch_of_all, data_config
 
 from transformer_lm.data import input_pipeline, preparation, rows
+from transformer_lm.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +77,16 @@ def test_a_corpus_may_have_more_files_than_may_be_open(tmp_path, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert set(map(tuple, read)) == set(map(tuple, batch_of_all(many)["targets"]))
+
+
+def test_a_file_that_is_lost_is_named(tmp_path):
+    lost = preparation.prepare(data_config(train_split="train[:50]"), str(tmp_path)).train
+    [path] = lost.paths
+    os.unlink(path)
+    with pytest.raises(UserError, match=rf"{path} has 0 rows instead of {lost.manifest['rows']}"):
+        batches(lost, 1)
+
+
+def test_rows_of_an_older_manifest(corpus):
+    older = rows.PreparedCorpus(corpus.directory, {k: v for k, v in corpus.manifest.items() if k != "rows_of_files"})
+    np.testing.assert_array_equal(batches(older, 3), batches(corpus, 3))

@@ -52,8 +52,8 @@ def small_recipe(**fields) -> Recipe:
 
 
 def train(workdir, data, *, profiled=None, **fields):
-    """Runs the small recipe in this process."""
-    loop.train_and_evaluate(small_recipe(**fields), data, str(workdir), profiled=profiled)
+    """Runs the small recipe in this process; whether it came to its end."""
+    return loop.train_and_evaluate(small_recipe(**fields), data, str(workdir), profiled=profiled)
 
 
 def steps_in(workdir) -> list[int]:
@@ -99,9 +99,9 @@ def test_told_to_stop_while_it_evaluates(tmp_path, prepared, monkeypatch, what):
 
     with monkeypatch.context() as patched:
         patched.setattr(f"transformer_lm.training.loop.{what}", take_long)
-        train(tmp_path, prepared)
+        assert not train(tmp_path, prepared)
     assert steps_in(tmp_path) == [4]
-    train(tmp_path, prepared)
+    assert train(tmp_path, prepared)
     assert evaluated(tmp_path) == [4, 6]
 
 

@@ -15,10 +15,11 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from transformer_lm.data.packing import Row, padding_id, read_records
-from transformer_lm.data.rows import PreparedCorpus, PreparedRows
+from transformer_lm.data.rows import PreparedCorpus, PreparedRows, RowsFile
+from transformer_lm.errors import UserError
 from transformer_lm.files import local_copy
 
-READ_THREADS = 4
+READ_THREADS = 8
 PREFETCH_BATCHES = 8
 MAX_OPEN_FILES = 128  # of rows, half of what macOS lets a process open; opening one takes 0.2 ms
 
@@ -26,31 +27,37 @@ Batch = dict[str, np.ndarray]
 
 
 @functools.lru_cache(MAX_OPEN_FILES)
-def _open(path: str) -> ArrayRecordReader:
-    """A file's reader, which closes it when it is dropped: however many files a corpus has, few are open."""
-    return ArrayRecordReader(path, "readahead_buffer_size:0", file_reader_buffer_size=32768)
+def _open(file: RowsFile) -> ArrayRecordReader:
+    """A file's reader, which closes it when it is dropped: however many files a corpus has, few are open.
+
+    A remote file is copied to the cache of this machine when it is first read.
+    """
+    path = local_copy(file.path, file.size, file.checksum)
+    reader = ArrayRecordReader(str(path), "readahead_buffer_size:0", file_reader_buffer_size=32768)
+    if reader.num_records() != file.rows:  # of a file that is not there it says 0
+        raise UserError(f"{file.path} has {reader.num_records()} rows instead of {file.rows}: begin the run again.")
+    return reader
 
 
 class _Records(Sequence):
     """The records of many files, by number."""
 
-    def __init__(self, paths: list[str]):
-        self._paths = paths
-        self._ends = list(itertools.accumulate(_open(path).num_records() for path in paths))
+    def __init__(self, files: list[RowsFile]):
+        self._files = files
+        self._ends = list(itertools.accumulate(file.rows for file in files))
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def __getitem__(self, number: int) -> bytes:
-        file = bisect.bisect_right(self._ends, number)
-        reader = _open(self._paths[file])
-        return reader.read([number - self._ends[file] + reader.num_records()])[0]
+        place = bisect.bisect_right(self._ends, number)
+        file = self._files[place]
+        return _open(file).read([number - self._ends[place] + file.rows])[0]
 
 
 def _rows(corpus: PreparedCorpus) -> grain.MapDataset:
-    """The corpus's stored rows, uint8. Remote files are copied to the cache of this machine first."""
-    source = _Records([str(local_copy(path)) for path in corpus.paths])
-    return grain.MapDataset.source(source).map(lambda record: np.frombuffer(record, np.uint8))
+    """The corpus's stored rows, uint8."""
+    return grain.MapDataset.source(_Records(corpus.files)).map(lambda record: np.frombuffer(record, np.uint8))
 
 
 def train_batches(

@@ -15,17 +15,27 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 from absl import logging
-from array_record.python.array_record_module import ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
 from transformer_lm.data import corpora, dataset_preprocessor, packing
 from transformer_lm.data.dataset_preprocessor import Preprocessing
 from transformer_lm.data.encoding import encode_conversations, encode_texts
 from transformer_lm.errors import UserError
-from transformer_lm.files import children, is_remote, json_bytes, utf8_name, write_atomically, write_file_atomically
+from transformer_lm.files import (
+    children,
+    is_remote,
+    json_bytes,
+    local_copy,
+    sizes_in,
+    utf8_name,
+    write_atomically,
+    write_file_atomically,
+)
 from transformer_lm.tokenizer import UNK_ID, Tokenizer
 from transformer_lm.version import __version__
 
@@ -118,18 +128,32 @@ class PreparedCorpus(PreparedRows):
         """The rows in a folder; None unless every file has its length and (see MAX_CHECKED_BYTES) its checksum."""
         try:
             manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-            files = manifest["checksums"]
-            comparing = sum(size for size, _ in files.values()) <= MAX_CHECKED_BYTES
-            whole = all(_is_whole(directory / name, *facts, comparing) for name, facts in files.items())
+            files, sizes = manifest["checksums"], sizes_in(directory)
+            whole = all(sizes.get(name) == size for name, (size, _) in files.items())
+            if whole and not is_remote(directory) and sum(size for size, _ in files.values()) <= MAX_CHECKED_BYTES:
+                whole = all(_checksum(directory / name) == checksum for name, (_, checksum) in files.items())
         except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):  # a manifest that is cut or empty
             return None
         return cls(directory, manifest) if whole else None
+
+    @classmethod
+    def open(cls, directory: epath.Path) -> "PreparedCorpus":
+        """The rows in a folder in which another process has just found or made them."""
+        return cls(directory, json.loads((directory / MANIFEST).read_text(encoding="utf-8")))
 
     @property
     def paths(self) -> list[str]:
         """The ArrayRecord files, in order."""
         folder = epath.Path(utf8_name(self.directory))
         return [str(folder / name) for name in self.manifest["files"]]
+
+    @property
+    def files(self) -> list["RowsFile"]:
+        """What is known of the files, in order."""
+        names, checksums = self.manifest["files"], self.manifest["checksums"]
+        counts = self.manifest.get("rows_of_files") or map(_count_rows, self.paths)  # older manifests have none
+        facts = zip(self.paths, names, counts, strict=True)
+        return [RowsFile(path, rows, *checksums[name]) for path, name, rows in facts]
 
     @property
     def parts(self) -> tuple["PreparedCorpus", ...]:
@@ -140,6 +164,20 @@ class PreparedCorpus(PreparedRows):
     def weights(self) -> tuple[float, ...]:
         """As of a mixture."""
         return (1.0,)
+
+
+class RowsFile(NamedTuple):
+    """A file of rows: how many there are, its bytes, and their CRC-32."""
+
+    path: str
+    rows: int
+    size: int
+    checksum: int
+
+
+def _count_rows(path: str) -> int:
+    reader = ArrayRecordReader(str(local_copy(path)))
+    return reader.num_records()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +265,7 @@ def finish_rows(plan: RowsPlan, names: list[str]) -> PreparedCorpus:
         "characters_per_token": round(counts["characters"] / counts["tokens"], 4),
         "files": list(checksums),
         "checksums": checksums,
+        "rows_of_files": [block["counts"]["rows"] for block in blocks.values() if block["counts"]["rows"]],
     }
     write_atomically(directory / MANIFEST, json_bytes(manifest))
     _report(plan.corpus.title, manifest)
@@ -264,11 +303,11 @@ def _read_json(directory: epath.Path, name: str) -> dict:
     return json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def _is_whole(path: epath.Path, size: int, checksum: int, comparing: bool = True) -> bool:
-    """Whether a file has a length and, when `comparing`, a checksum, which object stores see to themselves."""
+def _is_whole(path: epath.Path, size: int, checksum: int) -> bool:
+    """Whether a file has a length and a checksum, which object stores see to themselves."""
     if not path.exists() or path.stat().length != size:
         return False
-    return not comparing or is_remote(path) or _checksum(path) == checksum
+    return is_remote(path) or _checksum(path) == checksum
 
 
 def _checksum(path: epath.Path) -> int:

@@ -38,7 +38,7 @@ from transformer_lm.training.stop import Stop
 
 def train_and_evaluate(
     recipe: Recipe, data: preparation.PreparedData, workdir: str, *, profiled: tuple[int, int] | None = None
-):
+) -> bool:
     """Runs a recipe to its last step, or until it is told to stop, going on from the workdir's newest checkpoint.
 
     Args:
@@ -46,6 +46,9 @@ def train_and_evaluate(
       data: what it trains and evaluates on.
       workdir: the folder of the run.
       profiled: the steps of which a trace is written, from the first to before the second.
+
+    Returns:
+      whether it came to the last step.
 
     Raises:
       UserError: another process uses the workdir, it holds another model, init_from names one that does not fit, a
@@ -63,6 +66,7 @@ def train_and_evaluate(
         signals = stack.enter_context(signals_caught())
         stack.enter_context(preemption_watched(signals.tell))
         _Loop(run, writer, signals, Profile(workdir, profiled)).run()
+    return run.step >= recipe.train.num_train_steps
 
 
 def _make_writer(stack: contextlib.ExitStack, workdir: str, run: "_Run") -> metrics.MetricWriter | metrics.SilentWriter:
