@@ -99,4 +99,5 @@ class TestErrors:
     def test_without_the_library(self, model, tmp_path):
         with unittest.mock.patch.dict("sys.modules", {"gguf": None}), pytest.raises(UserError) as raised:
             export(model, tmp_path / "a.gguf")
-        assert "The export needs the package gguf: pip install 'transformer-lm-japanese[gguf]'" in str(raised.value)
+        words = "The export needs the package gguf: in the checkout, pip install -c constraints.txt -e '.[gguf]'"
+        assert words in str(raised.value)

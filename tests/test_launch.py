@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 ODD = [
@@ -14,7 +15,14 @@ ODD = [
     "--config.prompts=昔 $HOME;*",
 ]
 RUN = ["-m", "transformer_lm.main", "--workdir=gs://bucket/a b", "--config=configs/japanese_0.1b_v1.py", *ODD]
-TELL = f"#!/bin/sh\nexec {sys.executable} -c 'import json, sys; print(json.dumps(sys.argv[1:]))' \"$@\"\n"
+GCLOUD = """#!/bin/bash
+last=${@: -1}
+cd "$HOME" && exec env -u TFDS_DATA_DIR bash -c "${last#--command=}"
+"""
+TELL = f"#!/bin/sh\nexec {sys.executable} -c 'import json, os, sys; print(json.dumps(WHAT))' \"$@\"\n"
+TELL_ARGUMENTS = TELL.replace("WHAT", "sys.argv[1:]")
+TELL_DATA = TELL.replace("WHAT", '[os.environ.get("TFDS_DATA_DIR")]')
+PYTHON = Path("transformer-lm-japanese/.venv/bin/python")  # in the home of a host
 
 
 def program(path: Path, content: str):
@@ -32,14 +40,23 @@ def launch(script: str, *arguments: str, path: Path, **environment: str) -> list
 
 def test_a_pod_gets_the_words_as_they_are(tmp_path):
     """Through gcloud's ssh, which hands the command to a shell in the home of each host."""
-    program(tmp_path / "gcloud", '#!/bin/bash\nlast=${@: -1}\ncd "$HOME" && exec bash -c "${last#--command=}"\n')
-    program(tmp_path / "transformer-lm-japanese" / ".venv" / "bin" / "python", TELL)
+    program(tmp_path / "gcloud", GCLOUD)
+    program(tmp_path / PYTHON, TELL_ARGUMENTS)
     arguments = ["pod", "zone", RUN[2].partition("=")[2], RUN[3].partition("=")[2], *ODD]
     assert launch("tpu_pod.sh", *arguments, path=tmp_path, HOME=str(tmp_path)) == RUN
 
 
+@pytest.mark.parametrize("data", ["", "gs://bucket/data", "gs://bucket/a b'$HOME;*"])
+def test_a_pod_reads_the_data_that_are_named_here(tmp_path, data):
+    """TFDS_DATA_DIR goes with the command, since ssh takes no environment along."""
+    program(tmp_path / "gcloud", GCLOUD)
+    program(tmp_path / PYTHON, TELL_DATA)
+    arguments = ["pod", "zone", "gs://bucket/run", "configs/japanese_0.1b_v1.py"]
+    assert launch("tpu_pod.sh", *arguments, path=tmp_path, HOME=str(tmp_path), TFDS_DATA_DIR=data) == [data or None]
+
+
 def test_slurm_gets_the_words_as_they_are(tmp_path):
-    program(tmp_path / "srun", TELL)
+    program(tmp_path / "srun", TELL_ARGUMENTS)
     arguments = [RUN[2].partition("=")[2], RUN[3].partition("=")[2], *ODD]
     told = launch("slurm.sh", *arguments, path=tmp_path, SLURM_CPUS_PER_TASK="8")
     assert told == ["--kill-on-bad-exit=1", "--cpus-per-task=8", "python3", *RUN]

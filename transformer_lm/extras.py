@@ -12,6 +12,5 @@ def optional_import(module: str, extra: str, what: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UserError(
-            f"{what} needs the package {error.name}: pip install 'transformer-lm-japanese[{extra}]' "
-            f"(in a clone: pip install -c constraints.txt -e '.[{extra}]')."
+            f"{what} needs the package {error.name}: in the checkout, pip install -c constraints.txt -e '.[{extra}]'"
         ) from error
