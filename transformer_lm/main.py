@@ -4,10 +4,12 @@ python3 main.py --workdir=logs/japanese_0.1b_v1 --config=configs/japanese_0.1b_v
 """
 
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict
 
 from transformer_lm import cli, recipe
 from transformer_lm.checkpoints import loading
+from transformer_lm.checkpoints import workdir as run_folder
 from transformer_lm.data import preparation
 from transformer_lm.errors import stage
 from transformer_lm.training import distributed, loop
@@ -24,14 +26,19 @@ def main(config: ConfigDict, workdir: str):
     chosen = recipe.read(config)
     profiled = parse_span(_PROFILE.value)
     distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    distributed.share_compilations(workdir)
     initial = loading.find_initial(chosen.init_from, chosen.network, workdir)
 
     def prepare() -> preparation.PreparedData:
-        return preparation.prepare(chosen.data, workdir, tokenizer_source=initial and initial.tokenizer_path)
+        source, kept = initial and initial.tokenizer_path, run_folder.remembered_rows(epath.Path(workdir))
+        return preparation.prepare(chosen.data, workdir, tokenizer_source=source, kept=kept)
+
+    def find(names: dict[str, list[str]]) -> preparation.PreparedData:
+        return preparation.find_named(chosen.data, workdir, names)
 
     with stage("preparing data", lower="prepare_processes or max_corpus_chars"):
         folders = [workdir] + [chosen.data.prepared_dir] * bool(chosen.data.prepared_dir)
-        data = distributed.first_alone(prepare, folders)
+        data = distributed.first_alone(prepare, preparation.rows_named, find, folders)
     with (
         stage("training", lower="per_device_batch_size, max_target_length or the size of the network"),
         distributed.losses_explained(),

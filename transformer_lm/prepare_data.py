@@ -2,7 +2,7 @@
 
 python3 prepare_data.py --workdir=logs/japanese_0.1b_v1 --config=configs/japanese_0.1b_v1.py [--config.field=value ...]
 
-Without --executor, processes of this machine do the work. With it, datatrove's tasks do (pip install ".[prep]"): on
+Without --executor, processes of this machine do the work. With it, datatrove's tasks do (extra prep): on
 this machine, on a Slurm cluster, or on the Ray cluster at RAY_ADDRESS. The command waits for them; the same command
 goes on after an interruption. Workdir and corpus must lie where all machines find them.
 """

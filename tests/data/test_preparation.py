@@ -304,6 +304,27 @@ def test_what_is_prepared_is_not_read_again(tmp_path, monkeypatch):
     assert preparation.prepare(config, str(tmp_path / "w")).train.manifest["documents"] == 90
 
 
+@pytest.mark.parametrize("rules", ["", "language"])
+def test_a_run_keeps_the_rows_that_it_began_with(tmp_path, caplog, rules):
+    """Though a file, or a data set of the hub, has changed since; whoever begins anew has what is there then."""
+    tales = [mukashi.tale(number) for number in range(60)]
+    write_jsonl(tmp_path / "a.jsonl", tales)
+    splits = {"train_split": "train[:40]", "eval_split": "train[40:]", "cleaning_rules": rules}
+    config = data_config(dataset_name=f"jsonl:{tmp_path}/a.jsonl", **splits)
+    begun = preparation.prepare(config, str(tmp_path / "w"))
+    names = preparation.rows_named(begun)
+    write_jsonl(tmp_path / "a.jsonl", tales + tales[:1])
+    again = preparation.prepare(config, str(tmp_path / "w"), kept=[*names["train"], *names["eval"]])
+    assert preparation.rows_named(again) == names
+    assert caplog.text.count("is not what it was when this run began") == 2
+    assert preparation.rows_named(preparation.find_named(config, str(tmp_path / "w"), names)) == names
+    anew = preparation.prepare(config, str(tmp_path / "w"))
+    assert set(preparation.rows_named(anew)["train"]).isdisjoint(names["train"])
+    assert anew.eval.manifest["documents"] == begun.eval.manifest["documents"] + 1
+    changed = dataclasses.replace(config, max_target_length=32)
+    assert preparation.prepare(changed, str(tmp_path / "w"), kept=names["train"]).train.row_length == 32
+
+
 def test_an_error_names_the_field(tmp_path):
     for field in ("dataset_name", "eval_dataset_name"):
         with pytest.raises(UserError, match=rf"^{field}='nosuch:x' must be"):

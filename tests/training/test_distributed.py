@@ -252,6 +252,23 @@ def test_a_folder_that_may_only_be_read_is_no_fault(tmp_path, monkeypatch):
         distributed._mark(tmp_path / "other")
 
 
+@pytest.mark.parametrize(("processes", "own", "shared"), [(2, False, True), (1, False, False), (2, True, False)])
+def test_all_processes_find_what_was_compiled(monkeypatch, tmp_path, processes, own, shared):
+    """In the workdir, unless the user has said where, since JAX lets the first process alone write."""
+    monkeypatch.setenv("TRANSFORMER_LM_CACHE", str(tmp_path / "cache"))
+    place = str(tmp_path / ("own" if own else "cache") / "xla-1")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", place)
+    monkeypatch.setattr(distributed.global_state, "num_processes", processes)
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", place)
+        distributed.share_compilations(str(tmp_path / "run"))
+        found = jax.config.jax_compilation_cache_dir
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert found == (str(tmp_path / "run" / "compiled" / "xla-1") if shared else place)
+
+
 def test_flags_that_do_not_suffice(tmp_path):
     done = run(command("main", tmp_path, "--num_processes=2"))
     assert "--coordinator_address=HOST:PORT --num_processes=N --process_id=0..N-1" in one_line_error(done)

@@ -91,6 +91,12 @@ def remembered_batch(workdir: epath.Path, recipe: dict) -> dict[str, int]:
     }
 
 
+def remembered_rows(workdir: epath.Path) -> list[str]:
+    """The names of the rows that a run had before, [] for a new run."""
+    rows = read_json(workdir / CONFIG_FILE).get("rows") if _has_run(workdir) else []
+    return [name for name in rows if isinstance(name, str) and name == epath.Path(name).name] if rows else []
+
+
 def _report_changes(workdir: epath.Path, before: Any, recipe: dict, rows_before: Any, rows: list[str]):
     """Logs each field of the recipe that is not what it was, and what follows; refuses what would have no effect."""
     before = before if isinstance(before, dict) else {}

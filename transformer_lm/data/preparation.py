@@ -7,6 +7,7 @@ of its own. For many, the same functions are steps of a datatrove pipeline (`dat
 
 import dataclasses
 import itertools
+from collections.abc import Callable, Collection
 from typing import Annotated
 
 from absl import logging
@@ -75,7 +76,11 @@ class PreparedData:
 
 
 def prepare(
-    config: DataConfig, workdir: str, launcher: Launcher | None = None, tokenizer_source: epath.Path | None = None
+    config: DataConfig,
+    workdir: str,
+    launcher: Launcher | None = None,
+    tokenizer_source: epath.Path | None = None,
+    kept: Collection[str] = (),
 ) -> PreparedData:
     """Makes what is missing of tokenizer, training rows and evaluation rows, and finds what is there.
 
@@ -85,32 +90,69 @@ def prepare(
       launcher: where datatrove's tasks do the work; None for processes of this machine, which need no datatrove
         unless there is something to clean.
       tokenizer_source: a tokenizer to take where there is none, rather than train one.
+      kept: names of the rows that a run began with, which it keeps though their sources have changed since.
 
     Raises:
       UserError: a dataset or split does not exist (before any long work), or its content cannot be used.
     """
-    work = _Preparation(config, absolute(config.prepared_dir or epath.Path(workdir) / "prepared"), launcher)
+    root = _root(config, workdir)
+    kept_rows = tuple(found for name in kept if (found := PreparedCorpus.find(root / name)))
+    work = _Preparation(config, root, launcher, kept_rows)
     opened: dict[str, corpora.Source] = {}
     train = open_corpora(config.dataset_name, config.train_split, config, opened)
     evaluation = _open_evaluation(config, opened)
-    spm_path = absolute(config.vocab_path or epath.Path(workdir) / "sentencepiece_model")
+    spm_path = _spm_path(config, workdir)
     if tokenizer_source is None and not spm_path.exists():
         tokenizer_training.check_options(config.spm_train_options)  # before the corpus is read
     judged = next((corpus.documents for corpus in evaluation if corpus.documents.source.judges), None)
-    sources = train, evaluation
-    train, evaluation = work.cleaned(train), work.cleaned(evaluation)
-    spm = _tokenizer(spm_path, tokenizer_source, train, config)
-    lengths = config.max_target_length, config.max_eval_target_length
-    if not (work.has_rows(train, spm, lengths[0]) and work.has_rows(evaluation, spm, lengths[1])):
-        _warn_of_overlaps(*sources)  # which may read all documents
-    return PreparedData(spm, work.rows_of(train, spm, lengths[0]), work.rows_of(evaluation, spm, lengths[1]), judged)
+    spm = _tokenizer(spm_path, tokenizer_source, lambda: list(map(work.cleaned, train)), config)
+    train_parts = work.find(train, spm, config.max_target_length)
+    eval_parts = work.find(evaluation, spm, config.max_eval_target_length)
+    if any(isinstance(part, RowsPlan) for part in (*train_parts, *eval_parts)):
+        _warn_of_overlaps(train, evaluation)  # which may read all documents
+    return PreparedData(spm, work.complete(train_parts, train), work.complete(eval_parts, evaluation), judged)
+
+
+def rows_named(data: PreparedData) -> dict[str, list[str]]:
+    """The names of the rows, by which `find_named` finds them."""
+    return {"train": _names(data.train), "eval": _names(data.eval)}
+
+
+def _names(rows_: PreparedRows) -> list[str]:
+    return [part.directory.name for part in rows_.parts]
+
+
+def find_named(config: DataConfig, workdir: str, names: dict[str, list[str]]) -> PreparedData:
+    """What another process of the run has just prepared. No source is asked, whose answer may be another by now."""
+
+    def read(dataset: str | list, names: list[str]) -> PreparedRows:
+        weights = tuple(weight for _, weight in _parts_of(dataset))
+        parts = tuple(PreparedCorpus.open(_root(config, workdir) / name) for name in names)
+        return parts[0] if len(parts) == 1 else PreparedMixture(parts, weights)
+
+    evaluated = _open_evaluation(config) if config.conversations else []
+    return PreparedData(
+        Tokenizer.load(_spm_path(config, workdir)),
+        read(config.dataset_name, names["train"]),
+        read(config.eval_dataset_name or config.dataset_name, names["eval"]),
+        next((corpus.documents for corpus in evaluated if corpus.documents.source.judges), None),
+    )
 
 
 def prepare_evaluation(config: DataConfig, spm: Tokenizer, root: epath.Path) -> PreparedRows:
     """The evaluation rows of a recipe alone, for a tokenizer read from a file; found or made below `root`."""
     evaluation = _open_evaluation(config)
     work = _Preparation(config, root)
-    return work.rows_of(work.cleaned(evaluation), spm, config.max_eval_target_length)
+    return work.complete(work.find(evaluation, spm, config.max_eval_target_length), evaluation)
+
+
+def _root(config: DataConfig, workdir: str) -> epath.Path:
+    """The folder below which everything is found or made."""
+    return absolute(config.prepared_dir or epath.Path(workdir) / "prepared")
+
+
+def _spm_path(config: DataConfig, workdir: str) -> epath.Path:
+    return absolute(config.vocab_path or epath.Path(workdir) / "sentencepiece_model")
 
 
 def _open_evaluation(config: DataConfig, opened: dict | None = None) -> list[Corpus]:
@@ -130,12 +172,14 @@ def _warn_of_overlaps(train: list[Corpus], evaluation: list[Corpus]):
                             other.title, one.title)  # fmt: skip
 
 
-def _tokenizer(path: epath.Path, source: epath.Path | None, train: list[Corpus], config: DataConfig) -> Tokenizer:
+def _tokenizer(
+    path: epath.Path, source: epath.Path | None, train: Callable[[], list[Corpus]], config: DataConfig
+) -> Tokenizer:
     """The tokenizer at a path, copied from a source or trained where there is none yet."""
     if not path.exists():
         with locks.waiting_for(f"{path}.lock", f"The tokenizer {path}"):
             if not path.exists():
-                model = Tokenizer.load(source).model if source else _train_tokenizer(train, config)
+                model = Tokenizer.load(source).model if source else _train_tokenizer(train(), config)
                 write_atomically(path, model)
                 logging.info("Wrote the tokenizer to %s.", path)
     spm = Tokenizer.load(path)
@@ -149,8 +193,8 @@ def _train_tokenizer(train: list[Corpus], config: DataConfig) -> bytes:
     return tokenizer_training.train(mixture, config.vocab_size, config.max_corpus_chars, config.spm_train_options)
 
 
-def open_corpora(name: str | list, split: str, config: DataConfig, opened: dict | None = None) -> list[Corpus]:
-    """The corpora of a dataset name or a mixture, their weights summing to 1; sources in `opened` are shared."""
+def _parts_of(name: str | list) -> list[tuple[str, float]]:
+    """The names of a mixture or of one dataset with their weights, which sum to 1."""
     parts = [(name, 1.0)] if isinstance(name, str) else name
     try:
         parts = [(str(part), float(weight)) for part, weight in parts]
@@ -159,15 +203,20 @@ def open_corpora(name: str | list, split: str, config: DataConfig, opened: dict 
             raise ValueError
     except (TypeError, ValueError) as error:
         raise UserError(f"dataset_name={name!r} must be a name or a list of (name, weight), weight above 0.") from error
+    return [(part, weight / total) for part, weight in parts]
+
+
+def open_corpora(name: str | list, split: str, config: DataConfig, opened: dict | None = None) -> list[Corpus]:
+    """The corpora of a dataset name or a mixture, their weights summing to 1; sources in `opened` are shared."""
     options = corpora.Options(config.text_field, config.streaming, config.conversations)
     preprocessor = dataset_preprocessor.CONVERSATIONS if config.conversations else config.preprocessor
     return [
         Corpus.open(
             corpora.open_documents(part, split, options, opened),
             dataset_preprocessor.for_dataset(part, preprocessor, config.unicode_normalization),
-            weight / total,
+            weight,
         )
-        for part, weight in parts
+        for part, weight in _parts_of(name)
     ]
 
 
@@ -179,20 +228,20 @@ class _Preparation:
       config: what to prepare.
       root: the folder below which everything is found or made.
       launcher: see `prepare`.
+      kept: rows that a run began with.
     """
 
     config: DataConfig
     root: epath.Path
     launcher: Launcher | None = None
+    kept: tuple[PreparedCorpus, ...] = ()
 
-    def cleaned(self, mixture: list[Corpus]) -> list[Corpus]:
-        """The corpora as they are, or cleaned where the recipe has rules."""
-        return [self._clean(corpus) for corpus in mixture] if self.config.cleaning_rules else mixture
-
-    def _clean(self, corpus: Corpus) -> Corpus:
-        """The corpus with only the texts that the rules keep, which are written to disk in between."""
+    def cleaned(self, corpus: Corpus) -> Corpus:
+        """The corpus as it is, or where the recipe has rules the texts that they keep, which are written to disk."""
         rules = self.config.cleaning_rules
-        identity = corpus.identity | {"cleaning_rules": rules, "cleaning_code": cleaning.fingerprint(rules)}
+        if not rules:
+            return corpus
+        identity = self._identity(corpus)
         directory = self.root / f"cleaned-{rows.digest(identity)}"
         if not (directory / cleaning.REPORT).exists():
             launcher = self.launcher or cleaning.local_launcher(self.config.prepare_processes)
@@ -204,19 +253,36 @@ class _Preparation:
         documents = cleaning.open_texts(directory / report["texts"])
         return Corpus(documents, Preprocessing(), identity | {"cleaning_counts": report["counts"]}, corpus.weight)
 
-    def has_rows(self, mixture: list[Corpus], spm: Tokenizer, row_length: int) -> bool:
-        """Whether all rows of a corpus or a mixture have been made, damaged since or not."""
-        plans = (RowsPlan(corpus, spm, row_length, self.root) for corpus in mixture)
-        return all((plan.directory / rows.MANIFEST).exists() for plan in plans)
+    def _identity(self, corpus: Corpus) -> dict:
+        """All that determines the texts of a corpus when it is cleaned."""
+        if not (rules := self.config.cleaning_rules):
+            return corpus.identity
+        return corpus.identity | {"cleaning_rules": rules, "cleaning_code": cleaning.fingerprint(rules)}
 
-    def rows_of(self, mixture: list[Corpus], spm: Tokenizer, row_length: int) -> PreparedRows:
-        """The rows of a corpus or a mixture, found or made."""
-        parts = tuple(self._rows(RowsPlan(corpus, spm, row_length, self.root)) for corpus in mixture)
+    def find(self, mixture: list[Corpus], spm: Tokenizer, row_length: int) -> list[PreparedCorpus | RowsPlan]:
+        """The rows of each corpus where they are there, or else what is to be made."""
+        return [self._find(corpus, spm, row_length) for corpus in mixture]
+
+    def _find(self, corpus: Corpus, spm: Tokenizer, row_length: int) -> PreparedCorpus | RowsPlan:
+        plan = RowsPlan(dataclasses.replace(corpus, identity=self._identity(corpus)), spm, row_length, self.root)
+        for found in self.kept:
+            differs = {field for field, value in plan.identity.items() if found.manifest.get(field) != value}
+            if differs <= {"source_fingerprint"}:
+                if differs:
+                    logging.warning(
+                        "%s is not what it was when this run began, which goes on with the rows that it has; use "
+                        "another --workdir for what is there now.", corpus.title,
+                    )  # fmt: skip
+                return found
+        plan = dataclasses.replace(plan, corpus=self.cleaned(corpus))
+        return PreparedCorpus.find(plan.directory) or plan
+
+    def complete(self, parts: list[PreparedCorpus | RowsPlan], mixture: list[Corpus]) -> PreparedRows:
+        """The rows of a corpus or a mixture, after those that are missing have been made."""
+        parts = tuple(self._make(part) if isinstance(part, RowsPlan) else part for part in parts)
         return parts[0] if len(parts) == 1 else PreparedMixture(parts, tuple(corpus.weight for corpus in mixture))
 
-    def _rows(self, plan: RowsPlan) -> PreparedCorpus:
-        if (found := PreparedCorpus.find(plan.directory)) is not None:
-            return found
+    def _make(self, plan: RowsPlan) -> PreparedCorpus:
         with locks.waiting_for(f"{plan.directory}.lock", f"The folder of rows {plan.directory}"):
             found = PreparedCorpus.find(plan.directory)
             return found or prepare_rows(plan, self.config.prepare_processes, self.launcher)

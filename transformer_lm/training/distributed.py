@@ -22,7 +22,7 @@ from etils import epath
 from jax._src.distributed import global_state  # as Orbax does: the store of keys and values has no public name
 
 from transformer_lm.errors import UserError, one_line
-from transformer_lm.files import write_atomically
+from transformer_lm.files import cache_folder, write_atomically
 
 HEARTBEAT_SECONDS = 30  # a process that was not heard of for so long has gone
 POLL_SECONDS = 0.2
@@ -76,6 +76,16 @@ def start(coordinator_address: str | None, num_processes: int | None, process_id
         logging.set_verbosity(logging.WARNING)
 
 
+def share_compilations(workdir: str):
+    """Lets all processes of a run find what was compiled before, in the workdir: JAX's first process alone writes it.
+
+    A user's own JAX_COMPILATION_CACHE_DIR stays as it is.
+    """
+    own = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+    if global_state.num_processes > 1 and own.startswith(f"{cache_folder()}{os.sep}"):
+        jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, "compiled", os.path.basename(own)))
+
+
 def _is_only_task() -> bool:
     """Whether Slurm or Open MPI has begun this process alone, which has all devices then: JAX would give it one."""
     return os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("SLURM_NTASKS")) == "1"
@@ -101,8 +111,16 @@ def agree(name: str, make: Callable[[], Any]) -> Any:
         time.sleep(POLL_SECONDS)
 
 
-def first_alone(prepare: Callable[[], Result], folders: list[str]) -> Result:
-    """What `prepare` returns: the first process does the work, the others then find it done in the folders.
+def first_alone(
+    prepare: Callable[[], Result], tell: Callable[[Result], Any], find: Callable[[Any], Result], folders: list[str]
+) -> Result:
+    """What `prepare` returns in the first process of a run; the others then find it done in the folders.
+
+    Args:
+      prepare: does the work.
+      tell: what the others are to be told of its result, for JSON.
+      find: makes a result of what was told.
+      folders: where the work lies.
 
     Raises:
       UserError: a process does not see the folders of the first.
@@ -113,12 +131,13 @@ def first_alone(prepare: Callable[[], Result], folders: list[str]) -> Result:
         result = prepare()
     name = SHARED_FILE + agree("run", lambda: uuid.uuid4().hex)  # other runs may share a folder, too
     marks = [epath.Path(folder) / name for folder in folders]
-    marked = agree("prepared", lambda: [_mark(mark) for mark in marks])
+    marked = agree("marked", lambda: [_mark(mark) for mark in marks])
+    told = agree("prepared", lambda: tell(result))
     if not is_first():
         for mark, is_there in zip(marks, marked, strict=True):
             if is_there:
                 _wait_for(mark)
-        result = prepare()
+        result = find(told)
     together("prepared")
     if is_first():
         for mark in marks:

@@ -41,8 +41,8 @@ def list_files(pattern: str) -> tuple[fsspec.AbstractFileSystem, list[dict]]:
     except (ImportError, ValueError) as error:
         if protocol not in EXTRAS:
             raise UserError(f"{pattern}: {error}") from error
-        package = f"transformer-lm-japanese[{EXTRAS[protocol]}]"
-        raise UserError(f"Reading {pattern} needs another package: pip install '{package}'.") from error
+        command = f"in the checkout, pip install -c constraints.txt -e '.[{EXTRAS[protocol]}]'"
+        raise UserError(f"Reading {pattern} needs another package: {command}.") from error
     # The full name of a file may look like a pattern.
     found = {path: files.info(path)} if files.isfile(path) else files.glob(pattern, detail=True)
     return files, [found[path] for path in sorted(found) if found[path]["type"] != "directory"]
