@@ -39,6 +39,7 @@ def make_blocks(plan: RowsPlan, processes: int) -> list[str]:
             names.append(f"rows-{number:06d}")
             if (done := read_block(plan.directory, names[-1])) is not None:
                 characters += done["counts"]["characters"]
+                report(characters)
                 continue
             if processes == 1:
                 characters += plan.write_block(names[-1], block)["characters"]

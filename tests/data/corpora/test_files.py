@@ -223,3 +223,16 @@ def test_no_more_is_counted_than_tasks_need(tmp_path, split, read):
     assert known == [5] * (read // 5) + [None] * (5 - read // 5)
     shares = [len(list(documents.read(task, 3))) for task in range(3)]
     assert sum(shares) == {"train": 25, "train[:4]": 4, "train[6:]": 19, "train[3:5]": 2}[split]
+
+
+def test_rows_of_parquet_are_counted_by_the_files_own_word(tmp_path, monkeypatch):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for number, rows in enumerate([7, 0, 5]):
+        texts = arrow.table({"text": arrow.array([f"{number}-{row}" for row in range(rows)], arrow.string())})
+        parquet.write_table(texts, tmp_path / f"{number}.parquet")
+    documents = corpora.open_documents(f"parquet:{tmp_path}/*", "train[50%:]")
+    monkeypatch.setattr(documents.source, "documents", None)
+    documents.count()
+    assert documents.source.size("train") == 12
+    monkeypatch.undo()
+    assert list(documents) == ["0-6", *(f"2-{row}" for row in range(5))]

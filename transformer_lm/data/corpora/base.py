@@ -95,8 +95,12 @@ class Source(abc.ABC):
         """Number of documents in a shard; where it is not known they are counted, once."""
         size = self.known_size(split, shard)
         if size is None:
-            size = self._sizes[split, shard] = sum(1 for _ in self.documents(split, shard))
+            size = self._sizes[split, shard] = self.count_shard(split, shard)
         return size
+
+    def count_shard(self, split: str, shard: int) -> int:
+        """Counts the documents of a shard, by reading it where nothing else tells."""
+        return sum(1 for _ in self.documents(split, shard))
 
     def size(self, split: str) -> int:
         """Number of documents in a split."""

@@ -108,11 +108,17 @@ def parquet_column(file: io.BufferedReader, path: str, name: str) -> Iterator:
         yield from batch.column(0).to_pylist()
 
 
-def _parquet_batches(file: io.BufferedReader, path: str, choose: Callable[[list[str]], list[str]]) -> Iterator:
-    """Some hundred rows each, with those of the columns' names that `choose` takes."""
+def open_parquet(file: io.BufferedReader, path: str):
+    """pyarrow's reader of a Parquet file; raises UserError where it is none."""
     parquet = optional_import("pyarrow.parquet", "hf", "Reading Parquet")
     with library_errors(lambda: f"{path} cannot be read as Parquet"):
-        table = parquet.ParquetFile(file)
+        return parquet.ParquetFile(file)
+
+
+def _parquet_batches(file: io.BufferedReader, path: str, choose: Callable[[list[str]], list[str]]) -> Iterator:
+    """Some hundred rows each, with those of the columns' names that `choose` takes."""
+    table = open_parquet(file, path)
+    with library_errors(lambda: f"{path} cannot be read as Parquet"):
         yield from table.iter_batches(batch_size=PARQUET_ROWS, columns=choose(table.schema_arrow.names))
 
 
@@ -161,6 +167,14 @@ class Files(Source):
         """See Source."""
         path = self.shard_name(split, shard)
         return itertools.islice(read_file(self._kind, self._files, path, self._options), start, None)
+
+    def count_shard(self, split: str, shard: int) -> int:
+        """See Source; Parquet files know how many rows they have."""
+        if self._kind != "parquet":
+            return super().count_shard(split, shard)
+        path = self.shard_name(split, shard)
+        with self._files.open(path, "rb", block_size=BUFFER_BYTES) as raw:
+            return open_parquet(decompressed(raw, path), path).metadata.num_rows
 
     @property
     def fingerprint(self) -> str:
