@@ -30,7 +30,8 @@ def main(config: ConfigDict, workdir: str):
     initial = loading.find_initial(chosen.init_from, chosen.network, workdir)
 
     def prepare() -> preparation.PreparedData:
-        source, kept = initial and initial.tokenizer_path, run_folder.remembered_rows(epath.Path(workdir))
+        kept = run_folder.remembered_rows(epath.Path(workdir), chosen.fields)
+        source = initial and initial.tokenizer_path
         return preparation.prepare(chosen.data, workdir, tokenizer_source=source, kept=kept)
 
     def find(names: dict[str, list[str]]) -> preparation.PreparedData:

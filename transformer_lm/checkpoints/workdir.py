@@ -91,10 +91,13 @@ def remembered_batch(workdir: epath.Path, recipe: dict) -> dict[str, int]:
     }
 
 
-def remembered_rows(workdir: epath.Path) -> list[str]:
-    """The names of the rows that a run had before, [] for a new run."""
-    rows = read_json(workdir / CONFIG_FILE).get("rows") if _has_run(workdir) else []
-    return [name for name in rows if isinstance(name, str) and name == epath.Path(name).name] if rows else []
+def remembered_rows(workdir: epath.Path, recipe: dict) -> list[str]:
+    """The names of the rows that a run had before, [] for a new run, or one that reads another field of its sources."""
+    content = read_json(workdir / CONFIG_FILE) if _has_run(workdir) else {}
+    rows, before = content.get("rows"), content.get("recipe")
+    if not isinstance(rows, list) or not isinstance(before, dict) or before.get("text_field") != recipe["text_field"]:
+        return []
+    return [name for name in rows if isinstance(name, str) and name == epath.Path(name).name]
 
 
 def _report_changes(workdir: epath.Path, before: Any, recipe: dict, rows_before: Any, rows: list[str]):
