@@ -1,20 +1,25 @@
 """A model of conversations, from its run to a talk with it and to its exports."""
 
+import dataclasses
 import io
 import json
 import sys
 
 import pytest
-from conftest import command, one_line_error, run
+from conftest import command, init, one_line_error, run
+from test_tensor_tables import config_of
+from test_turns import KEEP_SPACES, make_tokenizer
 
 import transformer_lm
-from transformer_lm import generate_text, recipe
+from transformer_lm import export_gguf, export_huggingface, generate_text, recipe
 from transformer_lm.checkpoints import loading
 from transformer_lm.configs import mukashi_chat
 from transformer_lm.errors import UserError
-from transformer_lm.generation.scheduler import Scheduler
+from transformer_lm.generation.sampler import SamplingConfig
+from transformer_lm.generation.scheduler import Request, Scheduler
+from transformer_lm.huggingface import exported_model
 from transformer_lm.tokenizer import EOS_ID, NAME_MARK, START_ID
-from transformer_lm.tokenizer.turns import Turns
+from transformer_lm.tokenizer.turns import Message, Turns
 
 ASKED = ["猿が出てくる昔話をお願いします。", "どこで聞きましたか。"]
 
@@ -46,9 +51,8 @@ def generate(workdir, *arguments, **options):
     )
 
 
-def test_interactive_is_one_conversation(model, monkeypatch, capsys):
-    """What the model reads is all that was said, its own answers included; what it shows are those."""
-    asked = [ASKED[0], "", ASKED[1]]
+def talk(model, monkeypatch, lines: list[str], most: int) -> list[Request]:
+    """What the model is asked where somebody types these lines."""
     requests = []
 
     def submit(self, request):
@@ -56,10 +60,16 @@ def test_interactive_is_one_conversation(model, monkeypatch, capsys):
         return Scheduler.submit(self, request)
 
     monkeypatch.setattr(generate_text, "Scheduler", type("Watched", (Scheduler,), {"submit": submit}))
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(asked)))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     fields = mukashi_chat.get_config()
-    fields.update(max_predict_length=12, sampling_temperature=0.0)
+    fields.update(max_predict_length=most, sampling_temperature=0.0)
     generate_text.talk(model, recipe.read(fields))
+    return requests
+
+
+def test_interactive_is_one_conversation(model, monkeypatch, capsys):
+    """What the model reads is all that was said, its own answers included; what it shows are those."""
+    requests = talk(model, monkeypatch, [ASKED[0], "", ASKED[1]], most=12)
     first, second, rest = capsys.readouterr().out.split("\n\n")
     assert not rest
     messages = [{"role": "user", "content": ASKED[0]}]
@@ -69,6 +79,24 @@ def test_interactive_is_one_conversation(model, monkeypatch, capsys):
     assert requests[1].max_tokens == 12
     assert requests[1].end_ids == model.turns.end_ids
     assert second != ASKED[1]
+
+
+def test_a_message_that_fills_the_context_begins_a_conversation(model, monkeypatch, caplog, capsys):
+    """Nobody types it again; one that does not fit even alone is refused, and the conversation goes on without it."""
+
+    def alone(text):
+        return model.turns.encode([{"role": "user", "content": text}], add_generation_prompt=True)[0]
+
+    half = "昔々" * (model.network.context // 2 // len(model.tokenizer.encode("昔々")))
+    assert model.network.context // 3 < len(alone(half)) < model.network.context - 8
+    assert len(alone(half)) * 2 > model.network.context - 8
+    *first, last = talk(model, monkeypatch, [half, half, half * 3, ASKED[0]], most=4)
+    assert [request.prompt for request in first] == [alone(half)] * 2
+    answer = capsys.readouterr().out.split("\n\n")[1]
+    messages = [Message("user", half), Message("assistant", answer), Message("user", ASKED[0])]
+    assert last.prompt == model.turns.encode(messages, add_generation_prompt=True)[0]
+    assert "a new conversation begins" in caplog.text
+    assert f"A message of {len(alone(half * 3))} tokens is too long" in caplog.text
 
 
 def test_prompts_are_instructions(trained_chat, model):
@@ -87,7 +115,10 @@ def test_export(trained_chat, model, tmp_path):
     config = json.loads((output / "tokenizer_config.json").read_text())
     assert config["chat_template"] == model.turns.jinja()
     end = model.turns.end_ids
-    assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == [EOS_ID, *end]
+    generation = json.loads((output / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [EOS_ID, *end]
+    assert "max_length" not in generation  # a conversation's, which an answer's cannot bound
+    assert generation["max_new_tokens"] == 64
     card = (output / "README.md").read_text()
     assert "apply_chat_template" in card
     assert "会話を学習していて" in card
@@ -108,6 +139,42 @@ def test_gguf(trained_chat, model, tmp_path):
     fields = gguf.GGUFReader(output).fields
     assert fields["tokenizer.chat_template"].contents() == model.turns.jinja()
     assert fields["tokenizer.ggml.eot_token_id"].contents() == model.turns.end_ids[0]
+
+
+def export_words(spm, folder):
+    """Exports a model whose marks are words; its card and its generation_config.json."""
+    network = dataclasses.replace(config_of("modern"), vocab_size=spm.vocab_size)
+    (folder / "model").mkdir(parents=True)
+    exported_model.save(folder / "model", network, init(network), 5, has_turns=True)
+    (folder / "model" / "sentencepiece_model").write_bytes(spm.model)
+    export_huggingface.export(str(folder / "model"), folder / "out", SamplingConfig())
+    card = (folder / "out" / "README.md").read_text()
+    return card, json.loads((folder / "out" / "generation_config.json").read_text())
+
+
+def test_exports_of_marks_that_are_words(tmp_path):
+    """Pieces that hold the sign end an answer, or else the card's code looks for it in the text."""
+    pytest.importorskip("safetensors")
+    bpe = f"--model_type=bpe {KEEP_SPACES}"
+    with_piece = make_tokenizer(bpe, *["◆ユーザー ◆アシスタント ◆"] * 50)
+    card, generation = export_words(with_piece, tmp_path / "piece")
+    [first, *_] = end = Turns.of(with_piece).exported_end_ids
+    assert with_piece.piece_text(first) == " ◆"
+    assert generation["eos_token_id"] == [EOS_ID, *end]
+    assert 'True).partition("◆")[0].strip())' in card
+    assert "stop_strings" not in card
+
+    card, generation = export_words(make_tokenizer(bpe), tmp_path / "bytes")
+    assert generation["eos_token_id"] == EOS_ID
+    assert 'True).partition("◆")[0].strip())' in card
+    assert 'generate(**inputs, stop_strings=["◆"], tokenizer=tokenizer)' in card
+
+    gguf = pytest.importorskip("gguf")
+    for name, ends in (("piece", [first]), ("bytes", [])):
+        output = tmp_path / f"{name}.gguf"
+        export_gguf.export(str(tmp_path / name / "model"), output, "float32", SamplingConfig())
+        fields = gguf.GGUFReader(output).fields
+        assert [fields[key].contents() for key in fields if key.endswith("eot_token_id")] == ends
 
 
 def test_tasks_are_asked_in_conversations(model, trained, tmp_path):

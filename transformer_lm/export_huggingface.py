@@ -47,7 +47,7 @@ def export(address: str, output: Path, sampling: SamplingConfig):
     loaded = loading.load_model(address)
     tokenizer, turns = loaded.tokenizer()
     facts = read_facts(address, loaded.step, tokenizer)
-    card = model_card.write(output.name, loaded.config, loaded.step, facts, has_turns=loaded.has_turns)
+    card = model_card.write(output.name, loaded.config, loaded.step, facts, turns)
     temporary = (output if output.exists() else output.parent) / f".tmp{uuid.uuid4().hex}"
     try:
         with errors.writing(f"--output={output}"):
@@ -95,12 +95,14 @@ def _move(temporary: Path, output: Path):
 
 def _generation_settings(sampling: SamplingConfig, positions: int, turns: Turns | None) -> dict:
     """How transformers' generate() samples unless it is told otherwise."""
-    settings = {**SPECIAL_TOKENS, "max_length": min(sampling.max_length, positions)}
-    if turns and turns.end_ids:
-        settings["eos_token_id"] = [EOS_ID, *turns.end_ids]
+    chosen = dataclasses.asdict(sampling)
+    most = min(chosen.pop("max_length"), positions)
+    settings = {**SPECIAL_TOKENS, "max_new_tokens" if turns else "max_length": most}  # of an answer, or of all
+    if turns and turns.exported_end_ids:
+        settings["eos_token_id"] = [EOS_ID, *turns.exported_end_ids]
     if sampling.temperature == 0:
         return {**settings, "do_sample": False}
-    return {**dataclasses.asdict(sampling), **settings, "do_sample": True}
+    return {**chosen, **settings, "do_sample": True}
 
 
 if __name__ == "__main__":

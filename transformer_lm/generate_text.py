@@ -90,17 +90,20 @@ def stream_texts(model: language_model.LanguageModel, chosen: Recipe):
 
 
 def talk(model: language_model.LanguageModel, chosen: Recipe):
-    """A conversation with somebody who types; where it fills the model's context, another one begins."""
+    """A conversation with somebody who types; a message that does not fit into the model's context begins another."""
     context = model.network.context
     scheduler, settings = _scheduler(model, chosen, context)
     messages: list[Message] = []
     for place, text in enumerate(typed_lines()):
-        messages.append(Message("user", text))
-        ids, _ = model.turns.encode(messages, add_generation_prompt=True)
-        if len(ids) >= context:
-            logging.error("%d tokens are more than the model's context of %d: a new conversation.", len(ids), context)
-            messages = []
+        asked = [Message("user", text)]
+        ids, alone = (model.turns.encode(said, add_generation_prompt=True)[0] for said in (messages + asked, asked))
+        if len(alone) >= context:
+            logging.error("A message of %d tokens is too long for the model's context of %d.", len(alone), context)
             continue
+        if len(ids) >= context:
+            logging.warning("The model's context of %d tokens is full: a new conversation begins here.", context)
+            ids, messages = alone, []
+        messages += asked
         most = min(chosen.sampling.max_length, context - len(ids))
         request = Request(ids, settings, most, number=place * language_model.MAX_SAMPLES % 2**31)
         messages.append(Message("assistant", stream(scheduler, request, model.turns)))

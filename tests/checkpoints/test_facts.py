@@ -5,6 +5,7 @@ import json
 import pytest
 
 from transformer_lm.checkpoints.facts import read_facts
+from transformer_lm.huggingface import model_card
 
 RECIPE = {"train_split": "train", "eval_split": "validation", "num_layers": 2, "prompts": "昔々\nむかし"}
 
@@ -56,12 +57,13 @@ def test_old_workdirs_name_no_rows(write, tales_tokenizer):
     ]  # fmt: skip
 
 
-def test_scores_of_the_step(write, tales_tokenizer):
-    """Not of later ones; and a half-written line is none."""
+def test_scores_of_the_step(write, tales_tokenizer, tiny):
+    """Not of later ones; a half-written line is none, and no score is one that could not be computed."""
     workdir = write(rows=[])
-    lines = [{"step": step, "eval_loss": 10.0 - step} for step in (5, 10, 15)]
+    lines = [{"step": step, "eval_loss": 10.0 - step, "eval_bits_per_char": None} for step in (5, 10, 15)]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 7, "eval_lo')
     facts = read_facts(str(workdir), 10, tales_tokenizer)
     assert facts["scores"] == {"step": 10, "eval_loss": 0.0}
     assert facts["recipe"] == {"num_layers": 2}
+    assert "| eval_loss | 0 |" in model_card.write("a", tiny, 10, facts)
     assert facts["prompt"] == "昔々"

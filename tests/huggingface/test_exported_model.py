@@ -166,6 +166,14 @@ def setting(name, value):
     return change
 
 
+def without(name):
+    def change(content):
+        del content[name]
+
+    change.__name__ = f"without {name}"
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -175,6 +183,11 @@ def setting(name, value):
         (remote_code, "TransformerLMForCausalLM that export_huggingface.py has not written"),
         (setting("activation_function", "gelu_new"), "activation_function=gelu_new, but the network"),
         (setting("layer_norm_epsilon", 1e-5), "layer_norm_epsilon=1e-05, but the network"),
+        (setting("scale_attn_weights", False), "scale_attn_weights=False, but the network"),
+        (setting("scale_attn_by_inverse_layer_idx", True), "inverse_layer_idx=True, but the network"),
+        (setting("add_cross_attention", True), "add_cross_attention=True, but the network"),
+        (setting("quantization_config", {"bits": 4}), "quantization_config={'bits': 4}, which no export has"),
+        (without("activation_function"), "activation_function is missing, but the network"),
         (setting("transformer_lm", 3), "has not written"),
         (setting("transformer_lm", {"model": [], "step": 1}), "does not describe a network"),
         (model_field("emb_dim", 10**15), "emb_dim=1000000000000000 must be at most"),
@@ -193,6 +206,48 @@ def test_other_configs(exported, change, words):
     change_config(folder, change)
     with pytest.raises(UserError, match=words):
         exported_model.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (setting("rope_scaling", {"rope_type": "linear", "factor": 4.0}), "rope_scaling={.*}, but the network"),
+        (setting("rope_parameters", {"rope_type": "yarn", "rope_theta": 10000.0}), "rope_parameters={.*}, but"),
+        (without("rope_parameters"), "rope_parameters is missing"),
+        (setting("rope_theta", 500.0), "rope_theta=500.0, but the network"),
+        (setting("use_sliding_window", True), "use_sliding_window=True, but the network"),
+        (setting("sliding_window", 4), "sliding_window=4, but the network"),
+        (setting("layer_types", ["full_attention", "sliding_attention"]), "layer_types=.*, but the network"),
+        (setting("attention_multiplier", 2.0), "attention_multiplier=2.0, which no export has"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_other_configs_of_today(tmp_path, change, words):
+    """What transformers would compute something else by."""
+    config = config_of("modern")
+    exported_model.save(tmp_path, config, random_params(config), 7)
+    change_config(tmp_path, change)
+    with pytest.raises(UserError, match=rf"{words}.*changed since it was exported"):
+        exported_model.load(epath.Path(tmp_path))
+
+
+@pytest.mark.parametrize("shape", ["square", "modern"])
+def test_configs_that_say_the_same(tmp_path, shape):
+    """What transformers adds, or leaves out because it says it elsewhere."""
+    config = config_of(shape)
+    exported_model.save(tmp_path, config, random_params(config), 7)
+    added = {
+        "square": {
+            "torch_dtype": "float32", "use_cache": False, "initializer_range": 0.1, "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False, "summary_type": "mean", "embd_pdrop": 0.5, "resid_pdrop": 0,
+        },
+        "modern": {
+            "transformers_version": "9", "rope_scaling": None, "use_sliding_window": False, "sliding_window": None,
+            "max_window_layers": 0, "layer_types": ["full_attention"] * 2, "attention_dropout": 0.5,
+        },
+    }  # fmt: skip
+    change_config(tmp_path, lambda content: content.update(added[shape]) or content.pop("rope_theta", None))
+    assert exported_model.load(epath.Path(tmp_path))[0] == config
 
 
 def test_sizes_that_agree_with_each_other_but_not_with_the_file(exported):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -24,9 +25,9 @@ CONTROLS = [f"<|reserved_{number}|>" for number in range(16)]
 SAMPLING = {"temp": 0.6, "top_k": 20, "top_p": 0.9}
 
 
-def make_tokenizer(options: str, vocab_size: int = 1200) -> tokenizer.Tokenizer:
-    """Of tales, with some other characters."""
-    texts = [*(mukashi.tale(number) for number in range(200)), "Ａ①ｶﾞ é \n<s>abc 123"]
+def make_tokenizer(options: str, vocab_size: int = 1200, more: Sequence[str] = ()) -> tokenizer.Tokenizer:
+    """Of tales, with some other characters and texts."""
+    texts = [*(mukashi.tale(number) for number in range(200)), "Ａ①ｶﾞ é \n<s>abc 123", *more]
     options = f"--character_coverage=1.0 {options}"
     return tokenizer.Tokenizer(
         tokenizer_training.train([(texts, 1.0)], vocab_size=vocab_size, max_corpus_chars=100_000, options=options)

@@ -1,9 +1,12 @@
 """A model of conversations in other people's tools: the same ids from its template, the same answers and scores."""
 
+import re
+
 import pytest
 from conftest import FIXTURE
 from test_harness import jglue  # noqa: F401  a fixture
-from test_turns import TRICKS, said
+from test_turns import KEEP_SPACES, TRICKS, make_tokenizer, said
+from words import make_model_that_ends_its_turn
 
 import transformer_lm
 from transformer_lm import export_huggingface
@@ -37,12 +40,20 @@ def exported(trained_chat, tmp_path_factory):
     return output
 
 
-@pytest.fixture(scope="module", params=["pieces", "words"])
+WORDS = {
+    "words": lambda: Tokenizer.load(FIXTURE / "sentencepiece_model"),
+    "words, a piece for the sign": lambda: make_tokenizer("--byte_fallback=true", *["◆ユーザー ◆アシスタント ◆"] * 50),
+    "words, bpe, all spaces": lambda: make_tokenizer(f"--model_type=bpe {KEEP_SPACES}"),
+    "words, unigram, all spaces": lambda: make_tokenizer(f"--model_type=unigram {KEEP_SPACES}"),
+}
+
+
+@pytest.fixture(scope="module", params=["pieces", *WORDS])
 def both(request, exported, tmp_path_factory):
     """Our turns, and the tokenizer as transformers loads it."""
     if request.param == "pieces":
         return transformer_lm.load(exported).turns, transformers.AutoTokenizer.from_pretrained(exported)
-    turns = Turns.of(Tokenizer.load(FIXTURE / "sentencepiece_model"))
+    turns = Turns.of(WORDS[request.param]())
     folder = tmp_path_factory.mktemp("words")
     fast_tokenizer.save(folder, turns.tokenizer, 128, turns)
     return turns, transformers.AutoTokenizer.from_pretrained(folder)
@@ -67,6 +78,39 @@ def test_answers(exported):
         written = model.generate(**inputs, do_sample=False, max_new_tokens=60)[0, inputs["input_ids"].shape[1] :]
     expected = ours.chat(messages, temperature=0, max_length=inputs["input_ids"].shape[1] + 59)
     assert tokenizer.decode(written, skip_special_tokens=True) == expected
+
+
+@pytest.mark.parametrize("kind", WORDS)
+def test_the_cards_code_shows_an_answer_of_words(kind, tmp_path, monkeypatch, capsys):
+    """It stops at the end of the turn, and leaves it out."""
+    turns = Turns.of(WORDS[kind]())
+    read = make_model_that_ends_its_turn(tmp_path / "model", turns)
+    export_huggingface.export(str(tmp_path / "model"), tmp_path / "card", SamplingConfig(0.0, max_length=60))
+    [code, ours] = re.findall(r"```python\n(.*?)```", (tmp_path / "card" / "README.md").read_text(), re.DOTALL)[:2]
+    monkeypatch.chdir(tmp_path)
+    done: dict = {}
+    exec(code, done)
+    shown = capsys.readouterr().out
+    exec(ours.replace("chat([", "chat(temperature=0, messages=["), {})
+    assert shown == capsys.readouterr().out
+    assert shown.strip()
+    ends = [token in turns.exported_end_ids for token in turns.marks[-1]]
+    assert len(done["answer"]) == read + (ends.index(True) + 1 if any(ends) else len(ends))
+
+
+def test_a_conversation_longer_than_an_answer(tmp_path):
+    """max_predict_length counts the tokens of an answer."""
+    turns = Turns.of(WORDS["words"]())
+    read = make_model_that_ends_its_turn(tmp_path / "model", turns)
+    export_huggingface.export(str(tmp_path / "model"), tmp_path / "out", SamplingConfig(0.0, max_length=read))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    inputs = tokenizer.apply_chat_template(
+        said("誰？"), add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    before = inputs["input_ids"].shape[1]
+    assert before > read
+    assert model.generate(**inputs).shape[1] <= before + read
 
 
 def test_tasks_as_conversations(exported, trained_chat, jglue):  # noqa: F811

@@ -17,6 +17,7 @@ from test_gguf_file import BPE, CONTROLS, KEEP_ALL, make_tokenizer, network_for,
 from test_tensor_tables import MODERN, random_params
 from test_transformers import assert_close, our_logits
 from test_turns import TRICKS, said
+from words import make_model_that_ends_its_turn
 
 import transformer_lm
 from transformer_lm import tokenizer
@@ -25,6 +26,7 @@ from transformer_lm.generation import sampler
 from transformer_lm.generation.sampler import SamplingConfig
 from transformer_lm.huggingface import fast_tokenizer
 from transformer_lm.tokenizer import EOS_ID, START_ID
+from transformer_lm.tokenizer.turns import Turns
 
 WHY = "llama.cpp is not installed: make test-interop"
 xllamacpp = pytest.importorskip("xllamacpp", reason=WHY)
@@ -261,6 +263,37 @@ def test_a_conversation_has_the_same_ids(chat, messages):
     prompt = llama.ask("/apply-template", messages=messages)["prompt"]
     expected = [START_ID, *model.turns.encode(messages, add_generation_prompt=True)[0]]
     assert llama.encode(prompt, add_special=True, parse_special=True) == expected
+
+
+WORDS = {
+    "a piece for the sign": lambda: make_tokenizer(TOKENIZERS["bpe, prefix"], more=["◆ユーザー ◆アシスタント ◆"] * 50),
+    "the sign in bytes": lambda: make_tokenizer(TOKENIZERS["bpe, prefix"]),
+    "unigram": lambda: make_tokenizer(TOKENIZERS["unigram"], more=["◆ユーザー ◆アシスタント ◆システム"] * 50),
+}
+
+
+@pytest.mark.parametrize("kind", WORDS)
+def test_a_conversation_of_words(kind, tmp_path):
+    """The same ids; an answer ends where the sign is a piece, and else where the request says so."""
+    turns = Turns.of(WORDS[kind]())
+    question = said("誰？")
+    make_model_that_ends_its_turn(tmp_path / "model", turns, question[0]["content"])
+    llama = exported(tmp_path / "model", tmp_path / "words.gguf")
+    for messages in (
+        question,
+        said("昔々", "", "なぜ？"),
+        said("".join(TRICKS), "".join(TRICKS), " 昔々\n\nあるところに "),
+    ):
+        prompt = llama.ask("/apply-template", messages=messages)["prompt"]
+        expected = [START_ID, *turns.encode(messages, add_generation_prompt=True)[0]]
+        assert llama.encode(prompt, add_special=True, parse_special=True) == expected
+    found = llama.ask("/v1/chat/completions", messages=question, max_tokens=60, temperature=0, stop=["◆"])
+    expected = transformer_lm.load(tmp_path / "model").chat(question, temperature=0)
+    assert found["choices"][0]["message"]["content"].strip() == expected
+    [found] = llama.ask("/v1/chat/completions", messages=question, max_tokens=60, temperature=0)["choices"]
+    assert (found["finish_reason"] == "stop") == bool(turns.exported_end_ids)
+    if turns.exported_end_ids:  # and is shown, which no other piece is that ends a text
+        assert found["message"]["content"].strip() == f"{expected} {turns.sign}"
 
 
 def test_answers(chat):

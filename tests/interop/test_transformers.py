@@ -49,6 +49,15 @@ def our_logits(config, params, ids: np.ndarray) -> np.ndarray:
     return np.asarray(models.bind(config, params)(ids, positions, np.ones_like(ids)))
 
 
+def save_random(folder, shape: str):
+    """A folder with a network of random parameters; its config and those."""
+    config = config_of(shape)
+    params = random_params(config)
+    folder.mkdir()
+    exported_model.save(folder, config, params, 1)
+    return config, params
+
+
 def random_ids(rows: int, length: int, vocab_size: int) -> np.ndarray:
     ids = np.random.default_rng(1).integers(EOS_ID + 1, vocab_size, (rows, length))
     ids[:, 0] = START_ID
@@ -189,11 +198,14 @@ class TestTokenizer:
         assert theirs.model_max_length == 2048
 
 
-def test_saved_again_by_transformers(tmp_path):
+@pytest.mark.parametrize("kind", ["the original", *(shape for shape in SHAPES if "modern" in shape)])
+def test_saved_again_by_transformers(tmp_path, kind):
     """And even then it comes back here."""
-    export_huggingface.export(str(FIXTURE), tmp_path / "ours", SamplingConfig())
+    if kind == "the original":
+        export_huggingface.export(str(FIXTURE), tmp_path / "ours", SamplingConfig())
+    else:
+        save_random(tmp_path / "ours", kind)
     load(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
-    (tmp_path / "theirs" / "sentencepiece_model").write_bytes((FIXTURE / "sentencepiece_model").read_bytes())
     found, expected = (loading.load_model(tmp_path / name) for name in ("theirs", "ours"))
     assert found.config == expected.config
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7), found.params, expected.params)
@@ -211,6 +223,24 @@ def test_trained_on_by_transformers(tmp_path):
     model.save_pretrained(tmp_path / "theirs")
     with pytest.raises(transformer_lm.errors.UserError, match="trained or changed elsewhere"):
         loading.load_model(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("shape", ["modern", "modern, grouped, wide"])
+def test_todays_network_trained_on_by_transformers(tmp_path, shape):
+    """All its tensors are ours: what transformers makes of them is read back, and computes the same."""
+    config, before = save_random(tmp_path / "ours", shape)
+    model = load(tmp_path / "ours")
+    ids = random_ids(2, 20, 50)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.tensor(ids), labels=torch.tensor(ids)).loss.backward()
+        optimizer.step()
+    model.save_pretrained(tmp_path / "theirs")
+    found = loading.load_model(tmp_path / "theirs")
+    assert found.config == config
+    jax.tree.map(lambda a, b: np.testing.assert_array_less(0, np.abs(a - b).max()), found.params, before)
+    assert_close(our_logits(config, found.params, ids), logits_of(model, ids))
 
 
 def test_the_whole_circle(tmp_path):

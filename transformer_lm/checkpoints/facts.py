@@ -61,11 +61,11 @@ def _manifests(workdir: epath.Path, recipe: dict, names: list[str] | None, token
 
 
 def _last_scores(path: epath.Path, step: int) -> dict[str, Any]:
-    """The last evaluation up to a step; a line that a power cut spoiled counts as none."""
+    """The last evaluation up to a step; a line that a power cut spoiled counts as none, and so does a score of null."""
     last = {}
     for line in path.read_bytes().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, TypeError):
             record = json.loads(line)
             if "eval_loss" in record and record["step"] <= step:
                 last = record
-    return {name: last[name] for name in ("step", *SCORES) if name in last}
+    return {name: last[name] for name in ("step", *SCORES) if last.get(name) is not None}

@@ -114,11 +114,17 @@ def find_model(address: os.PathLike | str) -> FoundModel:
     if (path / CONFIG_FILE).exists() and (path / CHECKPOINTS_DIR).exists():
         return _found(path, _describe_workdir, _load_workdir, folder=path, has_turns=contract.has_turns(path))
     numbered = [(int(match[1]), child) for child in path.iterdir() if (match := original.NAME.fullmatch(child.name))]
-    if numbered:
-        return _found(max(numbered)[1], original.describe, original.load, folder=path)
+    single = [(step, child) for step, child in numbered if child.is_file()]  # today's Flax writes folders
+    if single:
+        return _found(max(single)[1], original.describe, original.load, folder=path)
     if exported_model.is_model(path):
         has_turns = exported_model.has_turns(path)
         return _found(path, exported_model.describe, exported_model.load, folder=path, has_turns=has_turns)
+    if numbered or original.NAME.fullmatch(path.name):
+        raise UserError(
+            f"{max(numbered)[1] if numbered else path} is a folder, as today's Flax writes its checkpoints; of the "
+            "original's only single files checkpoint_N are read."
+        )
     raise UserError(
         f"No model in {path}: neither a trained workdir ({CONFIG_FILE} and {CHECKPOINTS_DIR}/), nor an original "
         f"checkpoint (checkpoint_N), nor an exported folder ({exported_model.WEIGHTS_FILE})."

@@ -36,6 +36,13 @@ INDEX_FILE = "model.safetensors.index.json"
 PLAIN_NAME = r"[\w-][\w.-]*\.safetensors"  # of a file in the same folder
 MAX_SHARD_BYTES = 5_000_000_000
 OURS = "transformer_lm"  # the key of config.json, and the prefix in the metadata
+# Keys of config.json that make no other logits of the same tokens, whatever they say.
+HARMLESS = re.compile(
+    r"\w+_pdrop|attention_dropout|summary_\w+|initializer_range|use_cache|gradient_checkpointing|(torch_)?dtype|"
+    r"transformers_version|_?name_or_path|_commit_hash|_?attn_implementation\w*|max_window_layers|problem_type|"
+    r"task_specific_params|chunk_size_feed_forward|id2label|label2id|return_dict|output_\w+|"
+    r"(unk|sep|cls|mask|decoder_start)_token_id"
+)
 TOLERANCE = 1e-5  # of a tensor's greatest value: what is computed again, perhaps by another NumPy, differs less
 
 
@@ -158,13 +165,32 @@ def _described(folder: epath.Path) -> tuple[TransformerConfig, int]:
     step = ours.get("step")
     if type(step) is not int or step < 0:
         raise UserError(f"{path}: {OURS}.step={str(step)[:80]} is not a number of steps.")
-    for key, value in table_of(network).settings.items():
-        if settings.get(key, value) != value and not key.endswith("pdrop"):
-            raise UserError(
-                f"{path}: {key}={str(settings[key])[:80]}, but the network under {OURS!r} needs {value}: the model was "
-                "changed since it was exported."
-            )
+    _check_settings(path, settings, table_of(network))
     return network, step
+
+
+def _check_settings(path: epath.Path, settings: dict[str, Any], table: Table):
+    """Raises UserError where config.json says of the network what the table does not, or leaves out what it says."""
+    needed = table.neutral | table.settings
+    for key in [*needed, *(settings.keys() - needed.keys() - {OURS})]:
+        may_be_absent = key in table.neutral or key.endswith("_token_id")
+        if HARMLESS.fullmatch(key) or (key not in settings and may_be_absent):
+            continue
+        found = f"{key}={str(settings[key])[:80]}" if key in settings else f"{key} is missing"
+        if key not in needed:
+            raise UserError(f"{path}: {found}, which no export has: the model was changed since it was exported.")
+        if key not in settings or not _agrees(settings[key], needed[key]):
+            raise UserError(
+                f"{path}: {found}, but the network under {OURS!r} needs {needed[key]}: the model was changed since it "
+                "was exported."
+            )
+
+
+def _agrees(value: Any, needed: Any) -> bool:
+    """Whether config.json has a value; of a list, whether it has no others, however many layers it is for."""
+    if isinstance(value, list) and isinstance(needed, list):
+        return all(element in needed for element in value)
+    return value == needed
 
 
 def _open(folder: epath.Path) -> dict[str, Any]:

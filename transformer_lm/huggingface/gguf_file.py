@@ -95,8 +95,8 @@ def save(
     _describe_network(writer, network)
     _describe_tokenizer(writer, sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model))
     if turns:
-        writer.add_chat_template(turns.jinja())
-        for token in turns.end_ids:
+        writer.add_chat_template(turns.jinja(space_in_front=False))
+        for token in turns.exported_end_ids[:1]:
             writer.add_eot_token_id(token)
     try:
         _write_tensors(gguf, writer, network, params, gguf.GGMLQuantizationType[TYPES[kind][0]])

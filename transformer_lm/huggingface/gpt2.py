@@ -29,6 +29,13 @@ FIELDS = {
     "logits_soft_cap": (0,),
     "num_kv_heads": (0,),
 }
+# What else config.json may say.
+NEUTRAL = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+    "add_cross_attention": False,
+}
 
 
 class Sizes:
@@ -186,4 +193,4 @@ def table(network: TransformerConfig) -> Table:
         **SPECIAL_TOKENS,
     }
     logits = _LOGITS_VIA_EMBEDDING if network.logits_via_embedding else _LOGITS
-    return Table(ARCHITECTURE, s, (*_BODY, logits), settings)
+    return Table(ARCHITECTURE, s, (*_BODY, logits), settings, NEUTRAL)

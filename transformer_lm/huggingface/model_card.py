@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from transformer_lm import models
+from transformer_lm.tokenizer.turns import Turns
 from transformer_lm.transformer_config import TransformerConfig
 from transformer_lm.version import __version__
 
@@ -12,10 +13,10 @@ PROMPT = "夏目漱石は、"
 DATA_FIELDS = ("documents", "characters", "bytes", "tokens")
 
 
-def write(name: str, network: TransformerConfig, step: int, facts: dict[str, Any], has_turns: bool = False) -> str:
+def write(name: str, network: TransformerConfig, step: int, facts: dict[str, Any], turns: Turns | None = None) -> str:
     """The card of the model `name`; `facts`, as `read_facts` gives them, may be empty where none are known.
 
-    `has_turns` says whether the model was trained on conversations.
+    `turns` is how the model takes turns in a conversation; None where it takes none.
     """
     code = json.dumps(name, ensure_ascii=not name.isprintable())  # bytes that are not UTF-8 are escaped in Python, too
     title = " ".join(name.encode(errors="replace").decode().split())
@@ -26,17 +27,27 @@ def write(name: str, network: TransformerConfig, step: int, facts: dict[str, Any
         about = words["about"].format(
             project=PROJECT, version=__version__, parameters=f"{models.count_params(network) / 1e6:,.1f}",
             layers=network.num_layers, emb=network.emb_dim, vocab=f"{network.vocab_size:,}", step=f"{step:,}",
-            manner=words["answers" if has_turns else "continues"],
+            manner=words["answers" if turns else "continues"],
         )  # fmt: skip
         sections = {
             "scores": _score_table(facts["scores"]),
             "data": _data_table(facts["data"]),
             "recipe": f"```json\n{recipe}\n```",
-            "use": (_TALK if has_turns else _USE).format(name=code, title=title, where=words["where"], prompt=prompt),
+            "use": (_TALK if turns else _USE).format(
+                name=code, title=title, where=words["where"], prompt=prompt, **_end_of_turn(turns)
+            ),
         }
         known = {name: content for name, content in sections.items() if name == "use" or facts[name]}
         parts += [about, *(f"## {words[name]}\n\n{content}\n" for name, content in known.items())]
     return "\n".join(parts)
+
+
+def _end_of_turn(turns: Turns | None) -> dict[str, str]:
+    """How code goes on that generates an answer, and that shows one, where the turn's end is a word of the text."""
+    if not turns or not turns.sign:
+        return {"stop": "", "cut": ""}
+    stop = "" if turns.exported_end_ids else f', stop_strings=["{turns.sign}"], tokenizer=tokenizer'
+    return {"stop": stop, "cut": f'.partition("{turns.sign}")[0].strip()'}
 
 
 def _score_table(scores: dict[str, Any]) -> str:
@@ -96,8 +107,8 @@ tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForCausalLM.from_pretrained(name)
 messages = [{{"role": "user", "content": {prompt}}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-answer = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
-print(tokenizer.decode(answer, skip_special_tokens=True))
+answer = model.generate(**inputs{stop})[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True){cut})
 ```
 
 ```python

@@ -16,6 +16,13 @@ FIELDS = {
     "use_bias": (False,),
     "logits_soft_cap": (0,),
 }
+# What else config.json may say.
+NEUTRAL = {
+    "rope_scaling": None,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "layer_types": ["full_attention"],  # of each layer
+}
 
 
 class Sizes:
@@ -115,4 +122,5 @@ def table(network: TransformerConfig) -> Table:
         **SPECIAL_TOKENS,
     }
     logits = _LOGITS_VIA_EMBEDDING if network.logits_via_embedding else _LOGITS
-    return Table(ARCHITECTURE, s, (*_BODY, logits), settings)
+    neutral = NEUTRAL | {"rope_theta": network.rope_base}  # which rope_parameters says, too
+    return Table(ARCHITECTURE, s, (*_BODY, logits), settings, neutral)

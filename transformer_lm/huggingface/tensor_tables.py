@@ -59,9 +59,11 @@ class Table:
       sizes: what the rows' functions take.
       tensors: the rows.
       settings: what config.json says of the network.
+      neutral: what it may say besides, as others do who save the model again: that nothing else is computed.
     """
 
     architecture: str
     sizes: Sizes
     tensors: tuple[Tensor, ...]
     settings: dict[str, Any]
+    neutral: dict[str, Any]

@@ -6,7 +6,8 @@ ids, is_answer = turns.encode([{"role": "user", "content": "こんにちは"}], 
 A tokenizer with the control pieces that the v2 recipes reserve has a piece for what opens a turn of the user (number
 0), the assistant (1) and the system (2), and one that ends each turn (3). Texts are encoded one by one, so that none
 becomes such a piece, whatever it holds. In a tokenizer without them, as the original's, turns are words of plain text
-that begin with a sign, which is left out of the texts: "◆ユーザー こんにちは ◆ ◆アシスタント".
+that begin with a sign, which is left out of the texts: "◆ユーザー こんにちは ◆ ◆アシスタント". They are cut one by
+one, too; other people's tools cut the whole text at once, which is why it has one space between two words, and no more.
 """
 
 import dataclasses
@@ -21,6 +22,13 @@ ROLES = ("user", "assistant", "system")
 CONTROL_NAMES = tuple(f"<|reserved_{number}|>" for number in range(4))  # of ROLES, and of a turn's end
 SIGNS = "◆※★"  # of plain text; the first that the tokenizer knows. No normalization makes them of other characters.
 WORDS = ("ユーザー", "アシスタント", "システム", "")  # behind the sign, for ROLES and a turn's end
+# What other people's tools must cut as we do, or the tokenizer can do no turns of words.
+SAMPLE = (
+    {"role": "system", "content": "短く。"},
+    {"role": "user", "content": "誰？"},
+    {"role": "assistant", "content": "太助です。"},
+    {"role": "user", "content": "なぜ？"},
+)
 
 
 class Message(NamedTuple):
@@ -57,17 +65,32 @@ class Turns:
             marks = [tokenizer.encode(name) for name in names]
             whole = tokenizer.encode(" ".join(names))  # words are cut one by one, and come back
             if whole == [token for mark in marks for token in mark] and tokenizer.decode(whole) == " ".join(names):
-                return cls(tokenizer, names, tuple(map(tuple, marks)), sign)
+                turns = cls(tokenizer, names, tuple(map(tuple, marks)), sign)
+                if turns.encode_rendered(turns.render(SAMPLE)) == turns.encode(SAMPLE, add_generation_prompt=True)[0]:
+                    return turns
+                break  # with another sign, models would be asked otherwise than they were trained
         raise UserError(
             f"{tokenizer.source} cannot hold conversations: it has neither the control pieces "
             f"{', '.join(CONTROL_NAMES)} and --add_dummy_prefix=false, nor one of the signs {SIGNS} and white space "
-            "between words. Train one with the spm_train_options of the v2 recipes."
+            "between words that no piece reaches across. Train one with the spm_train_options of the v2 recipes."
         )
 
     @property
     def end_ids(self) -> tuple[int, ...]:
         """Tokens that end the assistant's turn, as EOS does; none where `stop` has what ends it."""
         return () if self.sign else self.marks[-1]
+
+    @property
+    def exported_end_ids(self) -> tuple[int, ...]:
+        """Tokens that end the assistant's turn in tools that cut no text: those that hold the sign, as no answer does.
+
+        That of a turn's end comes first. There are none where the tokenizer writes the sign in bytes.
+        """
+        if not self.sign:
+            return self.marks[-1]
+        numbers = range(self.tokenizer.vocab_size)
+        holding = [number for number in numbers if self.sign in self.tokenizer.piece_text(number)]
+        return tuple(sorted(holding, key=lambda number: number not in self.marks[-1]))
 
     @property
     def stop(self) -> tuple[str, ...]:
@@ -127,44 +150,77 @@ class Turns:
     @property
     def _shown(self) -> list[str]:
         """The marks as they stand in one text with what is said, where an exported tokenizer finds them."""
-        return [f" {name} " if self.sign else name + NAME_MARK for name in self.names]
+        return [name if self.sign else name + NAME_MARK for name in self.names]
+
+    @property
+    def _space(self) -> str:
+        """What stands between the words of a text with marks that are words."""
+        return " " if self.sign else ""
 
     def render(self, messages: Any, add_generation_prompt: bool = True) -> str:
         """A conversation as one text, which opens the assistant's turn, or else leaves the last message unended."""
-        user, assistant, system, end = self._shown
-        marks = dict(zip(ROLES, (user, assistant, system), strict=True))
-        text = "".join(marks[role] + self._clean(said) + end for role, said in read_messages(messages))
-        return text + assistant if add_generation_prompt else text.removesuffix(end)
+        *openings, end = self._shown
+        marks = dict(zip(ROLES, openings, strict=True))
+        words: list[str] = []
+        for role, said in read_messages(messages):
+            words += [marks[role], *filter(None, [self._clean(said)]), end]
+        words = [*words, marks["assistant"], ""] if add_generation_prompt else words[:-1]
+        return self._space.join(words)
 
     def encode_rendered(self, text: str) -> list[int]:
         """Token ids of a text that `render` gave, or of one that goes on with such a text."""
-        if self.sign:
-            return self.tokenizer.encode(text)
+        if self.sign:  # the space behind a turn that is open belongs to the answer
+            return self.tokenizer.encode(text[:-1] if text.endswith(self.names[1] + " ") else text)
         marks = dict(zip(self._shown, self.marks, strict=True))
         parts = re.split(f"({'|'.join(map(re.escape, marks))})", text)
         return [token for part in parts for token in marks.get(part) or self.tokenizer.encode(part)]
 
-    def jinja(self) -> str:
-        """`encode` as a template of transformers' apply_chat_template, with START_ID in front."""
-        user, assistant, system, end = (f"'{mark}'" for mark in self._shown)
+    def jinja(self, space_in_front: bool = True) -> str:
+        """`encode` as a template of transformers' apply_chat_template, with START_ID in front.
+
+        Args:
+          space_in_front: whether there is a space between START_ID and a word, which a fast tokenizer does not put
+            there itself. llama.cpp does.
+        """
+        user, assistant, system, end = self._shown
+        opened = assistant
+        if self.sign and self.tokenizer.encode(assistant + " ") == list(self.marks[1]):
+            opened += " "  # then an answer may be put behind it as it is
+        values = {
+            "front": self._space * space_in_front, "user": user, "assistant": assistant, "system": system, "end": end,
+            "space": self._space, "opened": opened,
+        }  # fmt: skip
         clean = "".join(f" | replace('{character}', '')" for character in NAME_MARK + self.sign)
-        return _TEMPLATE.format(user=user, assistant=assistant, system=system, end=end, clean=clean)
+        return _TEMPLATE.format(clean=clean, **{name: f"'{value}'" for name, value in values.items()})
 
 
 _TEMPLATE = """\
-{{{{- bos_token -}}}}
+{{{{- bos_token -}}}}{{{{- {front} -}}}}
+{{%- set roles = 'Roles must be user and assistant in turn, perhaps after one of system.' -%}}
+{{%- set contents = 'A content must be a text, or a list of parts of the type text.' -%}}
+{{%- if not messages -%}}{{{{- raise_exception('There must be at least one message.') -}}}}{{%- endif -%}}
 {{%- for message in messages -%}}
-{{%- if message.role == 'system' and loop.first -%}}{{{{- {system} -}}}}
+{{%- if message.role == 'system' and loop.first and not loop.last -%}}{{{{- {system} -}}}}
 {{%- elif message.role == 'user' and (loop.first or loop.previtem.role != 'user') -%}}{{{{- {user} -}}}}
 {{%- elif message.role == 'assistant' and not loop.first and loop.previtem.role == 'user' -%}}{{{{- {assistant} -}}}}
-{{%- else -%}}{{{{- raise_exception('Roles must be user and assistant in turn, perhaps after one of system.') -}}}}
+{{%- else -%}}{{{{- raise_exception(roles) -}}}}
 {{%- endif -%}}
-{{%- if message.content is string -%}}{{{{- message.content{clean} -}}}}
-{{%- else -%}}{{%- for part in message.content -%}}{{{{- part.text{clean} -}}}}{{%- endfor -%}}
-{{%- endif -%}}
-{{{{- {end} -}}}}
+{{%- if message.content is string -%}}{{%- set text = message.content -%}}
+{{%- elif message.content is iterable and message.content is not mapping -%}}
+{{%- for part in message.content -%}}
+{{%- if part.type != 'text' or part.text is not string -%}}{{{{- raise_exception(contents) -}}}}{{%- endif -%}}
 {{%- endfor -%}}
-{{%- if add_generation_prompt -%}}{{{{- {assistant} -}}}}{{%- endif -%}}
+{{%- set text = message.content | map(attribute='text') | join('') -%}}
+{{%- else -%}}{{{{- raise_exception(contents) -}}}}
+{{%- endif -%}}
+{{%- set text = text{clean} -%}}
+{{%- if text -%}}{{{{- {space} + text -}}}}{{%- endif -%}}
+{{{{- {space} + {end} -}}}}
+{{%- if not loop.last -%}}{{{{- {space} -}}}}
+{{%- elif add_generation_prompt and message.role == 'user' -%}}{{{{- {space} + {opened} -}}}}
+{{%- elif add_generation_prompt -%}}{{{{- raise_exception('The last message must be of the user.') -}}}}
+{{%- endif -%}}
+{{%- endfor -%}}
 """
 
 
