@@ -11,7 +11,7 @@ while :; do
   wait "$child"; status=$?
   if [ -n "$stopped" ]; then wait "$child"; exit $?; fi
   [ "$status" -eq 0 ] && exit 0
-  [ $((SECONDS - began)) -gt "${AGAIN_GOOD_SECONDS:-600}" ] && wait_seconds=10
+  [ $((SECONDS - began)) -gt 600 ] && wait_seconds=10
   echo "exit status $status: again in $wait_seconds s" >&2
   sleep "$wait_seconds" & child=$!; wait "$child"
   [ -n "$stopped" ] && exit 1

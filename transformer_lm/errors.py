@@ -1,6 +1,7 @@
 """What is said when something is wrong: the exception for what a user can mend, and one line for anything else."""
 
 import contextlib
+import errno
 from collections.abc import Iterator
 
 MAX_CHARS = 600  # of the text of an error: some libraries' run to pages
@@ -54,6 +55,11 @@ def one_line(error: BaseException) -> str:
         return f"{text}{doing}"
     text = f": {text}" if text else ""
     return f"{type(error).__name__}{doing}{text}; run again with --debug for the stack trace."
+
+
+def may_not_be_written(error: OSError) -> bool:
+    """Whether an error says that a place may only be read."""
+    return error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -19,7 +19,6 @@ Standard output gets one JSON object.
 
 import contextlib
 import dataclasses
-import errno
 import json
 import logging as python_logging
 import math
@@ -33,7 +32,7 @@ from ml_collections import ConfigDict
 from transformer_lm import cli, files, recipe
 from transformer_lm.checkpoints import hub
 from transformer_lm.data import preparation
-from transformer_lm.errors import UserError, stage
+from transformer_lm.errors import UserError, may_not_be_written, stage
 from transformer_lm.extras import optional_import
 from transformer_lm.fields import LARGEST
 from transformer_lm.generation import language_model
@@ -115,7 +114,7 @@ def _rows(tokenizer: Tokenizer, data: preparation.DataConfig, workdir: str):
         try:
             return preparation.prepare_evaluation(data, tokenizer, files.absolute(data.prepared_dir or beside))
         except OSError as error:
-            if data.prepared_dir or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            if data.prepared_dir or not may_not_be_written(error):
                 raise
             logging.info("%s cannot be written to: rows are made in the cache.", beside)
     return preparation.prepare_evaluation(data, tokenizer, files.absolute(files.cache_folder() / "prepared"))

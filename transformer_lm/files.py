@@ -110,6 +110,9 @@ def _copies() -> Path:
     return cache_folder() / "copies"
 
 
+_room = 0.0  # bytes that this process may add before it looks through the copies again
+
+
 def _make_room(size: int):
     """Removes copies that were not used for a day or more, the oldest first, until a new one fits the cache.
 
@@ -138,9 +141,6 @@ def _cache_bytes() -> float:
     if not re.fullmatch(r"\d+(\.\d+)?", value):
         raise UserError(f"TRANSFORMER_LM_CACHE_GB={value!r} must be a number of gigabytes.")
     return float(value) * 1e9
-
-
-_room = 0.0  # bytes that this process may add before it looks through the copies again
 
 
 def cache_folder() -> Path:

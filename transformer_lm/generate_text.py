@@ -81,8 +81,8 @@ def stream_texts(model: language_model.LanguageModel, chosen: Recipe):
         except UserError as error:
             logging.error("%s", error)
             continue
-        for number in range(1 if _INTERACTIVE.value else _NUM_GENERATED_TEXTS.value):
-            number = (number + place * language_model.MAX_SAMPLES) % 2**31
+        for sample in range(1 if _INTERACTIVE.value else _NUM_GENERATED_TEXTS.value):
+            number = _number(place, sample)
             request = Request(ids, settings, sampling.max_length - len(ids), number=number, echo=model.turns is None)
             if model.turns:
                 print(prompt, flush=True)
@@ -105,8 +105,13 @@ def talk(model: language_model.LanguageModel, chosen: Recipe):
             ids, messages = alone, []
         messages += asked
         most = min(chosen.sampling.max_length, context - len(ids))
-        request = Request(ids, settings, most, number=place * language_model.MAX_SAMPLES % 2**31)
+        request = Request(ids, settings, most, number=_number(place))
         messages.append(Message("assistant", stream(scheduler, request, model.turns)))
+
+
+def _number(place: int, sample: int = 0) -> int:
+    """Of a text of the prompt at a place; after so many that `Request` counts no further they come again."""
+    return (place * language_model.MAX_SAMPLES + sample) % 2**31
 
 
 def _scheduler(model: language_model.LanguageModel, chosen: Recipe, context: int) -> tuple[Scheduler, Settings]:

@@ -8,7 +8,7 @@ import pytest
 from tensorboardX.proto import event_pb2, plugin_hparams_pb2
 
 from transformer_lm.errors import UserError
-from transformer_lm.training import board, metrics
+from transformer_lm.training import metrics
 from transformer_lm.training.loss import perplexity
 
 
@@ -53,7 +53,6 @@ def test_lines_scalars_texts_and_recipe(tmp_path):
 def test_an_object_store_is_written_to_seldom(tmp_path, monkeypatch):
     """Not at each line, but at each checkpoint, at the end, and once a minute."""
     monkeypatch.setattr(metrics, "is_remote", lambda _: True)
-    monkeypatch.setattr(board, "is_remote", lambda _: True)
     clock = [0.0]
     monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
     writer = metrics.MetricWriter(tmp_path, 0, print)

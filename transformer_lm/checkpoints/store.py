@@ -200,7 +200,7 @@ class Checkpoints:
             place = next(folder / name for name in names if not (folder / name).exists())
             logging.error("Checkpoint %d is damaged: moved to %s.", step, place)
             (self._directory / str(step)).rename(place)
-        _worst(_READ)
+        multihost_utils.sync_global_devices("transformer_lm: damaged checkpoints are set aside")
         self._manager.reload()
 
     def close(self):

@@ -7,7 +7,7 @@ of its own. For many, the same functions are steps of a datatrove pipeline (`dat
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Annotated
 
 from absl import logging
@@ -104,13 +104,13 @@ def prepare(
     spm_path = _spm_path(config, workdir)
     if tokenizer_source is None and not spm_path.exists():
         tokenizer_training.check_options(config.spm_train_options)  # before the corpus is read
-    judged = next((corpus.documents for corpus in evaluation if corpus.documents.source.judges), None)
     spm = _tokenizer(spm_path, tokenizer_source, lambda: list(map(work.cleaned, train)), config)
     train_parts = work.find(train, spm, config.max_target_length)
     eval_parts = work.find(evaluation, spm, config.max_eval_target_length)
     if any(isinstance(part, RowsPlan) for part in (*train_parts, *eval_parts)):
         _warn_of_overlaps(train, evaluation)  # which may read all documents
-    return PreparedData(spm, work.complete(train_parts, train), work.complete(eval_parts, evaluation), judged)
+    rows_of_both = work.complete(train_parts, train), work.complete(eval_parts, evaluation)
+    return PreparedData(spm, *rows_of_both, _judged(evaluation))
 
 
 def rows_named(data: PreparedData) -> dict[str, list[str]]:
@@ -126,17 +126,25 @@ def find_named(config: DataConfig, workdir: str, names: dict[str, list[str]]) ->
     """What another process of the run has just prepared. No source is asked, whose answer may be another by now."""
 
     def read(dataset: str | list, names: list[str]) -> PreparedRows:
-        weights = tuple(weight for _, weight in _parts_of(dataset))
-        parts = tuple(PreparedCorpus.open(_root(config, workdir) / name) for name in names)
-        return parts[0] if len(parts) == 1 else PreparedMixture(parts, weights)
+        parts = [PreparedCorpus.open(_root(config, workdir) / name) for name in names]
+        return _mixed(parts, [weight for _, weight in _parts_of(dataset)])
 
-    evaluated = _open_evaluation(config) if config.conversations else []
     return PreparedData(
         Tokenizer.load(_spm_path(config, workdir)),
         read(config.dataset_name, names["train"]),
         read(config.eval_dataset_name or config.dataset_name, names["eval"]),
-        next((corpus.documents for corpus in evaluated if corpus.documents.source.judges), None),
+        _judged(_open_evaluation(config) if config.conversations else []),
     )
+
+
+def _judged(evaluation: list[Corpus]) -> corpora.Documents | None:
+    """Conversations whose answers their source can judge, the first there are."""
+    return next((corpus.documents for corpus in evaluation if corpus.documents.source.judges), None)
+
+
+def _mixed(parts: Sequence[PreparedCorpus], weights: Sequence[float]) -> PreparedRows:
+    """One corpus, or several as a mixture."""
+    return parts[0] if len(parts) == 1 else PreparedMixture(tuple(parts), tuple(weights))
 
 
 def prepare_evaluation(config: DataConfig, spm: Tokenizer, root: epath.Path) -> PreparedRows:
@@ -279,8 +287,8 @@ class _Preparation:
 
     def complete(self, parts: list[PreparedCorpus | RowsPlan], mixture: list[Corpus]) -> PreparedRows:
         """The rows of a corpus or a mixture, after those that are missing have been made."""
-        parts = tuple(self._make(part) if isinstance(part, RowsPlan) else part for part in parts)
-        return parts[0] if len(parts) == 1 else PreparedMixture(parts, tuple(corpus.weight for corpus in mixture))
+        made = [self._make(part) if isinstance(part, RowsPlan) else part for part in parts]
+        return _mixed(made, [corpus.weight for corpus in mixture])
 
     def _make(self, plan: RowsPlan) -> PreparedCorpus:
         with locks.waiting_for(f"{plan.directory}.lock", f"The folder of rows {plan.directory}"):

@@ -147,7 +147,7 @@ class PreparedCorpus(PreparedRows):
         folder = epath.Path(utf8_name(self.directory))
         return [str(folder / name) for name in self.manifest["files"]]
 
-    @property
+    @functools.cached_property
     def files(self) -> list["RowsFile"]:
         """What is known of the files, in order."""
         names, checksums = self.manifest["files"], self.manifest["checksums"]

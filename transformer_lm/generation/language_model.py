@@ -265,9 +265,10 @@ def generate_texts(
     def write() -> Iterator[dict]:
         options = {"num_samples": num_samples, "sampling": sampling, "seed": seed}
         for first in range(0, len(ids), size):
+            batch = slice(first, first + size)
             with stage("generating text", lower="the number of texts for each prompt, or max_predict_length"):
-                written = sampler.generate(network, params, ids[first : first + size], first=first, **options)
-            for prompt, prompt_ids, texts in zip(prompts[first:], ids[first:], written, strict=False):
+                written = sampler.generate(network, params, ids[batch], first=first, **options)
+            for prompt, prompt_ids, texts in zip(prompts[batch], ids[batch], written, strict=True):
                 for text in texts:
                     tokens = prompt_ids + text.tokens
                     whole = f"{prompt}\n{turns.answer(text.tokens)}" if turns else tokenizer.decode(tokens)

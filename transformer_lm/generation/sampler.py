@@ -101,7 +101,7 @@ def generate(
     limits = sampling.max_length - lengths + 1  # how many tokens each prompt may be continued by
     network = dataclasses.replace(network, max_len=max(network.max_len, sampling.max_length))
     tokens = _generate(
-        network, sampling, num_samples, params, inputs, lengths, limits, np.uint32(first % 2**16), jax.random.key(seed)
+        network, sampling, num_samples, params, inputs, lengths, limits, np.uint32(first), jax.random.key(seed)
     )
     # Waited for, since what memory was exhausted for would abort the process on its way to NumPy.
     tokens = np.asarray(jax.block_until_ready(tokens))  # [prompts, num_samples, max_length]

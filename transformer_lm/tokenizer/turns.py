@@ -11,6 +11,7 @@ one, too; other people's tools cut the whole text at once, which is why it has o
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -80,7 +81,7 @@ class Turns:
         """Tokens that end the assistant's turn, as EOS does; none where `stop` has what ends it."""
         return () if self.sign else self.marks[-1]
 
-    @property
+    @functools.cached_property
     def exported_end_ids(self) -> tuple[int, ...]:
         """Tokens that end the assistant's turn in tools that cut no text: those that hold the sign, as no answer does.
 

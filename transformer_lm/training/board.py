@@ -1,4 +1,4 @@
-"""TensorBoard's event file, written at once by the caller: a full disk is the caller's error, and no thread's.
+"""TensorBoard's event file, written when the caller flushes it: a full disk is the caller's error, and no thread's.
 
 tensorboardX makes the records; its SummaryWriter would write them in a thread, which dies of a full disk unnoticed.
 """
@@ -22,8 +22,6 @@ from tensorboardX.proto.summary_pb2 import Summary  # noqa: E402
 if _HIDDEN:
     del sys.modules["torch"]
 
-from transformer_lm.files import is_remote  # noqa: E402
-
 HPARAM_METRICS = {"eval/loss": 0.0, "eval/bits_per_char": 0.0}  # what the HParams tab compares runs by
 
 
@@ -33,7 +31,6 @@ class Board:
     def __init__(self, folder: os.PathLike | str, start_step: int):
         """Begins a file; of earlier files TensorBoard shows the steps up to `start_step` alone."""
         suffix = f".{uuid.uuid4().hex[:8]}"
-        self._is_remote = is_remote(folder)
         self._writer = EventsWriter(os.path.join(os.fspath(folder), "events"), suffix)
         if start_step:
             self._write(Event(session_log=SessionLog(status=SessionLog.START)), start_step + 1)
@@ -56,15 +53,13 @@ class Board:
     def _add(self, step: int, *contents: Summary):
         for content in contents:
             self._write(Event(summary=content), step)
-        if not self._is_remote:
-            self.flush()
 
     def _write(self, event: Event, step: int):
         event.wall_time, event.step = time.time(), step
         self._writer.write_event(event)
 
     def flush(self):
-        """Writes what was added; an object store takes the whole file each time, so that there it is not done often."""
+        """Writes what was added, to an object store the whole file anew."""
         self._writer.flush()
 
     def close(self):

@@ -6,7 +6,6 @@ and decides for all; checkpoints are written by all.
 
 import contextlib
 import ctypes
-import errno
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from absl import logging
 from etils import epath
 from jax._src.distributed import global_state  # as Orbax does: the store of keys and values has no public name
 
-from transformer_lm.errors import UserError, one_line
+from transformer_lm.errors import UserError, may_not_be_written, one_line
 from transformer_lm.files import cache_folder, write_atomically
 
 HEARTBEAT_SECONDS = 30  # a process that was not heard of for so long has gone
@@ -150,7 +149,7 @@ def _mark(file: epath.Path) -> bool:
     try:
         write_atomically(file, b"")
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if not may_not_be_written(error):
             raise
         return False
     return True

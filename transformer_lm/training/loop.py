@@ -240,7 +240,7 @@ class _Loop:
         if run.step % self._config.log_every_steps:
             return None
         totals = run.state.totals
-        run.state = dataclasses.replace(run.state, totals=sharding.spread(zero_totals(), run.layout.sharding()))
+        run.state = dataclasses.replace(run.state, totals=run.layout.spread(zero_totals()))
         return totals
 
     def _is_old(self) -> bool:

@@ -44,10 +44,8 @@ class MetricWriter:
             self._lines.append(line)
             if self._file:
                 self._file.write(line)
-                self._file.flush()
             self._board.add_scalars(step, {_tag(name): value for name, value in values.items()})
-            if time.monotonic() - self._stored_at > REMOTE_SECONDS:
-                self._store()
+            self._flush(time.monotonic() - self._stored_at > REMOTE_SECONDS)
         text = " ".join(f"{name.removeprefix('train_')} {_brief(value)}" for name, value in values.items())
         logging.info("step %d: %s", step, text)
 
@@ -55,6 +53,7 @@ class MetricWriter:
         """Adds generated texts to TensorBoard and logs them."""
         with self._explained():
             self._board.add_text(step, "samples", "\n\n".join(texts))
+            self._flush()
         for text in texts:
             logging.info("Sample: %s", text)
 
@@ -63,6 +62,7 @@ class MetricWriter:
         with self._explained():
             self._board.add_text(0, "recipe", "\n".join(f"{name} = {value!r}" for name, value in fields.items()))
             self._board.add_hyperparameters(fields)
+            self._flush()
 
     def has(self, step: int, name: str) -> bool:
         """Whether a metric of a step stands there."""
@@ -75,21 +75,24 @@ class MetricWriter:
     def sync(self):
         """Returns when what was written survives a power cut; before a checkpoint that counts on it."""
         with self._explained():
+            self._flush(is_due=True)
             if self._file:
                 os.fsync(self._file.fileno())
-            self._store()
 
-    def _store(self):
-        """Writes the files of an object store."""
-        if self._file is None:
+    def _flush(self, is_due: bool = False):
+        """Writes what was added: to files at once, to an object store when it is due."""
+        if self._file:
+            self._file.flush()
+            self._board.flush()
+        elif is_due:
             write_atomically(self._path, "".join(self._lines).encode())
             self._board.flush()
-        self._stored_at = time.monotonic()
+            self._stored_at = time.monotonic()
 
     def close(self):
         """Closes the files."""
         with self._explained():
-            self._store()
+            self._flush(is_due=True)
             if self._file:
                 self._file.close()
             self._board.close()

@@ -68,6 +68,18 @@ class Layout:
         stacked = (None,) * (leaf.ndim - len(names))
         return self.sharding(*stacked, *names) if len(names) <= leaf.ndim else self.sharding()
 
+    def spread(self, tree: Any) -> Any:
+        """Arrays that every process has whole, each of its part of them on its devices, as `of_state` says.
+
+        `jax.device_put` would gather those of all processes on every device, to see whether they are the same.
+        """
+
+        def whole(array: np.ndarray, place: NamedSharding) -> jax.Array:
+            array = np.asarray(array)
+            return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
+
+        return jax.tree.map(whole, tree, self.of_state(tree))
+
     def __str__(self) -> str:
         """Like "8 device(s) (data 4, tensor 2)"."""
         parts = ", ".join(f"{name} {size}" for name, size in self.mesh.shape.items() if size > 1)
@@ -81,20 +93,6 @@ class Layout:
                     f"{name}={getattr(network, name)} does not divide by mesh_{axis}={self.ways(name)}; "
                     "change one of the two."
                 )
-
-
-def spread(tree: Any, places: Any) -> Any:
-    """NumPy arrays, which every process has whole, laid out by their shardings (a tree like it, or one for all).
-
-    `jax.device_put` would gather those of all processes on every device, to see whether they are the same.
-    """
-
-    def whole(array: np.ndarray, place: NamedSharding) -> jax.Array:
-        array = np.asarray(array)
-        return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
-
-    places = jax.tree.map(lambda _: places, tree) if isinstance(places, NamedSharding) else places
-    return jax.tree.map(whole, tree, places)
 
 
 def make_layout(fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Layout:

@@ -9,7 +9,7 @@ from transformer_lm.checkpoints import loading, store
 from transformer_lm.errors import UserError
 from transformer_lm.tokenizer import Tokenizer
 from transformer_lm.training.config import Recipe, TrainConfig
-from transformer_lm.training.sharding import Layout, spread
+from transformer_lm.training.sharding import Layout
 from transformer_lm.training.state import TrainState, abstract_state, init_state, state_of
 
 
@@ -51,7 +51,7 @@ def restore_or_init(
     placement = jax.tree.map(lambda x: x.sharding, target)
     if initial is None:
         return jax.jit(lambda key: init_state(network, optimizer, key), out_shardings=placement)(key), 0
-    params = spread(initial.load().params, placement.params)
+    params = layout.spread(initial.load().params)
     fresh = jax.jit(lambda params: state_of(params, optimizer), out_shardings=placement, donate_argnums=0)
     return fresh(params), 0
 
