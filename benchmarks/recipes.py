@@ -1,6 +1,6 @@
 """What each ingredient of the v2 recipes brings: runs of a small network, in bits a character after so many tokens.
 
-python benchmarks/recipes.py --literature=FOLDER [--only=v1,v2] [--seeds=0,1,2] [--results=docs/recipes.json]
+python benchmarks/recipes.py --literature=FOLDER [--only=v1,v2] [--seeds=0,1,2] [--large] [--results=docs/recipes.json]
 
 FOLDER holds aozora_train.jsonl.gz and aozora_validation.jsonl.gz, lines with a field "text"; without one the runs are
 on tales alone, whose entropy is known. Runs that the results have already are not made again. candidates.py has the
@@ -30,6 +30,7 @@ from transformer_lm.training import loop, muon, optimizers
 _LITERATURE = flags.DEFINE_string("literature", None, "Folder with aozora_{train,validation}.jsonl.gz.")
 _ONLY = flags.DEFINE_list("only", [], "Names of runs; all by default.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of each run.")
+_LARGE = flags.DEFINE_bool("large", False, "Networks of 12 x 768 on literature instead; for a GPU.")
 _RESULTS = flags.DEFINE_string("results", "recipes.json", "File that results are added to.")
 _CACHE = flags.DEFINE_string("cache", None, "Folder for tokenizer and rows; by default a temporary one.")
 
@@ -40,6 +41,13 @@ SIZE = {
     "eval_per_device_batch_size": 64, "use_bfloat16": False, "num_eval_steps": -1, "save_checkpoints": False,
     "restore_checkpoints": False, "log_every_steps": 20, "eval_every_steps": 10**9, "prompts": "昔",
     "max_predict_length": 8,
+}  # fmt: skip
+# 12 layers x 768, 30,000 pieces, 128 rows of 256 tokens.
+LARGE_SIZE = SIZE | {
+    "vocab_size": 30_000, "max_corpus_chars": 10_000_000, "emb_dim": 768, "qkv_dim": 768, "mlp_dim": 3072,
+    "num_heads": 12, "num_layers": 12, "max_target_length": 256, "max_eval_target_length": 256,
+    "per_device_batch_size": 128, "gradient_accumulation_steps": 4, "eval_per_device_batch_size": 64,
+    "use_bfloat16": True,
 }  # fmt: skip
 UNIGRAM = "--character_coverage=0.9995 --byte_fallback=true"
 AS_IT_IS = f"{UNIGRAM} --normalization_rule_name=identity --remove_extra_whitespaces=false"
@@ -125,6 +133,27 @@ LITERATURE: dict[str, tuple[str, int, dict]] = {
     "v2/6 with value embeddings": ("v2", SIXTH, {"network": "values"}),
     "v2/6 with smear": ("v2", SIXTH, {"network": "smear"}),
 }
+
+
+def large_v2(times: float = 1.0) -> dict:
+    """What v2's rules say of LARGE_SIZE, with all learning rates times something."""
+    config = v2.get_config()
+    config.vocab_size = LARGE_SIZE["vocab_size"]
+    v2.set_size(config, layers=12, width=768, row_length=256, rows=128)
+    rates = {name: times * config[name] for name in ("learning_rate", "embedding_learning_rate", "head_learning_rate")}
+    return rates | {name: config[name] for name in ("mlp_dim", "weight_decay", "decay_share")}
+
+
+LARGE_FULL = 420  # steps, of 32,768 tokens: the corpus once
+LARGE: dict[str, tuple[str, int, dict]] = {
+    "v1": ("v1", LARGE_FULL, {}),
+    "v1 without dropout linear 0.001": ("v1", LARGE_FULL, NO_DROPOUT | {"schedule": "wsd", "learning_rate": 0.001}),
+    "v2/6": ("v2", LARGE_FULL // 6, large_v2()),
+    "v2/6 with rates x 2": ("v2", LARGE_FULL // 6, large_v2(2)),
+    "v2/6 with rates x 4": ("v2", LARGE_FULL // 6, large_v2(4)),
+    "v2/3": ("v2", LARGE_FULL // 3, large_v2(2)),
+    "v2": ("v2", LARGE_FULL, large_v2(2)),
+}
 # The demo as it was with v1, whose numbers were chosen for it, and as it is.
 V1_TALES = NO_DROPOUT | {"per_device_batch_size": 2, "num_heads": 6, "learning_rate": 0.003}
 TALES = {
@@ -168,6 +197,9 @@ def corpora() -> dict[str, tuple[dict, dict]]:
         "eval_split": "train[:10%]",
         "spm_train_options": UNIGRAM,
     }
+    if _LARGE.value:
+        whole = {"train_split": "train", "eval_split": "train"}
+        return {"literature, 12 x 768": (LARGE, literature | LARGE_SIZE | whole)}
     return {"literature": (LITERATURE, literature)} | found
 
 

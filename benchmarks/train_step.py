@@ -4,8 +4,8 @@ python benchmarks/train_step.py [--shapes=small,0.1b] [--dtypes=float32] [--json
 
 Networks of the same sizes on the same batches: dropout 0.1, AdamW, vocabulary 30,000. Each contender has a process of
 its own, as its users run it (on Linux our commands take memory in large pages; GLIBC_TUNABLES=glibc.malloc.hugetlb=1
-gives them to all), and they take turns; the table shows the median of the rounds, and ratios of one round. Where their
-memory is not enough for all, as on an accelerator, which JAX takes as a whole, they come one after the other (--alone).
+gives them to all), and they take turns; the table shows the median of the rounds, and ratios of one round. Where
+memory is not enough for all, they come one after the other (--alone).
 
 Contenders:
 
@@ -43,7 +43,7 @@ from rich.table import Table
 from transformer_lm import models
 from transformer_lm.data import packing
 from transformer_lm.training import optimizers
-from transformer_lm.training.flops import flops_per_token
+from transformer_lm.training.flops import PEAK_FLOPS, flops_per_token
 from transformer_lm.training.state import init_state
 from transformer_lm.training.step import make_train_step
 
@@ -65,13 +65,15 @@ SHAPES = {
     "1.0b": Shape(18, 2048, 16, 1, 1024),
 }
 VOCAB_SIZE = 30_000
-PRODUCT = 2048  # rows and columns of the matrices that the peak is measured with
+PRODUCT, LARGE_PRODUCT = 2048, 8192  # rows and columns of the matrices that the peak is measured with; on accelerators
 OURS = "transformer-lm-japanese"
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as our commands take memory
 
 _SHAPES = flags.DEFINE_list("shapes", ["small", "0.1b"], f"Of {', '.join(SHAPES)}.")
 _DTYPES = flags.DEFINE_list("dtypes", ["float32"], "float32, bfloat16: what networks compute in.")
-_ROWS = flags.DEFINE_integer("rows", 0, "Rows of a batch in place of the shape's, for devices with room for more.")
+_TOKENS = flags.DEFINE_integer(
+    "tokens", 0, "Tokens of a batch in place of the shape's, for devices with room for more."
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds that are counted.")
 _DROPOUT = flags.DEFINE_float("dropout", 0.1, "Dropout of all networks.")
 _ALONE = flags.DEFINE_bool("alone", False, "Contenders come one after the other, not in turns: each has all memory.")
@@ -86,9 +88,14 @@ class Case(NamedTuple):
     tokens: np.ndarray  # [B, T] uint16
 
 
+def product_size() -> int:
+    """Rows and columns of the matrices that the peak is measured with."""
+    return PRODUCT if jax.default_backend() == "cpu" else LARGE_PRODUCT
+
+
 def matrix_product(case: Case) -> Callable[[], None]:
     """A product of square matrices."""
-    a = jax.random.normal(jax.random.key(0), (PRODUCT, PRODUCT)).astype(models.DTYPES[case.config.dtype])
+    a = jax.random.normal(jax.random.key(0), (product_size(),) * 2).astype(models.DTYPES[case.config.dtype])
     product = jax.jit(jnp.matmul)
     return lambda: jax.block_until_ready(product(a, a))
 
@@ -260,7 +267,7 @@ CONTENDERS: dict[str, Callable[[Case], Callable[[], None]]] = {
     "lm1b": lm1b,
     "Hugging Face GPT-2": hugging_face,
     "nanoGPT": nanogpt,
-    "nanoGPT, compiled": functools.partial(nanogpt, compiled=True),
+    "nanoGPT compiled": functools.partial(nanogpt, compiled=True),
 }
 
 
@@ -293,16 +300,21 @@ def serve(make: Callable[[Case], Callable[[], None]], case: Case, pipe):
     return None
 
 
-def start(name: str, make: Callable, case: Case) -> Connection | None:
-    """The pipe of a contender's process, which has run once; None if it can't."""
+def start(name: str, make: Callable, case: Case) -> Connection:
+    """The pipe of a contender's process, which makes ready."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     with mock.patch.dict(os.environ, LARGE_PAGES | os.environ if name == OURS else {}):
         context.Process(target=serve, args=(make, case, theirs), daemon=True).start()
     theirs.close()
+    return pipe
+
+
+def is_ready(pipe: Connection) -> bool:
+    """Waits until a contender has run once, or could not."""
     with contextlib.suppress(EOFError):  # it was killed, for want of memory
-        return pipe if pipe.recv() else None
-    return None
+        return pipe.recv()
+    return False
 
 
 def ask(pipe: Connection) -> float:
@@ -322,7 +334,8 @@ def take_turns(makers: dict[str, Callable], case: Case) -> dict[str, list[float]
     """Seconds of every run of every contender that can run, one at a time; the first of each warms up."""
     seconds: dict[str, list[float]] = {}
     for group in [{name: make} for name, make in makers.items()] if _ALONE.value else [makers]:
-        pipes = {name: pipe for name, make in group.items() if (pipe := start(name, make, case))}
+        started = {name: start(name, make, case) for name, make in group.items()}
+        pipes = {name: pipe for name, pipe in started.items() if is_ready(pipe)}
         turns = [{name: ask(pipe) for name, pipe in pipes.items()} for _ in range(_ROUNDS.value + 1)]
         seconds |= {name: [turn[name] for turn in turns[1:]] for name in pipes}
         for pipe in pipes.values():
@@ -338,10 +351,11 @@ def measure(name: str, dtype: str, table: Table) -> list[dict]:
         qkv_dim=shape.width, mlp_dim=4 * shape.width, max_len=shape.length, dtype=dtype,
         dropout_rate=_DROPOUT.value, attention_dropout_rate=_DROPOUT.value,
     )  # fmt: skip
-    rows = _ROWS.value or shape.rows
+    rows = _TOKENS.value // shape.length or shape.rows
     tokens = np.random.default_rng(0).integers(3, VOCAB_SIZE, (rows, shape.length)).astype(np.uint16)
     seconds = take_turns({"matrix product": matrix_product, **contenders()}, Case(config, tokens))
-    peak = 2 * PRODUCT**3 / statistics.median(seconds.pop("matrix product"))
+    peak = 2 * product_size() ** 3 / statistics.median(seconds.pop("matrix product"))
+    sheet = PEAK_FLOPS.get(jax.devices()[0].device_kind) if dtype == "bfloat16" else None
     found = []
     for system, times in seconds.items():
         speed = tokens.size / statistics.median(times)
@@ -349,12 +363,13 @@ def measure(name: str, dtype: str, table: Table) -> list[dict]:
         ratios = sorted(theirs / our for our, theirs in zip(seconds[OURS], times, strict=True))
         found.append({
             "shape": name, "dtype": dtype, "rows": rows, "length": shape.length, "system": system,
-            "tokens_per_second": speed, "flops": flops, "product_flops": peak,
+            "tokens_per_second": speed, "flops": flops, "product_flops": peak, "sheet_flops": sheet,
             "ours_is_faster_by": statistics.median(ratios), "least": ratios[0], "most": ratios[-1],
         })  # fmt: skip
         table.add_row(
             f"{name}: {shape.layers} x {shape.width}, {rows} x {shape.length}, {dtype}", system, f"{speed:.0f}",
             f"{flops / 1e9:.0f}", f"{100 * flops / peak:.0f} % of {peak / 1e9:.0f}",
+            f"{100 * flops / sheet:.1f} %" if sheet else "",
             f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})",
         )  # fmt: skip
     return found
@@ -362,9 +377,19 @@ def measure(name: str, dtype: str, table: Table) -> list[dict]:
 
 def main(_):
     """Prints the table, and writes --json."""
-    table = Table("network and batch", "system", "tokens/s", "model GFLOP/s", "of a product", "ours is faster by")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "true" if _ALONE.value else "false")
+    names = (
+        "network and batch",
+        "system",
+        "tokens/s",
+        "model GFLOP/s",
+        "of a product",
+        "of its sheet",
+        "ours is faster by",
+    )
+    table = Table(*names)
     figures = [row for name in _SHAPES.value for dtype in _DTYPES.value for row in measure(name, dtype, table)]
-    rich.console.Console(width=140).print(table)
+    rich.console.Console(width=150).print(table)
     if _JSON.value:
         Path(_JSON.value).write_text(json.dumps({"device": jax.devices()[0].device_kind, "rows": figures}, indent=1))
 

@@ -1,5 +1,7 @@
 """Logits in chunks; test_loss.py and test_language_model.py have what is made of them."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -16,6 +18,28 @@ def test_scores_against_explicit_distributions():
     log_probs, likeliest = logits.score(values, targets)
     np.testing.assert_allclose(np.exp(log_probs), expected, rtol=1e-5)
     np.testing.assert_array_equal(likeliest, probabilities.argmax(axis=-1) == targets)
+
+
+def test_the_gradient_of_what_is_picked_scatters_nothing():
+    rng = np.random.default_rng(0)
+    values, targets = rng.normal(size=(2, 3, 7)).astype(np.float32), rng.integers(0, 7, (2, 3))
+    weights = rng.normal(size=(2, 3)).astype(np.float32)
+    gradient = jax.jit(jax.grad(lambda values: (logits.pick(values, targets) * weights).sum()))
+    np.testing.assert_array_equal(gradient(values), np.eye(7, dtype=np.float32)[targets] * weights[..., None])
+    assert "scatter" not in gradient.lower(values).as_text()
+
+
+def test_a_gpu_makes_more_at_a_time(monkeypatch):
+    def devices_with(memory):
+        stats = None if memory is None else {"bytes_limit": memory}
+        return lambda: [types.SimpleNamespace(platform="gpu", memory_stats=lambda: stats)]
+
+    for memory, expected in ((60 * 2**30, 60 * 2**24), (2**30, logits.AT_ONCE), (None, logits.AT_ONCE)):
+        monkeypatch.setattr(jax, "local_devices", devices_with(memory))
+        assert logits.at_once() == expected
+    monkeypatch.setattr(jax, "local_devices", devices_with(64 * 2**30))
+    assert logits.chunks_of(32, 1024, 32_000) == 1
+    assert logits.chunks_of(128, 1024, 32_000) == 4
 
 
 @pytest.mark.parametrize(("rows", "length", "vocab_size"), [(1, 128, 900), (64, 256, 32_000), (32, 127, 32_000)])

@@ -263,7 +263,7 @@ class TestModernNetwork:
         ({"num_kv_heads": 3}, "num_heads=2 does not divide by num_kv_heads=3"),
         ({"positions": "rope", "qkv_dim": 6}, "head size=3 must be even"),
         ({"remat": "all"}, "remat='all' must be one of none, block"),
-        ({"attention": "flash"}, "attention='flash' must be one of auto, xla, cudnn, tpu"),
+        ({"attention": "flash"}, "attention='flash' must be one of auto, xla, cudnn, triton, tpu"),
     ],
 )
 def test_impossible_networks(tiny, wrong, words):

@@ -47,7 +47,26 @@ def test_bias_and_its_gradient(dtype):
         np.testing.assert_array_equal(found, expected)
 
 
-def test_bfloat16_is_left_to_jax():
-    inputs, kernel = jnp.ones((2, 4), jnp.bfloat16), jnp.ones((4, 5), jnp.bfloat16)
-    product = dot_general(inputs, kernel, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    assert product.dtype == jnp.float32
+def test_gradients_of_a_wider_result_are_products_of_the_inputs_type():
+    """Logits are float32; nothing wider than bfloat16 is multiplied for their gradients."""
+    rng = np.random.default_rng(0)
+    inputs, kernel = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((2, 3, 4), (4, 5)))
+    grad = jnp.asarray(rng.standard_normal((2, 3, 5)), jnp.float32)
+
+    def gradients(inputs, kernel, grad):
+        def multiply(*pair):
+            return dot_general(*pair, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+        product, pull_back = jax.vjp(multiply, inputs, kernel)
+        assert product.dtype == jnp.float32
+        return pull_back(grad)
+
+    narrow = grad.astype(jnp.bfloat16)
+    expected = jnp.einsum("btf,df->btd", narrow, kernel), jnp.einsum("btd,btf->df", inputs, narrow)
+    for found, right in zip(gradients(inputs, kernel, grad), expected, strict=True):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(found.astype(np.float32), right.astype(np.float32), rtol=2e-2, atol=2e-2)
+    text = jax.jit(gradients).lower(inputs, kernel, grad).as_text()
+    factors = [line.partition(" : ")[2].partition("->")[0] for line in text.splitlines() if "dot_general" in line]
+    assert len(factors) == 2
+    assert not any("f32" in line.replace("bf16", "") for line in factors)

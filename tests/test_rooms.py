@@ -14,7 +14,21 @@ import transformer_lm
 PACKAGE = Path(transformer_lm.__file__).parent
 # From the ground up; a room imports those below it, and its own modules without a circle.
 FLOORS = [
-    {"errors", "extras", "fields", "files", "console", "version", "locks", "axes", "dropout", "logits", "products"},
+    {
+        "errors",
+        "extras",
+        "fields",
+        "files",
+        "console",
+        "version",
+        "locks",
+        "axes",
+        "dropout",
+        "logits",
+        "loops",
+        "products",
+    },
+    {"flash_attention"},
     {"attention"},
     {"transformer_config"},
     {"models", "tokenizer"},

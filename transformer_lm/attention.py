@@ -14,10 +14,13 @@ from transformer_lm.dropout import Keys, dropout, fold_in
 from transformer_lm.errors import UserError
 from transformer_lm.fields import check_value
 
-KINDS = ("xla", "cudnn", "tpu")  # for any device, NVIDIA GPUs, TPUs
+KINDS = ("xla", "cudnn", "triton", "tpu")  # for any device, NVIDIA GPUs, GPUs, TPUs
+WITH_DROPOUT = ("xla", "triton")
 LONG = 1024  # attention of more queries is computed in blocks
 QUERY_BLOCK = 256  # of so many
 SLOT_BLOCK = 128  # slots of a cache that are attended to at a time, where rows begin at different times
+TRITON_BLOCK = 64  # lengths for which the kernels of flash_attention.py are fast are multiples of it
+TRITON_SIZES = (32, 64, 128)  # head sizes that they are made for
 TPU_BLOCK = 128  # lengths that the TPU's kernel takes are multiples of it
 TPU_LANES = 128  # head sizes that it takes are at most so large, or multiples of it
 HEADS = ("batch", "num_heads", None, None)  # names of the axes of queries
@@ -37,7 +40,7 @@ def attend_in_rows(query, key, value, segments, *, kind: str = "auto", dropout_r
       query: [B, H, T, K].
       key, value: [B, G, T, K].
       segments: [B, T] int32.
-      kind: "auto", or one of KINDS; a fused one does without dropout.
+      kind: "auto", or one of KINDS; of fused ones "triton" alone has dropout.
       dropout_rate: on attention weights.
       dropout_keys: one a row [B]; None switches dropout off.
 
@@ -46,10 +49,12 @@ def attend_in_rows(query, key, value, segments, *, kind: str = "auto", dropout_r
     """
     rate = dropout_rate if dropout_keys is not None else 0.0
     kind = choose(query, rate) if kind == "auto" else kind
-    if kind != "xla" and rate:
+    if rate and kind not in WITH_DROPOUT:
         raise UserError(f"attention={kind!r} has no dropout; set attention_dropout_rate=0.0, or attention='auto'.")
     if kind == "cudnn":
         return _cudnn(query, key, value, segments)
+    if kind == "triton":
+        return _triton(query, key, value, segments, rate, dropout_keys)
     if kind == "tpu":
         key, value = (jnp.repeat(x, query.shape[1] // x.shape[1], axis=1) for x in (key, value))
         return by_device(_tpu, (HEADS, HEADS, HEADS, ("batch", None)), HEADS)(query, key, value, segments)
@@ -64,17 +69,17 @@ def choose(query, dropout_rate: float) -> str:
     """The fastest kind that there is for queries [B, H, T, K] on the devices at hand."""
     length, size = query.shape[-2:]
     device = jax.devices()[0]
-    if dropout_rate:
-        return "xla"
-    if device.platform == "gpu" and _has_cudnn_attention(device):
-        return "cudnn" if query.dtype == jnp.bfloat16 and size % 8 == 0 and size <= 128 and length % 2 == 0 else "xla"
+    if device.platform == "gpu" and query.dtype == jnp.bfloat16 and _has_fused_attention(device):
+        if size in TRITON_SIZES and length % TRITON_BLOCK == 0:
+            return "triton"
+        return "cudnn" if not dropout_rate and size % 8 == 0 and size <= 128 and length % 2 == 0 else "xla"
     # A TPU before v4 multiplies no bfloat16 to float32 in a kernel.
-    if device.platform == "tpu" and device.device_kind not in ("TPU v2", "TPU v3"):
+    if device.platform == "tpu" and device.device_kind not in ("TPU v2", "TPU v3") and not dropout_rate:
         return "tpu" if length % TPU_BLOCK == 0 and (size <= TPU_LANES or size % TPU_LANES == 0) else "xla"
     return "xla"
 
 
-def _has_cudnn_attention(device: jax.Device) -> bool:
+def _has_fused_attention(device: jax.Device) -> bool:
     """Whether a GPU is NVIDIA's, of Ampere or later: compute capability 8.0 (AMD's are like gfx90a)."""
     major, _, minor = getattr(device, "compute_capability", "").partition(".")
     return major.isdecimal() and minor.isdecimal() and int(major) >= 8
@@ -151,6 +156,24 @@ def _cudnn(query, key, value, segments):
     return jax.nn.dot_product_attention(
         query, key, value, mask=mask, is_causal=True, scale=1.0, implementation="cudnn"
     ).swapaxes(1, 2)
+
+
+def _triton(query, key, value, segments, rate, dropout_keys):
+    """This project's kernels for GPUs."""
+    from transformer_lm import flash_attention
+
+    seeds = jnp.zeros((len(segments), 2), jnp.uint32) if dropout_keys is None else jax.random.key_data(dropout_keys)
+    heads = jnp.arange(query.shape[1], dtype=jnp.int32)
+
+    def attend(query, key, value, starts, ends, seeds, heads):
+        query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))  # [B, T, H, K]
+        places = flash_attention.Places(starts, ends, seeds, heads)
+        return flash_attention.attention(query, key, value, places, rate).swapaxes(1, 2)
+
+    keys, rows = ("batch", "kv_heads", None, None), ("batch", None)
+    return by_device(attend, (HEADS, keys, keys, rows, rows, rows, ("num_heads",)), HEADS)(
+        query, key, value, *flash_attention.bounds(segments), seeds, heads
+    )
 
 
 def _tpu(query, key, value, segments):

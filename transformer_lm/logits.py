@@ -9,18 +9,41 @@ import jax
 import jax.numpy as jnp
 
 AT_ONCE = 2**26  # logits that a device makes at a time: 256 MB in float32
+BYTES = 64  # of a GPU's memory for each logit that it makes at a time, where that allows more
 
 
 def score(logits, targets):
     """How likely targets are: logits [..., V], ids [...] -> log probabilities, and whether none is likelier, [...]."""
-    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    target_logits = pick(logits, targets)
     best_logits = jax.lax.stop_gradient(logits).max(axis=-1)  # argmax is slow on CPU
     return target_logits - jax.nn.logsumexp(logits, axis=-1), target_logits >= best_logits
 
 
+@jax.custom_vjp
+def pick(logits, targets):
+    """Logits of targets: [..., V], ids [...] -> [...]. The gradient is compared, not scattered into zeros."""
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+def _pick_back(residuals, grad):
+    targets, logits = residuals
+    ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    return jnp.where(ids == targets[..., None], grad[..., None], 0).astype(logits.dtype), None
+
+
+pick.defvjp(lambda logits, targets: (pick(logits, targets), (targets, logits)), _pick_back)
+
+
+def at_once() -> int:
+    """How many logits a device makes at a time: on a GPU with room for more, many, which costs fewer turns."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform == "gpu" else None
+    return max(AT_ONCE, stats["bytes_limit"] // BYTES) if stats else AT_ONCE
+
+
 def chunks_of(rows: int, length: int, vocab_size: int) -> int:
-    """In how many chunks a device makes the logits of so many rows: the fewest of at most AT_ONCE that are alike."""
-    wanted = -(-rows * length * vocab_size // AT_ONCE)
+    """In how many chunks a device makes the logits of so many rows: the fewest of at most `at_once` that are alike."""
+    wanted = -(-rows * length * vocab_size // at_once())
     return next(chunks for chunks in range(min(wanted, length), length + 1) if length % chunks == 0)
 
 

@@ -24,6 +24,7 @@ from flax import nnx
 from transformer_lm.attention import attend, attend_in_rows, attend_to_filled
 from transformer_lm.axes import named
 from transformer_lm.dropout import Keys, dropout, split
+from transformer_lm.loops import over_layers
 from transformer_lm.products import Transposed, add_bias, dot_general, dot_general_of_transposed
 from transformer_lm.transformer_config import DTYPES, TransformerConfig
 
@@ -273,10 +274,11 @@ class TransformerLM(nnx.Module):
             params, keys = layer
             return nnx.merge(graphdef, params)(x, attend, rotation=rotation, dropout_keys=keys)[0], None
 
-        if self.config.remat == "block":
+        recomputed = self.config.remat == "block"
+        if recomputed:
             run_layer = jax.checkpoint(run_layer, prevent_cse=False)
         keys = None if blocks_keys is None else split(blocks_keys, self.config.num_layers)  # [L, B]
-        return jax.lax.scan(run_layer, x, (stacked, keys))[0]
+        return over_layers(run_layer, x, (stacked, keys), recomputed=recomputed)[0]
 
     def extend(self, inputs, positions, valid, cache: Cache) -> tuple[jax.Array, Cache]:
         """As `read_on`, but logits [B, V] float32 for the token after the last."""
@@ -338,7 +340,7 @@ class TransformerLM(nnx.Module):
         x = self.norm(x)
         if self.config.logits_via_embedding:
             embedding = self.embed.embedding[...].astype(x.dtype)
-            logits = jnp.einsum("...d,vd->...v", x, embedding, preferred_element_type=jnp.float32)
+            logits = dot_general(x, embedding.T, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
             logits /= np.sqrt(self.config.emb_dim).astype(np.float32)
         else:
             logits = self.logits(x).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Products of activations and weights: `jax.lax.dot_general`, in the ways that XLA computes soonest on CPUs."""
+"""Products of activations and weights: `jax.lax.dot_general`, in the ways that XLA computes soonest."""
 
 import dataclasses
 import functools
@@ -11,12 +11,15 @@ import jax.numpy as jnp
 def dot_general(inputs, kernel, dimension_numbers, **options):
     """As jax.lax.dot_general of inputs [..., *in] and a kernel [*in, *out]: [..., *out].
 
+    Gradients are products of the inputs' type, also where the result is wider (logits): JAX would widen the inputs
+    instead, and a GPU multiply at half the speed.
+
     The gradient of the kernel is a product with the transposed inputs. XLA's fast products for CPUs do not take a
     factor that lies transposed (jax 0.10): the general ones, which do, take up to twice as long. So on CPU the inputs
     are transposed first, which costs little beside the product.
     """
     as_usual = functools.partial(jax.lax.dot_general, dimension_numbers=dimension_numbers, **options)
-    if jax.default_backend() == "cpu" and inputs.dtype == kernel.dtype == jnp.float32:
+    if inputs.dtype == kernel.dtype:
         return _product(as_usual, len(dimension_numbers[0][0]), inputs, kernel)
     return as_usual(inputs, kernel)
 
@@ -33,13 +36,16 @@ def _forward(as_usual, num_in, inputs, kernel):
 
 def _backward(as_usual, num_in, residuals, grad):
     inputs, kernel = residuals
+    grad = grad.astype(inputs.dtype)
     rows = inputs.ndim - num_in  # number of their axes
     out = tuple(range(rows, grad.ndim)), tuple(range(num_in, kernel.ndim))
     inputs_grad = jax.lax.dot_general(grad, kernel, (out, ((), ())))
-    order = (*range(rows, inputs.ndim), *range(rows))
-    transposed = jax.lax.optimization_barrier(inputs.transpose(order))  # [*in, ...]
-    over_rows = tuple(range(num_in, inputs.ndim)), tuple(range(rows))
-    return inputs_grad, jax.lax.dot_general(transposed, grad, (over_rows, ((), ())))
+    if jax.default_backend() == "cpu" and inputs.dtype == jnp.float32:
+        inputs = jax.lax.optimization_barrier(jnp.moveaxis(inputs, range(rows), range(-rows, 0)))  # [*in, ...]
+        rows_of_inputs = tuple(range(num_in, inputs.ndim))
+    else:
+        rows_of_inputs = tuple(range(rows))
+    return inputs_grad, jax.lax.dot_general(inputs, grad, ((rows_of_inputs, tuple(range(rows))), ((), ())))
 
 
 _product.defvjp(_forward, _backward)
