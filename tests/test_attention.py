@@ -78,6 +78,7 @@ def test_dropout_in_blocks(short_blocks):
     assert len(np.unique(np.round(attended[..., 0], 5))) > 64
 
 
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="JAX's interpreter of TPU kernels runs on CPU and TPU")
 def test_the_tpus_kernel():
     """Run by JAX's interpreter of TPU kernels, where there is no TPU."""
     pltpu = pytest.importorskip("jax.experimental.pallas.tpu")
@@ -158,6 +159,8 @@ TPU = device("tpu", "TPU v4")
         (H100, jnp.bfloat16, 0.1, 256, 64, "triton"),
         (H100, jnp.float32, 0.0, 256, 64, "xla"),
         (H100, jnp.bfloat16, 0.0, 256, 96, "cudnn"),  # heads, and rows, that this project's kernels are not made for
+        (H100, jnp.bfloat16, 0.0, 256, 128, "cudnn"),
+        (H100, jnp.bfloat16, 0.1, 256, 128, "triton"),
         (H100, jnp.bfloat16, 0.0, 200, 64, "cudnn"),
         (H100, jnp.bfloat16, 0.1, 200, 64, "xla"),
         (H100, jnp.bfloat16, 0.0, 255, 64, "xla"),  # an odd row, whose gradient it does not have
@@ -176,6 +179,12 @@ TPU = device("tpu", "TPU v4")
 def test_choice(monkeypatch, device, dtype, rate, length, size, chosen):
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert attention.choose(jax.ShapeDtypeStruct((1, 2, length, size), dtype), rate) == chosen
+
+
+@pytest.mark.parametrize(("length", "size"), [(256, 96), (40, 64)])
+def test_what_the_kernels_are_not_made_for(length, size):
+    with pytest.raises(UserError, match=f"not heads of {size} and rows of {length}; set attention='auto'"):
+        attention.attend_in_rows(*inputs(length, size=size), kind="triton")
 
 
 def test_a_fused_kernel_has_no_dropout():

@@ -43,7 +43,8 @@ def test_a_gpu_makes_more_at_a_time(monkeypatch):
 
 
 @pytest.mark.parametrize(("rows", "length", "vocab_size"), [(1, 128, 900), (64, 256, 32_000), (32, 127, 32_000)])
-def test_number_of_chunks(rows, length, vocab_size):
+def test_number_of_chunks(monkeypatch, rows, length, vocab_size):
+    monkeypatch.setattr(logits, "at_once", lambda: logits.AT_ONCE)
     chunks = logits.chunks_of(rows, length, vocab_size)
     assert length % chunks == 0
     assert rows * length // chunks * vocab_size <= logits.AT_ONCE

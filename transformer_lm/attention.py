@@ -20,7 +20,7 @@ LONG = 1024  # attention of more queries is computed in blocks
 QUERY_BLOCK = 256  # of so many
 SLOT_BLOCK = 128  # slots of a cache that are attended to at a time, where rows begin at different times
 TRITON_BLOCK = 64  # lengths for which the kernels of flash_attention.py are fast are multiples of it
-TRITON_SIZES = (32, 64, 128)  # head sizes that they are made for
+TRITON_SIZES = (32, 64, 128)  # head sizes that they are made for; cuDNN is left the largest where it can
 TPU_BLOCK = 128  # lengths that the TPU's kernel takes are multiples of it
 TPU_LANES = 128  # head sizes that it takes are at most so large, or multiples of it
 HEADS = ("batch", "num_heads", None, None)  # names of the axes of queries
@@ -70,7 +70,7 @@ def choose(query, dropout_rate: float) -> str:
     length, size = query.shape[-2:]
     device = jax.devices()[0]
     if device.platform == "gpu" and query.dtype == jnp.bfloat16 and _has_fused_attention(device):
-        if size in TRITON_SIZES and length % TRITON_BLOCK == 0:
+        if size in TRITON_SIZES and length % TRITON_BLOCK == 0 and (dropout_rate or size <= 64):
             return "triton"
         return "cudnn" if not dropout_rate and size % 8 == 0 and size <= 128 and length % 2 == 0 else "xla"
     # A TPU before v4 multiplies no bfloat16 to float32 in a kernel.

@@ -20,9 +20,11 @@ from jax.experimental import pallas
 from jax.experimental.pallas import triton
 
 from transformer_lm.dropout import falls_out
+from transformer_lm.errors import UserError
 
 INTERPRET = False  # whether kernels are run by JAX, on any device; for tests
-BLOCK = 64  # tokens of a block, where they divide the row; Triton takes no fewer than 16
+BLOCK, LARGE, BLOCK_OF_LARGE = 64, 128, 32  # tokens of a block; of large heads, that shared memory holds it
+SMALLEST = 16  # side of a matrix that Triton multiplies
 LOG2_E = math.log2(math.e)
 UNSEEN = -1e30  # a score that weighs nothing, and is no infinity
 
@@ -53,6 +55,22 @@ def bounds(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.lax.cummax(starts, axis=1), jax.lax.cummin(ends, axis=1, reverse=True)
 
 
+def block_of(query) -> int:
+    """Tokens of a block of queries [B, T, H, K].
+
+    Raises:
+      UserError: the kernels are not made for such.
+    """
+    _, length, _, size = query.shape
+    block = math.gcd(length, BLOCK if size < LARGE else BLOCK_OF_LARGE)
+    if not INTERPRET and (block < SMALLEST or size not in (16, 32, 64, LARGE)):
+        raise UserError(
+            f"attention='triton' takes heads of 16, 32, 64 or 128 and rows of a multiple of 16, not heads of {size} and "
+            f"rows of {length}; set attention='auto'."
+        )
+    return block
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attention(query, key, value, places: Places, rate: float):
     """query [B, T, H, K], divided by sqrt(K), key and value [B, T, G, K] -> [B, T, H, K]; `rate` is dropout's."""
@@ -60,7 +78,7 @@ def attention(query, key, value, places: Places, rate: float):
 
 
 def _forward(query, key, value, places, rate):
-    (batch, length, heads, size), block = query.shape, math.gcd(query.shape[1], BLOCK)
+    (batch, length, heads, size), block = query.shape, block_of(query)
     part = _part(size, block)
     out, log_sums = _call(
         functools.partial(_attend, block=block, rate=rate), (length // block, batch, heads), places,
@@ -72,7 +90,7 @@ def _forward(query, key, value, places, rate):
 
 def _backward(rate, residuals, grad):
     query, key, value, places, out, log_sums = residuals
-    (batch, length, heads, size), block = query.shape, math.gcd(query.shape[1], BLOCK)
+    (batch, length, heads, size), block = query.shape, block_of(query)
     grid, group = (length // block, batch, heads), heads // key.shape[2]
     means = jnp.einsum("bthk,bthk->bht", out, grad, preferred_element_type=jnp.float32)  # of the weights' gradients
     arrays = query, key, value, grad, log_sums, means

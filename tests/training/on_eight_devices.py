@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from transformer_lm import models, recipe
+from transformer_lm import flash_attention, models, recipe
 from transformer_lm.checkpoints import store
 from transformer_lm.configs import base
 from transformer_lm.training import batching, optimizers, sharding
@@ -30,7 +30,7 @@ MUON = {"optimizer": "muon", "schedule": "wsd", "num_train_steps": 60}
 # Fields of the network and of the optimizer, and the meshes that they are tried on.
 FAMILIES = {
     "the original's": ({}, {}, ("single", "data", "fsdp", "tensor", "mixed in parts")),
-    "modern": (MODERN, MUON, ("single", "fsdp", "mixed in parts")),
+    "modern": (MODERN, MUON, ("single", "fsdp", "mixed in parts", "kernels for GPUs")),
 }
 # Devices, fsdp, tensor, accumulation, and fields of the network.
 MESHES = {
@@ -39,6 +39,7 @@ MESHES = {
     "fsdp": (8, 8, 1, 1, {}),
     "tensor": (4, 1, 4, 1, {}),
     "mixed in parts": (8, 2, 2, 4, {"remat": "block"}),
+    "kernels for GPUs": (8, 2, 2, 1, {"attention": "triton"}),
 }
 
 
@@ -156,6 +157,17 @@ def kernels_for_tpus() -> int:
     return step.lower(lowering_platforms=("tpu",)).as_text().count("@tpu_custom_call")
 
 
+def kernels_for_gpus() -> int | None:
+    """As for TPUs, of this project's kernels in a step of japanese_0.1b_v1, with dropout; None if JAX needs a GPU."""
+    try:
+        step = step_of("japanese_0.1b_v1", mesh_fsdp=2, mesh_tensor=2, attention="triton")
+        return step.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @__gpu$xla.gpu.triton")
+    except RuntimeError as error:  # of JAX 0.11 and later
+        if "No supported GPU devices" not in str(error):
+            raise
+        return None
+
+
 def run_family(workdir: Path, network: dict, optimizer: dict, meshes: tuple[str, ...]) -> dict:
     """Every mesh from the beginning; then from the checkpoint that fsdp has saved, which goes on as it is, too."""
     runs = {mesh: Run(network, optimizer, mesh) for mesh in meshes}
@@ -177,8 +189,10 @@ def run_family(workdir: Path, network: dict, optimizer: dict, meshes: tuple[str,
 
 def main(workdir: str):
     """Prints what is found, as JSON."""
+    kernels = {"tpu": kernels_for_tpus(), "gpu": kernels_for_gpus()}
+    flash_attention.INTERPRET = True
     results = {name: run_family(Path(workdir) / name, *family) for name, family in FAMILIES.items()}
-    print(json.dumps(results | {"bytes": bytes_of_the_largest_recipe(), "kernels": kernels_for_tpus()}))
+    print(json.dumps(results | {"bytes": bytes_of_the_largest_recipe(), "kernels": kernels}))
 
 
 if __name__ == "__main__":

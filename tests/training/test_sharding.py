@@ -30,7 +30,7 @@ def results(tmp_path_factory) -> dict[str, dict]:
 
 CASES = [
     *(("the original's", mesh) for mesh in ("single", "data", "fsdp", "tensor", "mixed in parts")),
-    *(("modern", mesh) for mesh in ("single", "fsdp", "mixed in parts")),
+    *(("modern", mesh) for mesh in ("single", "fsdp", "mixed in parts", "kernels for GPUs")),
 ]
 
 
@@ -86,7 +86,14 @@ def test_the_largest_recipe_fits_eight_devices_of_16_gb(results):
 
 def test_tpus_take_their_kernels(results):
     """In bfloat16, with heads that share keys: forward, and backward for queries and for keys and values."""
-    assert results["kernels"] >= 3
+    assert results["kernels"]["tpu"] >= 3
+
+
+def test_gpus_take_theirs(results):
+    """On a mesh, with dropout."""
+    if results["kernels"]["gpu"] is None:
+        pytest.skip("this JAX translates kernels for GPUs where there is one")
+    assert results["kernels"]["gpu"] == 3
 
 
 def test_impossible_mesh():
