@@ -65,8 +65,8 @@ def block_of(query) -> int:
     block = math.gcd(length, BLOCK if size < LARGE else BLOCK_OF_LARGE)
     if not INTERPRET and (block < SMALLEST or size not in (16, 32, 64, LARGE)):
         raise UserError(
-            f"attention='triton' takes heads of 16, 32, 64 or 128 and rows of a multiple of 16, not heads of {size} and "
-            f"rows of {length}; set attention='auto'."
+            f"attention='triton' takes heads of 16, 32, 64 or 128 and rows of a multiple of 16, not heads of {size} "
+            f"and rows of {length}; set attention='auto'."
         )
     return block
 
