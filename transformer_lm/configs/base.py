@@ -98,7 +98,7 @@ def _set_network_and_run(config: ml_collections.ConfigDict):
     config.logits_via_embedding = False
     config.dropout_rate = 0.1
     config.attention_dropout_rate = 0.1
-    # "auto", or "xla", "cudnn", "tpu": which attention is computed with.
+    # "auto", or "xla", "triton", "cudnn", "tpu": which attention is computed with.
     config.attention = "auto"
     # "block": keep less of each layer for the way back and compute it again, for longer rows and larger networks.
     config.remat = "none"
