@@ -39,7 +39,7 @@ def attend_in_rows(query, key, value, segments, *, kind: str = "auto", dropout_r
     Args:
       query: [B, H, T, K].
       key, value: [B, G, T, K].
-      segments: [B, T] int32.
+      segments: [B, T] int32; the tokens of a segment lie side by side.
       kind: "auto", or one of KINDS; of fused ones "triton" alone has dropout.
       dropout_rate: on attention weights.
       dropout_keys: one a row [B]; None switches dropout off.
