@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from transformer_lm import attention
 from transformer_lm.errors import UserError
@@ -117,6 +118,25 @@ def test_the_kernels_for_gpus(monkeypatch, rate):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), gradients("triton"), gradients("xla"))
 
 
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_the_kernels_are_translated_for_gpus(monkeypatch, size):
+    """Forward, and backward for keys and values and for queries: what Triton could not take would be refused here."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    query, key = (jax.ShapeDtypeStruct((2, heads, 192, size), jnp.bfloat16) for heads in (4, 2))
+    segments = jax.ShapeDtypeStruct((2, 192), jnp.int32)
+    keys = jax.random.split(jax.random.key(0), 2)
+
+    def loss(query, key, value, segments):
+        options = {"kind": "triton", "dropout_rate": 0.1, "dropout_keys": keys}
+        return attention.attend_in_rows(query, key, value, segments, **options).astype(jnp.float32).sum()
+
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", None, "cuda")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        step = jax.jit(jax.grad(loss, (0, 1, 2))).trace(query, key, key, segments)
+        text = step.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @__gpu$xla.gpu.triton") == 3
+
+
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="Triton compiles for GPUs only")
 @pytest.mark.parametrize("rate", [0.0, 0.25])
 def test_the_kernels_on_a_gpu(rate):
@@ -178,13 +198,24 @@ TPU = device("tpu", "TPU v4")
 )
 def test_choice(monkeypatch, device, dtype, rate, length, size, chosen):
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert attention.choose(jax.ShapeDtypeStruct((1, 2, length, size), dtype), rate) == chosen
+    query = jax.ShapeDtypeStruct((1, 2, length, size), dtype)
+    assert attention.choose(query, rate) == chosen
+    if chosen == "triton":  # a JAX without it
+        monkeypatch.setattr(attention, "_has_triton", lambda: False)
+        assert attention.choose(query, rate) == ("xla" if rate else "cudnn")
 
 
 @pytest.mark.parametrize(("length", "size"), [(256, 96), (40, 64)])
-def test_what_the_kernels_are_not_made_for(length, size):
+def test_what_the_kernels_are_not_made_for(monkeypatch, length, size):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(UserError, match=f"not heads of {size} and rows of {length}; set attention='auto'"):
-        attention.attend_in_rows(*inputs(length, size=size), kind="triton")
+        attention.check_rows("triton", size, [length])
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+def test_the_kernels_run_on_gpus():
+    with pytest.raises(UserError, match="attention='triton' runs on GPUs, not on CPU; set attention='auto'"):
+        attention.attend_in_rows(*inputs(64, size=64), kind="triton")
 
 
 def test_a_fused_kernel_has_no_dropout():

@@ -34,12 +34,15 @@ def test_a_gpu_makes_more_at_a_time(monkeypatch):
         stats = None if memory is None else {"bytes_limit": memory}
         return lambda: [types.SimpleNamespace(platform="gpu", memory_stats=lambda: stats)]
 
-    for memory, expected in ((60 * 2**30, 60 * 2**24), (2**30, logits.AT_ONCE), (None, logits.AT_ONCE)):
+    gib = 2**30
+    for memory, expected in ((60 * gib, 60 * 2**24), (140 * gib, 2**30), (gib, logits.AT_ONCE), (None, logits.AT_ONCE)):
         monkeypatch.setattr(jax, "local_devices", devices_with(memory))
         assert logits.at_once() == expected
     monkeypatch.setattr(jax, "local_devices", devices_with(64 * 2**30))
     assert logits.chunks_of(32, 1024, 32_000) == 1
     assert logits.chunks_of(128, 1024, 32_000) == 4
+    monkeypatch.setattr(jax, "process_count", lambda: 2)  # whose memory may differ
+    assert logits.at_once() == logits.AT_ONCE
 
 
 @pytest.mark.parametrize(("rows", "length", "vocab_size"), [(1, 128, 900), (64, 256, 32_000), (32, 127, 32_000)])

@@ -1,28 +1,47 @@
 """Layers one after the other: in a loop, and written out as on GPUs."""
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer_lm import models
+from transformer_lm import axes, loops, models
 
 
 @pytest.mark.parametrize("remat", ["none", "block"])
-def test_on_gpus_layers_are_written_out_unless_they_are_computed_again(monkeypatch, tiny, remat):
-    """The gradient is that of the loop."""
+def test_on_gpus_layers_are_written_out_for_a_gradient(monkeypatch, tiny, remat):
+    """It is that of the loop; what is computed again stays in a loop."""
     network = dataclasses.replace(tiny, remat=remat)
     params = jax.jit(models.init, static_argnums=0)(network, jax.random.key(0))
     arrays = np.ones((2, 8), np.int32), np.broadcast_to(np.arange(8, dtype=np.int32), (2, 8)), np.ones((2, 8), np.int32)
 
-    def gradient():
-        compiled = jax.jit(jax.grad(lambda params: models.bind(network, params)(*arrays).var()))
+    def gradient(backend):
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        compiled = jax.jit(jax.grad(lambda params: models.bind(network, params).read(*arrays, for_gradient=True).var()))
         return compiled(params), "while" in compiled.lower(params).as_text()
 
-    expected, loops = gradient()
+    expected, loops = gradient("cpu")
     assert loops
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    found, loops = gradient()
+    found, loops = gradient("gpu")
     assert loops == (remat == "block")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+
+
+@pytest.mark.parametrize(("number", "parts", "for_gradient", "written_out"), [
+    (12, 1, True, 12), (40, 1, True, 20), (12, 1, False, 1), (12, 8, True, 1),
+])  # fmt: skip
+def test_how_many_are_written_out(monkeypatch, number, parts, for_gradient, written_out):
+    """Not all of many, and none of which a device has only a part."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(axes, "ways", lambda name: parts)
+
+    def run(layers):
+        return loops.over_layers(lambda x, layer: (jnp.sin(x) + layer, None), 0.0, layers, for_gradient=for_gradient)[0]
+
+    layers = jnp.ones(number)
+    expected = functools.reduce(lambda x, layer: np.sin(x) + layer, np.ones(number), 0.0)
+    assert float(run(layers)) == pytest.approx(expected, rel=1e-5)
+    assert jax.jit(run).lower(layers).as_text().count("stablehlo.sine") == written_out

@@ -5,6 +5,8 @@ another, K head size, S slots of keys. Queries arrive divided by sqrt(K).
 """
 
 import functools
+import importlib
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,15 @@ def check_kind(kind: str):
     check_value("attention", kind, str)
     if kind not in ("auto", *KINDS):
         raise UserError(f"attention={kind!r} must be one of auto, {', '.join(KINDS)}.")
+
+
+def check_rows(kind: str, size: int, lengths: Iterable[int]):
+    """Raises UserError for heads of a size, or rows of lengths, that a kind is not made for."""
+    if kind == "triton":
+        from transformer_lm import flash_attention
+
+        for length in lengths:
+            flash_attention.block_of(length, size)
 
 
 def attend_in_rows(query, key, value, segments, *, kind: str = "auto", dropout_rate=0.0, dropout_keys: Keys = None):
@@ -70,7 +81,7 @@ def choose(query, dropout_rate: float) -> str:
     length, size = query.shape[-2:]
     device = jax.devices()[0]
     if device.platform == "gpu" and query.dtype == jnp.bfloat16 and _has_fused_attention(device):
-        if size in TRITON_SIZES and length % TRITON_BLOCK == 0 and (dropout_rate or size <= 64):
+        if size in TRITON_SIZES and length % TRITON_BLOCK == 0 and (dropout_rate or size <= 64) and _has_triton():
             return "triton"
         return "cudnn" if not dropout_rate and size % 8 == 0 and size <= 128 and length % 2 == 0 else "xla"
     # A TPU before v4 multiplies no bfloat16 to float32 in a kernel.
@@ -83,6 +94,16 @@ def _has_fused_attention(device: jax.Device) -> bool:
     """Whether a GPU is NVIDIA's, of Ampere or later: compute capability 8.0 (AMD's are like gfx90a)."""
     major, _, minor = getattr(device, "compute_capability", "").partition(".")
     return major.isdecimal() and minor.isdecimal() and int(major) >= 8
+
+
+@functools.cache
+def _has_triton() -> bool:
+    """Whether this JAX has Pallas for Triton, which it means to give up (0.11)."""
+    try:
+        importlib.import_module("transformer_lm.flash_attention")
+    except (ImportError, AttributeError):  # as what JAX has given up raises
+        return False
+    return True
 
 
 def attend(query, key, value, mask, *, dropout_rate=0.0, dropout_keys: Keys = None):

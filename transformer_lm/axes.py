@@ -18,6 +18,9 @@ class Layout(Protocol):
     def place(self, x: Any, names: Names) -> Any:
         """x, laid out by the names of its axes."""
 
+    def ways(self, name: str) -> int:
+        """In how many parts an axis is cut."""
+
     def by_device(self, function: Callable, inputs: tuple[Names, ...], output: Names) -> Callable:
         """The function, run by each device on its part of the arrays."""
 
@@ -39,6 +42,12 @@ def named(x: Any, *names: str | None) -> Any:
     """x, whose axes have these names."""
     layout = _LAYOUT.get()
     return x if layout is None else layout.place(x, names)
+
+
+def ways(name: str) -> int:
+    """In how many parts an axis of this name is cut."""
+    layout = _LAYOUT.get()
+    return 1 if layout is None else layout.ways(name)
 
 
 def by_device(function: Callable, inputs: tuple[Names, ...], output: Names) -> Callable:

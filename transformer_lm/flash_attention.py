@@ -3,7 +3,10 @@
 After FlashAttention-2 (Dao 2023): scores are made a block of queries and a block of keys at a time, and none is kept;
 going backwards they are made again. Two things are the task's own. Texts lie in a row one after the other, so that a
 token sees the tokens from its text's first one to itself, and blocks of which nothing is seen are not computed. And
-dropout takes the bits of `transformer_lm.dropout`, which depend on a row's key and an element's place alone.
+dropout takes the bits of `transformer_lm.dropout`, which depend on a row's key and an element's place alone: the same
+as in attention written out, for rows that are not longer than `attention.LONG`.
+
+JAX (0.11) means to give up this part of Pallas some day; `attention.choose` then does without these kernels.
 
 Letters in shapes: B batch, T length, H heads, G heads of keys and values, K head size, Q queries and S keys of a block.
 """
@@ -55,13 +58,16 @@ def bounds(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.lax.cummax(starts, axis=1), jax.lax.cummin(ends, axis=1, reverse=True)
 
 
-def block_of(query) -> int:
-    """Tokens of a block of queries [B, T, H, K].
+def block_of(length: int, size: int) -> int:
+    """Tokens of a block, in rows of a length, of heads of a size.
 
     Raises:
-      UserError: the kernels are not made for such.
+      UserError: the kernels are not made for such, or not for this device.
     """
-    _, length, _, size = query.shape
+    if not INTERPRET and jax.default_backend() != "gpu":
+        raise UserError(
+            f"attention='triton' runs on GPUs, not on {jax.default_backend().upper()}; set attention='auto'."
+        )
     block = math.gcd(length, BLOCK if size < LARGE else BLOCK_OF_LARGE)
     if not INTERPRET and (block < SMALLEST or size not in (16, 32, 64, LARGE)):
         raise UserError(
@@ -78,7 +84,8 @@ def attention(query, key, value, places: Places, rate: float):
 
 
 def _forward(query, key, value, places, rate):
-    (batch, length, heads, size), block = query.shape, block_of(query)
+    batch, length, heads, size = query.shape
+    block = block_of(length, size)
     part = _part(size, block)
     out, log_sums = _call(
         functools.partial(_attend, block=block, rate=rate), (length // block, batch, heads), places,
@@ -90,7 +97,8 @@ def _forward(query, key, value, places, rate):
 
 def _backward(rate, residuals, grad):
     query, key, value, places, out, log_sums = residuals
-    (batch, length, heads, size), block = query.shape, block_of(query)
+    batch, length, heads, size = query.shape
+    block = block_of(length, size)
     grid, group = (length // block, batch, heads), heads // key.shape[2]
     means = jnp.einsum("bthk,bthk->bht", out, grad, preferred_element_type=jnp.float32)  # of the weights' gradients
     arrays = query, key, value, grad, log_sums, means

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 AT_ONCE = 2**26  # logits that a device makes at a time: 256 MB in float32
-BYTES = 64  # of a GPU's memory for each logit that it makes at a time, where that allows more
+MOST, BYTES = 2**30, 64  # on a GPU with room for more: how many at most, and bytes of its memory for each of them
 
 
 def score(logits, targets):
@@ -35,10 +35,15 @@ pick.defvjp(lambda logits, targets: (pick(logits, targets), (targets, logits)), 
 
 
 def at_once() -> int:
-    """How many logits a device makes at a time: on a GPU with room for more, many, which costs fewer turns."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() if device.platform == "gpu" else None
-    return max(AT_ONCE, stats["bytes_limit"] // BYTES) if stats else AT_ONCE
+    """How many logits a device makes at a time: on a GPU with room for more, many, which costs fewer turns.
+
+    Of several processes each sees its own memory, and all have to make as many turns.
+    """
+    [device, *_] = jax.local_devices()
+    if device.platform != "gpu" or jax.process_count() > 1:
+        return AT_ONCE
+    memory = (device.memory_stats() or {}).get("bytes_limit", 0)
+    return max(AT_ONCE, min(MOST, memory // BYTES))
 
 
 def chunks_of(rows: int, length: int, vocab_size: int) -> int:

@@ -262,8 +262,8 @@ class TransformerLM(nnx.Module):
         """
         return self.to_logits(self.read(inputs, positions, segments, dropout_keys=dropout_keys))
 
-    def read(self, inputs, positions, segments, *, dropout_keys: Keys = None):
-        """As a call, but what logits are made of: [B, T, D]."""
+    def read(self, inputs, positions, segments, *, dropout_keys: Keys = None, for_gradient: bool = False):
+        """As a call, but what logits are made of: [B, T, D]; `for_gradient`: for one to be taken sooner."""
         embed_keys, blocks_keys = split(dropout_keys, 2)
         x = self._embed(inputs, positions, embed_keys)
         attend = functools.partial(attend_in_rows, segments=segments, kind=self.config.attention)
@@ -278,7 +278,7 @@ class TransformerLM(nnx.Module):
         if recomputed:
             run_layer = jax.checkpoint(run_layer, prevent_cse=False)
         keys = None if blocks_keys is None else split(blocks_keys, self.config.num_layers)  # [L, B]
-        return over_layers(run_layer, x, (stacked, keys), recomputed=recomputed)[0]
+        return over_layers(run_layer, x, (stacked, keys), for_gradient=for_gradient and not recomputed)[0]
 
     def extend(self, inputs, positions, valid, cache: Cache) -> tuple[jax.Array, Cache]:
         """As `read_on`, but logits [B, V] float32 for the token after the last."""
@@ -340,7 +340,8 @@ class TransformerLM(nnx.Module):
         x = self.norm(x)
         if self.config.logits_via_embedding:
             embedding = self.embed.embedding[...].astype(x.dtype)
-            logits = dot_general(x, embedding.T, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+            last = (((x.ndim - 1,), (0,)), ((), ()))
+            logits = dot_general_of_transposed(x, embedding.T, last, preferred_element_type=jnp.float32)
             logits /= np.sqrt(self.config.emb_dim).astype(np.float32)
         else:
             logits = self.logits(x).astype(jnp.float32)

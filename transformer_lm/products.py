@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def dot_general(inputs, kernel, dimension_numbers, **options):
-    """As jax.lax.dot_general of inputs [..., *in] and a kernel [*in, *out]: [..., *out].
+    """As jax.lax.dot_general of inputs [..., *in] and a kernel [*in, *out] of one type: [..., *out].
 
     Gradients are products of the inputs' type, also where the result is wider (logits): JAX would widen the inputs
     instead, and a GPU multiply at half the speed.
@@ -18,23 +18,21 @@ def dot_general(inputs, kernel, dimension_numbers, **options):
     factor that lies transposed (jax 0.10): the general ones, which do, take up to twice as long. So on CPU the inputs
     are transposed first, which costs little beside the product.
     """
-    as_usual = functools.partial(jax.lax.dot_general, dimension_numbers=dimension_numbers, **options)
-    if inputs.dtype == kernel.dtype:
-        return _product(as_usual, len(dimension_numbers[0][0]), inputs, kernel)
-    return as_usual(inputs, kernel)
+    multiply = functools.partial(jax.lax.dot_general, dimension_numbers=dimension_numbers, **options)
+    return _product(multiply, len(dimension_numbers[0][0]), inputs, kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(as_usual, num_in: int, inputs, kernel):
-    """`as_usual`, whose last `num_in` axes of inputs meet as many in front of the kernel."""
-    return as_usual(inputs, kernel)
+def _product(multiply, num_in: int, inputs, kernel):
+    """What `multiply` gives, for which the last `num_in` axes of inputs meet as many in front of the kernel."""
+    return multiply(inputs, kernel)
 
 
-def _forward(as_usual, num_in, inputs, kernel):
-    return as_usual(inputs, kernel), (inputs, kernel)
+def _forward(multiply, num_in, inputs, kernel):
+    return multiply(inputs, kernel), (inputs, kernel)
 
 
-def _backward(as_usual, num_in, residuals, grad):
+def _backward(multiply, num_in, residuals, grad):
     inputs, kernel = residuals
     grad = grad.astype(inputs.dtype)
     rows = inputs.ndim - num_in  # number of their axes
@@ -91,12 +89,16 @@ class Transposed:
 
 
 def dot_general_of_transposed(inputs, kernel, dimension_numbers, **options):
-    """As jax.lax.dot_general, for a kernel that lies in memory as [*out, *in].
+    """As `dot_general`, for a kernel that lies in memory as [*out, *in].
 
     XLA for CPUs (jax 0.10) would copy the kernel where it has more than two axes, and where it is to be multiplied by
     one row, unless it is the first factor there. The copy takes ten times as long as a row's product.
     """
     num_in = len(dimension_numbers[0][0])
+    return _product(functools.partial(_multiply_transposed, num_in, **options), num_in, inputs, kernel)
+
+
+def _multiply_transposed(num_in: int, inputs, kernel, **options):
     rows, out = inputs.shape[: inputs.ndim - num_in], kernel.shape[num_in:]
     inputs = inputs.reshape(-1, math.prod(kernel.shape[:num_in]))
     matrix = Transposed.of(kernel, num_in).array.reshape(-1, inputs.shape[1])

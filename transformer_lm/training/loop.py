@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from transformer_lm import console, locks, models
+from transformer_lm import attention, console, locks, models
 from transformer_lm.checkpoints import store
 from transformer_lm.checkpoints import workdir as run_folder
 from transformer_lm.data import input_pipeline, preparation
@@ -119,6 +119,7 @@ def _prepare_run(recipe: Recipe, data: preparation.PreparedData, workdir: str, t
     network = dataclasses.replace(recipe.network, vocab_size=data.tokenizer.vocab_size)
     layout = sharding.make_layout(recipe.train.mesh_fsdp, recipe.train.mesh_tensor)
     layout.check(network)
+    attention.check_rows(network.attention, network.head_size, (data.train.row_length, data.eval.row_length))
     batches = batching.Batching(
         **distributed.agree("claim", lambda: _claim(recipe, network, data, layout, epath.Path(workdir)))
     )

@@ -16,7 +16,10 @@ from transformer_lm.training.state import TrainState, zero_totals
 ROWS = ("inputs", "targets", "positions", "segments", "scored")
 
 
-def summed_loss(network: models.TransformerConfig, params: models.Params, batch, *, ways=1, smoothing=0.0, keys=None):
+def summed_loss(
+    network: models.TransformerConfig, params: models.Params, batch, *, ways=1, smoothing=0.0, keys=None,
+    for_gradient=False,
+):  # fmt: skip
     """What `loss_and_totals` gives for a batch.
 
     Args:
@@ -26,8 +29,11 @@ def summed_loss(network: models.TransformerConfig, params: models.Params, batch,
       ways: over how many devices rows are spread.
       smoothing: of labels.
       keys: of dropout, one a row.
+      for_gradient: whether one is taken.
     """
-    x = models.bind(network, params).read(batch["inputs"], batch["positions"], batch["segments"], dropout_keys=keys)
+    x = models.bind(network, params).read(
+        batch["inputs"], batch["positions"], batch["segments"], dropout_keys=keys, for_gradient=for_gradient
+    )
     rows, length = batch["targets"].shape
     return chunked_loss_and_totals(
         lambda head, x: axes.named(models.bind(network, head).to_logits(x), "batch", None, "vocab_size"),
@@ -57,7 +63,9 @@ def make_train_step(
 
         def loss(params):
             keys = dropout.row_keys(key, batch["rows"])
-            return summed_loss(network, params, batch, ways=ways, smoothing=label_smoothing, keys=keys)
+            return summed_loss(
+                network, params, batch, ways=ways, smoothing=label_smoothing, keys=keys, for_gradient=True
+            )
 
         (_, totals), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return _laid_out(grads, layout), totals
@@ -79,7 +87,7 @@ def make_train_step(
             key = jax.random.fold_in(key, state.step)
             grads, totals = (accumulated_gradient if accumulation > 1 else gradient)(state.params, batch, key)
             tokens = jnp.maximum(totals["tokens"], 1.0)
-            grad_norm = optax.global_norm(grads) / tokens  # of sums: of what is divided XLA would keep the squares
+            grad_norm = optax.tree.norm(grads) / tokens  # of sums: of what is divided XLA would keep the squares
             grads = jax.tree.map(lambda grad: grad / tokens, grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             new_state = TrainState(
