@@ -38,10 +38,10 @@ def test_how_many_are_written_out(monkeypatch, number, parts, for_gradient, writ
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(axes, "ways", lambda name: parts)
 
-    def run(layers):
-        return loops.over_layers(lambda x, layer: (jnp.sin(x) + layer, None), 0.0, layers, for_gradient=for_gradient)[0]
+    def run(x, layers):
+        return loops.over_layers(lambda x, layer: (jnp.sin(x) + layer, None), x, layers, for_gradient=for_gradient)[0]
 
-    layers = jnp.ones(number)
-    expected = functools.reduce(lambda x, layer: np.sin(x) + layer, np.ones(number), 0.0)
-    assert float(run(layers)) == pytest.approx(expected, rel=1e-5)
-    assert jax.jit(run).lower(layers).as_text().count("stablehlo.sine") == written_out
+    arrays = jnp.float32(1), jnp.ones(number)
+    expected = functools.reduce(lambda x, layer: np.sin(x) + layer, np.ones(number), 1.0)
+    assert float(run(*arrays)) == pytest.approx(expected, rel=1e-5)
+    assert jax.jit(run).lower(*arrays).compile().as_text().count(" sine(") == written_out
