@@ -6,9 +6,11 @@
 # make faults real faults on real processes (kills, a full disk, damaged files): half an hour at the most
 # make lint   formatting and linting
 # make bench  the benchmarks, with what they are measured against
+# make clean  the virtual environment and the demos' models are removed; other models stay
 
 PYTHON ?= python3
 VENV ?= .venv
+export PIP_USER = 0
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .PHONY: demo play chat test test-interop faults lint bench clean
@@ -42,12 +44,13 @@ bench: $(VENV)/interop
 	$(VENV)/bin/python benchmarks/start.py
 
 clean:
-	rm -rf $(VENV) logs
+	rm -rf $(VENV) logs/demo logs/chat
 
-# One virtual environment; an empty file in it says which extras are installed. It is made anew when it is half-made.
+# One virtual environment; an empty file in it says which extras are installed. It is made anew when it is half-made;
+# what somebody has installed into it besides stays.
 $(VENV)/core: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv --clear $(VENV)
+	test -e $@ || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) --editable .
 	touch $@
 

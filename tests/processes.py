@@ -41,6 +41,8 @@ if "TRANSFORMER_LM_TESTS" not in os.environ:  # else, a process of a test has im
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # commands have it, and begin again where it is missing
+        "NO_PROXY": "127.0.0.1,localhost",
+        "no_proxy": "127.0.0.1,localhost",  # of servers that tests begin
         "NPROC": "2",  # threads of XLA; with one alone the interpreter of TPU kernels waits for ever
     }
 

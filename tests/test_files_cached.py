@@ -71,3 +71,9 @@ def test_copies_that_others_remove_meanwhile(cache):
     finally:
         ended.set()
         writer.join()
+
+
+def test_an_empty_variable_is_none(monkeypatch):
+    monkeypatch.delenv("TRANSFORMER_LM_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert files.cache_place() == files.Path("~/.cache/transformer-lm-japanese").expanduser()

@@ -86,3 +86,15 @@ def test_whatever_the_file_holds(tmp_path, content):
     path.write_bytes(content)
     with locks.exclusive(path, "it"):
         pass
+
+
+def test_a_link_is_not_followed(tmp_path):
+    """In somebody else's workdir it could lead to any file, which would be written to."""
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "run.lock").symlink_to(tmp_path / "mine")
+    with (
+        pytest.raises(UserError, match=r"run\.lock is a link, but has to be a file"),
+        locks.exclusive(tmp_path / "run.lock", "x"),
+    ):
+        pass
+    assert (tmp_path / "mine").read_text() == "precious"

@@ -28,6 +28,9 @@ httpx = pytest.importorskip("httpx2", reason="the extra serve is not installed")
 openai = pytest.importorskip("openai", reason="the extra dev's openai is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 
+import pydantic  # noqa: E402
+
+from transformer_lm.serving import schema  # noqa: E402
 from transformer_lm.serving.app import ServerConfig, make_app  # noqa: E402
 from transformer_lm.serving.worker import Worker  # noqa: E402
 
@@ -374,7 +377,14 @@ class TestLimits:
 
     def test_a_server_of_this_machine_alone_answers_to_its_names(self, scheduler):
         """A web page whose name comes to mean 127.0.0.1 gets nothing; where there is a key it needs that."""
-        hosts = {"localhost:8000": 200, "127.0.0.1": 200, "[::1]:8000": 200, "a.localhost": 200, "evil.example": 403}
+        hosts = {
+            "localhost:8000": 200,
+            "127.0.0.1": 200,
+            "[::1]:8000": 200,
+            "a.localhost": 200,
+            "evil.example": 403,
+            "[": 403,
+        }
         with serving(scheduler, is_local=True) as server:
             for host, status in hosts.items():
                 assert server.http.get("/v1/models", headers={"Host": host}).status_code == status
@@ -446,3 +456,12 @@ class TestCommand:
         assert f"Cannot listen on 127.0.0.1:{port}" in one_line_error(done)
         done = run([sys.executable, "-m", "transformer_lm.serve", "--workdir=/no/such/folder", "--port=0"])
         assert "No model at /no/such/folder" in one_line_error(done)
+
+
+def test_a_long_list_of_wrong_things_has_one_error_of_each_kind():
+    """Half a million of them in a body took seconds and a gigabyte."""
+    with pytest.raises(schema.ApiError, match="prompt must be a text, a list of texts, token ids or"):
+        schema.parse(schema.CompletionRequest, json.dumps({"prompt": [{}] * 1000}).encode())
+    with pytest.raises(pydantic.ValidationError) as caught:
+        schema.CompletionRequest.model_validate_json(json.dumps({"prompt": [{}] * 1000}))
+    assert caught.value.error_count() < 10

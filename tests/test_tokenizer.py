@@ -236,7 +236,7 @@ def test_ids_that_are_no_pieces(originals, wrong):
 
 
 def test_files_that_are_no_models(tmp_path):
-    with pytest.raises(UserError, match="is not a SentencePiece model: a folder"):
+    with pytest.raises(UserError, match="is not a SentencePiece model: no file"):
         tokenizer.Tokenizer.load(tmp_path)
     with open(tmp_path / "long", "wb") as file:
         file.truncate(tokenizer.MAX_MODEL_BYTES + 1)  # takes no room

@@ -52,6 +52,7 @@ if os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "").sta
 
 import argparse  # noqa: E402
 import atexit  # noqa: E402
+import platform  # noqa: E402
 import select  # noqa: E402
 import threading  # noqa: E402
 import traceback  # noqa: E402
@@ -72,9 +73,10 @@ from transformer_lm.files import cache_folder  # noqa: E402
 
 def _keep_compilations():
     """Lets JAX, which is imported after this, keep what it compiles in the user's cache, by kind of processor."""
+    processor = platform.processor()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        processor = next((line for line in file if line.startswith(("flags", "Features"))), processor)
     with contextlib.suppress(OSError):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            processor = next((line for line in file if line.startswith(("flags", "Features"))), "")
         name = f"xla-{zlib.crc32(processor.encode()):08x}"
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / name))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")  # small programs are many

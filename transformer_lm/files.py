@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import time
 import uuid
 from collections.abc import Callable
@@ -59,10 +60,21 @@ def sync(path: os.PathLike | str):
         os.close(number)
 
 
+def read_at_most(path: epath.Path, limit: int) -> bytes | None:
+    """The content of a file that may be anybody's; None if it is longer, or no file but a folder, a device, a pipe."""
+    if is_remote(path):
+        return None if path.is_dir() or path.stat().length > limit else path.read_bytes()
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        return None
+    with open(path, "rb") as file:
+        content = file.read(limit + 1)
+    return content if len(content) <= limit else None
+
+
 def read_json(path: epath.Path) -> dict:
     """The object in a JSON file that may be anybody's; raises UserError if it is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.stat().length <= MAX_JSON_BYTES else None
+        content = json.loads(read_at_most(path, MAX_JSON_BYTES) or b"null")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a JSON file ({type(error).__name__}).") from error
     if not isinstance(content, dict):
@@ -91,13 +103,14 @@ def local_copy(path: os.PathLike | str, size: int | None = None, version: Any = 
         return Path(path)
     path = epath.Path(path)
     if size is None:
-        stat = path.stat()
-        size, version = stat.length, stat.mtime
+        found = path.stat()
+        size, version = found.length, found.mtime
     name = hashlib.sha256(f"{path} {size} {version}".encode()).hexdigest()[:16]
     copy = _copies() / name / path.name
     copy.parent.mkdir(parents=True, exist_ok=True)
     with (copy.parent / ".lock").open("w") as lock:  # of this machine's processes one copies, the others wait
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a file system without locks; the copy is whole in any case
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if copy.exists():
             copy.touch()  # used now
         else:
@@ -124,9 +137,9 @@ def _make_room(size: int):
         total, used = size, []
         for path in _copies().glob("*/*"):
             with contextlib.suppress(FileNotFoundError):  # another process has removed or renamed it
-                stat = path.stat()
-                total += stat.st_size
-                used.append((stat.st_mtime, stat.st_size, path))
+                found = path.stat()
+                total += found.st_size
+                used.append((found.st_mtime, found.st_size, path))
         for when, length, path in sorted(used):
             if total <= limit or time.time() - when < CACHE_SECONDS:
                 break
@@ -145,10 +158,15 @@ def _cache_bytes() -> float:
 
 def cache_folder() -> Path:
     """Where copies of remote files lie: TRANSFORMER_LM_CACHE, or a folder in the user's cache."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "transformer-lm-japanese"
-    folder = Path(os.environ.get("TRANSFORMER_LM_CACHE", default)).expanduser()
+    folder = cache_place()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def cache_place() -> Path:
+    """As `cache_folder`, which may not be there yet."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "transformer-lm-japanese"
+    return Path(os.environ.get("TRANSFORMER_LM_CACHE") or default).expanduser()
 
 
 def utf8_name(folder: os.PathLike | str) -> str:
@@ -161,6 +179,23 @@ def utf8_name(folder: os.PathLike | str) -> str:
     with contextlib.suppress(FileExistsError):
         link.symlink_to(folder)
     return str(link)
+
+
+def make_own_folder(folder: epath.Path):
+    """Makes a folder all of whose content may be replaced; refuses a link, which could lead to anything."""
+    if not is_remote(folder) and os.path.islink(folder):
+        raise UserError(
+            f"{folder} is a link, but has to be a folder of its own: what lies in it is replaced. Remove it."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def remove(path: epath.Path):
+    """Removes a file, a link, or a folder with all that is in it."""
+    if path.is_dir() and (is_remote(path) or not os.path.islink(path)):
+        path.rmtree()
+    else:
+        path.unlink()
 
 
 def children(folder: epath.Path) -> list[epath.Path]:

@@ -26,7 +26,7 @@ BEAT_SECONDS = 10.0  # between two writes of a remote lock
 DEAD_SECONDS = 3 * BEAT_SECONDS
 SETTLE_SECONDS = 2.0  # after which the last of several that wrote at once stands in the object
 RETRY_SECONDS = 0.5
-NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # file systems without flock
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)  # file systems without flock
 
 
 def exclusive(path: os.PathLike | str, what: str) -> contextlib.AbstractContextManager[None]:
@@ -85,7 +85,14 @@ class _FileLock:
 
     def acquire(self) -> str | None:
         """None when the lock is held now, else who holds it."""
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        except OSError as error:
+            if os.path.islink(self._path):
+                raise UserError(
+                    f"{self._path} is a link, but has to be a file: it is written to. Remove it."
+                ) from error
+            raise
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -1,10 +1,13 @@
 """From an address to a model, where today's Flax has been at work: its checkpoints are folders."""
 
+import os
+
 import pytest
 from conftest import FIXTURE
 
 from transformer_lm.checkpoints import loading
 from transformer_lm.errors import UserError
+from transformer_lm.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -25,3 +28,23 @@ def test_a_folder_alone(folder, name):
     """Given by its parent's name or by its own."""
     with pytest.raises(UserError, match=r"checkpoint_700000 is a folder, .* only single files checkpoint_N are read"):
         loading.find_model(folder / name)
+
+
+@pytest.mark.parametrize("init_from", [None, "elsewhere"])
+def test_a_run_does_not_begin_beside_the_originals_weights(tiny, tmp_path, init_from):
+    """It would hide them, since a workdir's own checkpoints come first."""
+    (tmp_path / "checkpoint_499999").write_bytes((FIXTURE / "checkpoint_499999").read_bytes())
+    with pytest.raises(UserError, match=r"holds checkpoint_499999 of the original system, .* --config.init_from="):
+        loading.find_initial(init_from, tiny, str(tmp_path))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="of Linux and the like")
+def test_devices_are_no_files(tmp_path):
+    """Of size 0, and without end."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"config\.json is not a JSON object"):
+        loading.find_model(tmp_path)
+    (tmp_path / "sentencepiece_model").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="sentencepiece_model is not a SentencePiece model"):
+        Tokenizer.load(tmp_path / "sentencepiece_model")

@@ -482,3 +482,19 @@ def test_normalization_and_cleaning_by_config(tmp_path, tales_tokenizer):
     assert after.manifest["dataset_name"] == dataset
     assert (after.manifest["unicode_normalization"], after.manifest["cleaning_rules"]) == ("NFKC", "language,length")
     assert after.manifest["cleaning_counts"]["removed"] == {"language": 0, "length": 1}
+
+
+def test_rows_are_not_made_through_a_link(tmp_path, tales_tokenizer):
+    """A stranger's workdir could lead to the user's files, and all but rows is removed where they are made."""
+    (tmp_path / "x.txt").write_text("昔々あるところに\n川", encoding="utf-8")
+    train = prepare_files(tmp_path, tales_tokenizer, dataset_name=f"text:{tmp_path}/x.txt")
+    home = tmp_path / "home"
+    (home / "thesis").mkdir(parents=True)
+    (home / "key").write_text("precious")
+    for path in train.directory.iterdir():
+        path.unlink()
+    train.directory.rmdir()
+    os.symlink(home, train.directory)
+    with pytest.raises(UserError, match="is a link, but has to be a folder of its own"):
+        prepare_files(tmp_path, tales_tokenizer, dataset_name=f"text:{tmp_path}/x.txt")
+    assert sorted(path.name for path in home.iterdir()) == ["key", "thesis"]

@@ -161,6 +161,11 @@ def test_a_trace_of_some_steps(tmp_path, prepared):
     assert any(event.name == "PjitFunction(train_step)" for event in events)
 
 
+def test_a_trace_of_a_run_that_ends_before_it(tmp_path, prepared):
+    train(tmp_path, prepared, profiled=(1, 100), save_checkpoints=False, eval_every_steps=100, num_train_steps=3)
+    assert len(list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))) == 1
+
+
 def test_second_run_on_a_workdir_is_refused(tmp_path, prepared):
     with (
         locks.exclusive(tmp_path / "run.lock", "it"),

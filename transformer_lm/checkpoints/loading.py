@@ -135,10 +135,21 @@ def find_initial(address: str | None, network: models.TransformerConfig, workdir
     """The model that a run begins with; None without an address, or where the workdir has checkpoints to go on from.
 
     Raises:
-      UserError: there is no such model, or it is another network than the run's.
+      UserError: there is no such model, it is another network than the run's, or the workdir holds a model of the
+        original's, which a run beside it would hide.
     """
     kept = (child.name for child in files.children(epath.Path(workdir) / CHECKPOINTS_DIR))
-    if not address or any(map(str.isdigit, kept)):  # others are what an interrupted first save left
+    if any(map(str.isdigit, kept)):  # others are what an interrupted first save left
+        return None
+    originals = sorted(
+        child.name for child in files.children(epath.Path(workdir)) if original.NAME.fullmatch(child.name)
+    )
+    if originals:
+        raise UserError(
+            f"{workdir} holds {originals[-1]} of the original system, which trains no further; to begin with its "
+            f"weights: --config.init_from={workdir} --workdir=ANOTHER."
+        )
+    if not address:
         return None
     found = find_model(address)
     wanted = dataclasses.replace(network, vocab_size=found.network.vocab_size)  # which the tokenizer decides

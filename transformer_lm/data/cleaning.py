@@ -21,7 +21,7 @@ from transformer_lm.data.launcher import Launcher
 from transformer_lm.data.workers import cores
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
-from transformer_lm.files import children, json_bytes, write_atomically
+from transformer_lm.files import children, json_bytes, make_own_folder, remove, write_atomically
 
 VERSION = 1  # to be raised when a rule comes to mean something else
 REPORT = "report.json"
@@ -79,6 +79,7 @@ def clean(
 
     from transformer_lm.data.datatrove_steps import ReadDocuments, ToTexts
 
+    make_own_folder(folder)
     work = _Work(folder, launcher)
     texts, examples = work.folder("texts"), work.folder("examples")
     filtered = work.folder("filtered") if MINHASH in rules else texts
@@ -97,7 +98,7 @@ def clean(
     write_atomically(folder / REPORT, json_bytes(report))
     for child in children(folder):
         if child not in (texts, examples, work.folder("logs"), folder / REPORT):
-            child.rmtree()
+            remove(child)
     counts = report["counts"]
     logging.info("Cleaned %s %s: %d documents, %d texts, %d kept.",
                  documents.name, documents.split, counts["documents"], counts["texts"], counts["kept"])  # fmt: skip

@@ -22,7 +22,7 @@ from transformer_lm.data.workers import cores, make_blocks
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
 from transformer_lm.fields import Count, Range, RowLength, check
-from transformer_lm.files import absolute, read_json, write_atomically
+from transformer_lm.files import absolute, make_own_folder, read_json, write_atomically
 from transformer_lm.tokenizer import Tokenizer
 
 
@@ -298,7 +298,7 @@ class _Preparation:
 
 def prepare_rows(plan: RowsPlan, processes: int = 0, launcher: Launcher | None = None) -> PreparedCorpus:
     """Tokenizes and packs documents into rows, with processes of this machine (0: one a core) or by a launcher."""
-    plan.directory.mkdir(parents=True, exist_ok=True)
+    make_own_folder(plan.directory)
     if (plan.directory / rows.MANIFEST).exists():
         logging.warning("%s: something is damaged, and is made again.", plan.directory)
     if launcher is None:

@@ -31,6 +31,7 @@ from transformer_lm.files import (
     is_remote,
     json_bytes,
     local_copy,
+    remove,
     sizes_in,
     utf8_name,
     write_atomically,
@@ -256,7 +257,7 @@ def finish_rows(plan: RowsPlan, names: list[str]) -> PreparedCorpus:
         raise UserError(f"Dataset {plan.corpus.title} holds no text.")
     for path in children(directory):  # of preparations that were killed, or done with other numbers of tasks
         if path.stem not in blocks:
-            path.rmtree() if path.is_dir() else path.unlink()
+            remove(path)
     checksums = {name + RECORDS: block["file"] for name, block in blocks.items() if block["counts"]["rows"]}
     manifest = plan.identity | {
         "dtype": packing.row_dtype(plan.tokenizer.vocab_size, plan.corpus.preprocessing.has_turns).name,

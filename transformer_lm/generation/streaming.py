@@ -20,9 +20,8 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int] = ()):
         """Begins behind a prompt, whose own last bytes wait, too, should they be no whole character."""
         self._tokenizer = tokenizer
-        self._before: list[int] = []  # one whole piece with text, if there is any in front
+        self._before: list[int] = []  # one whole piece with text, if there is any text in front
         self._waiting: list[int] = []  # tokens since then that may still change the text
-        self._given = 0  # characters of theirs that have been given: only where there is no piece in front
         prompt = list(prompt)
         start = next((i for i in reversed(range(len(prompt))) if self._is_anchor(prompt[i])), 0)
         for token in prompt[start:]:
@@ -32,18 +31,23 @@ class Detokenizer:
         """The text that this token makes certain."""
         self._waiting.append(token)
         certain = self._waiting[: len(self._waiting) - self._unfinished_bytes()]
-        text = self._decode(certain)[self._given :]
+        text = self._decode(certain)
         if self._is_anchor(token):
-            self._before, self._waiting, self._given = [token], [], 0
-        elif self._before:
-            self._waiting, self._given = self._waiting[len(certain) :], 0
-        else:
-            self._given += len(text)
+            self._before, self._waiting = [token], []
+        elif certain:
+            if text and not self._before:
+                self._before = self._any_anchor()
+            said_nothing = [] if self._before else list(dict.fromkeys(certain))  # control pieces: once is enough
+            self._waiting = said_nothing + self._waiting[len(certain) :]
         return text
 
     def finish(self) -> str:
         """The text of what still waits: U+FFFD for each byte of a character that did not come."""
-        return self._decode(self._waiting)[self._given :]
+        return self._decode(self._waiting)
+
+    def _any_anchor(self) -> list[int]:
+        """A whole piece with text, whichever: that something stands in front is all that matters."""
+        return [next(token for token in range(self._tokenizer.vocab_size) if self._is_anchor(token))]
 
     def _decode(self, tokens: list[int]) -> str:
         before = len(self._tokenizer.decode(self._before))

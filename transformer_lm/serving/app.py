@@ -262,8 +262,9 @@ def _is_of_this_machine(host: str) -> bool:
 
     A page's own name may come to mean 127.0.0.1 while it is open (DNS rebinding), and then asks as if from here.
     """
-    name = urllib.parse.urlsplit(f"//{host}").hostname or ""
-    with contextlib.suppress(ValueError):
+    name = ""
+    with contextlib.suppress(ValueError):  # such as [
+        name = urllib.parse.urlsplit(f"//{host}").hostname or ""
         return bool(ipaddress.ip_address(name))
     return name in ("localhost", socket.gethostname().lower()) or name.endswith(".localhost")
 

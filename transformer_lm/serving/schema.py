@@ -12,6 +12,7 @@ MAX_TEXTS = 128  # of one prompt
 MAX_STOPS = 16
 CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 429: "server_busy", 500: "server_error"}
 
+FIRST = Field(fail_fast=True)  # of a long list the first error says enough
 TokenId = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
 
@@ -49,7 +50,7 @@ class _Writing(_Body):
     """How texts are written: OpenAI's fields, and those of vLLM that local models are used to."""
 
     n: int = Field(1, ge=1, le=MAX_TEXTS)
-    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] = Field(default_factory=list)
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS, fail_fast=True)] = Field(default_factory=list)
     stream: bool = False
     stream_options: StreamOptions | None = None
     seed: int | None = Field(None, ge=0, le=LARGEST_SEED)
@@ -69,7 +70,12 @@ class _Writing(_Body):
 class CompletionRequest(_Writing):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: (
+        str
+        | Annotated[list[str], FIRST]
+        | Annotated[list[TokenId], FIRST]
+        | Annotated[list[Annotated[list[TokenId], FIRST]], FIRST]
+    )
     max_tokens: int = Field(16, ge=0)
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MAX_ALTERNATIVES)
@@ -96,13 +102,13 @@ class Message(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
 
     role: str
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], FIRST]
 
 
 class ChatRequest(_Writing):
     """POST /v1/chat/completions; without a number of tokens an answer may fill the context."""
 
-    messages: list[Message]
+    messages: Annotated[list[Message], FIRST]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -113,7 +119,7 @@ class TokenizeRequest(_Body):
     """POST /tokenize: of a text, or of a conversation that awaits an answer."""
 
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Annotated[list[Message], FIRST] | None = None
     add_special_tokens: Literal[False] = False  # the server puts the start of a text in front of every prompt
     return_token_strs: bool = False
 
@@ -121,7 +127,7 @@ class TokenizeRequest(_Body):
 class DetokenizeRequest(_Body):
     """POST /detokenize."""
 
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], FIRST]
 
 
 def parse(kind: type[pydantic.BaseModel], body: bytes) -> Any:

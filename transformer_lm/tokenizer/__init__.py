@@ -15,6 +15,7 @@ import sentencepiece
 from etils import epath
 
 from transformer_lm.errors import UserError
+from transformer_lm.files import read_at_most
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2  # SentencePiece's own defaults, on which the original's weights rest
 START_ID = UNK_ID  # what the network reads before a text's first token, as the original's does
@@ -48,9 +49,9 @@ class Tokenizer:
         path = epath.Path(path)
         if not path.exists():
             raise UserError(f"No tokenizer at {path}.")
-        if path.is_dir() or path.stat().length > MAX_MODEL_BYTES:
-            raise UserError(f"{path} is not a SentencePiece model: a folder, or over {MAX_MODEL_BYTES >> 20} MiB.")
-        return cls(path.read_bytes(), str(path))
+        if (model := read_at_most(path, MAX_MODEL_BYTES)) is None:
+            raise UserError(f"{path} is not a SentencePiece model: no file, or over {MAX_MODEL_BYTES >> 20} MiB.")
+        return cls(model, str(path))
 
     @classmethod
     def load_for(cls, path: os.PathLike | str, vocab_size: int) -> "Tokenizer":

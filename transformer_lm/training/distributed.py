@@ -21,7 +21,7 @@ from etils import epath
 from jax._src.distributed import global_state  # as Orbax does: the store of keys and values has no public name
 
 from transformer_lm.errors import UserError, may_not_be_written, one_line
-from transformer_lm.files import cache_folder, write_atomically
+from transformer_lm.files import cache_place, write_atomically
 
 HEARTBEAT_SECONDS = 30  # a process that was not heard of for so long has gone
 POLL_SECONDS = 0.2
@@ -81,7 +81,7 @@ def share_compilations(workdir: str):
     A user's own JAX_COMPILATION_CACHE_DIR stays as it is.
     """
     own = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
-    if global_state.num_processes > 1 and own.startswith(f"{cache_folder()}{os.sep}"):
+    if global_state.num_processes > 1 and own.startswith(f"{cache_place()}{os.sep}"):
         jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, "compiled", os.path.basename(own)))
 
 

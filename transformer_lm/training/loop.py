@@ -65,7 +65,8 @@ def train_and_evaluate(
         writer = stack.enter_context(contextlib.closing(_make_writer(stack, workdir, run)))
         signals = stack.enter_context(signals_caught())
         stack.enter_context(preemption_watched(signals.tell))
-        _Loop(run, writer, signals, Profile(workdir, profiled)).run()
+        profile = stack.enter_context(contextlib.closing(Profile(workdir, profiled)))
+        _Loop(run, writer, signals, profile).run()
     return run.step >= recipe.train.num_train_steps
 
 

@@ -46,6 +46,11 @@ class Profile:
         """After so many steps: ends, with the devices done, when the span is over."""
         if self._running and step >= self._stop:
             jax.block_until_ready(results)
-            jax.profiler.stop_trace()
+            self.close()
+
+    def close(self):
+        """Ends what is running: a run may end before its span does."""
+        if self._running:
             self._running = False
-            logging.info("A trace of steps %d to %d is in %s.", self._start, step, self._folder / PROFILE_DIR)
+            jax.profiler.stop_trace()
+            logging.info("A trace from step %d on is in %s.", self._start, self._folder / PROFILE_DIR)

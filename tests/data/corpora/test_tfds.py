@@ -105,3 +105,17 @@ def test_no_tensorflow(data_dir):
     environment = {"TFDS_DATA_DIR": str(folder), "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "['The first .', 'The second .'] False", done.stderr
+
+
+def test_classes_of_somebodys_own_are_not_imported(data_dir, monkeypatch, tmp_path):
+    """TFDS imports what features.json names; a file in the current folder would do."""
+    kind, _ = data_dir
+    make_tfds(tmp_path, "lm1b", {"train": ["The first ."], "test": ["The third ."]}, kind)
+    [path] = tmp_path.rglob("features.json")
+    path.write_text(path.read_text().replace("tensorflow_datasets.core.features.text_feature.Text", "evil.Text"))
+    assert "evil" in path.read_text()
+    (tmp_path / "evil.py").write_text("raise SystemExit")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    with pytest.raises(UserError, match=r"features\.json names the class 'evil\.Text', which is none of TFDS's own"):
+        corpora.open_documents("lm1b", "train")

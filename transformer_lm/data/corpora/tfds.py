@@ -18,9 +18,11 @@ from transformer_lm.data.corpora.base import Options, Source, library_errors
 from transformer_lm.data.corpora.files import check_field, check_text_value, parquet_column
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
-from transformer_lm.files import is_remote, local_copy, utf8_name
+from transformer_lm.files import is_remote, local_copy, read_json, utf8_name
 
 READ_RECORDS = 256  # read at once from an ArrayRecord file
+FEATURES = "features.json"
+OWN_FEATURES = "tensorflow_datasets.core.features."  # where TFDS has its classes; others would be imported, and run
 
 
 class Tfds(Source):
@@ -36,6 +38,7 @@ class Tfds(Source):
         folder = data_dir if is_remote(data_dir) else utf8_name(os.path.expanduser(data_dir))
         try:
             parsed, arguments = tfds.core.naming.parse_builder_name_kwargs(name)
+            _check_features(epath.Path(folder) / parsed.name)
             builder = tfds.core.read_only_builder.builder_from_files(str(parsed), data_dir=folder, **arguments)
         except (tfds.core.registered.DatasetNotFoundError, ValueError, FileNotFoundError) as error:
             raise UserError(
@@ -54,7 +57,7 @@ class Tfds(Source):
     @property
     def fingerprint(self) -> str:
         """A hash of TFDS's own description, which counts examples and bytes."""
-        files = [self._builder.data_path / name for name in ("dataset_info.json", "features.json")]
+        files = [self._builder.data_path / name for name in ("dataset_info.json", FEATURES)]
         content = b"".join(file.read_bytes() for file in files)
         return hashlib.sha256(content + self._options.text_field.encode()).hexdigest()
 
@@ -131,3 +134,21 @@ def read_tf_records(file: BinaryIO) -> Iterator[bytes]:
         if len(record) < length or len(file.read(4)) < 4:
             raise ValueError("it ends inside a record")
         yield record
+
+
+def _check_features(folder: epath.Path):
+    """Raises UserError for a dataset (its versions, or those of its configurations) of somebody's own classes."""
+    for path in (*folder.glob(f"*/{FEATURES}"), *folder.glob(f"*/*/{FEATURES}")):
+        waiting = [read_json(path)]
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, dict):
+                for name in ("pythonClassName", "type"):
+                    kind = value.get(name)
+                    if isinstance(kind, str) and "." in kind and not kind.startswith(OWN_FEATURES):
+                        raise UserError(
+                            f"{path} names the class {kind[:80]!r}, which is none of TFDS's own: it is not run."
+                        )
+                waiting += value.values()
+            elif isinstance(value, list):
+                waiting += value
