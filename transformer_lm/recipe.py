@@ -35,13 +35,13 @@ SAMPLING_NAMES = {
 
 
 def load(path: str) -> ConfigDict:
-    """Runs the file of a recipe.
+    """Runs the file of a recipe; a field that it lacks, as files of the original do, has the base recipe's value.
 
     Args:
       path: the file; what follows a colon is the argument of its get_config().
 
     Raises:
-      UserError: there is no such file, it fails, or its fields are not those of the base recipe.
+      UserError: there is no such file, it fails, or has a field that the base recipe does not have.
     """
     if is_missing(path):
         raise UserError(f"--config={path}: no such file; recipes lie in {os.path.dirname(base.__file__)}.")
@@ -53,15 +53,17 @@ def load(path: str) -> ConfigDict:
         config = get_config(*argument)
         if not isinstance(config, ConfigDict):
             raise UserError(f"its get_config() returns {type(config).__name__}, not the ConfigDict of the base recipe.")
-        check_names(config)
-        update(base.get_config(), config, "the recipe")  # for the types
+        for name in config:
+            check_name(name)
+        whole = base.get_config()
+        update(whole, config, "the recipe")
     except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         if isinstance(error, SyntaxError) and error.filename == file:
             lines = [error.lineno]
         place = f"{file}, line {lines[-1]}" if lines else file
         raise UserError(f"{place}: {_reason(error)}") from error
-    return config
+    return whole
 
 
 def is_missing(path: str) -> bool:
