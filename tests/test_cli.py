@@ -8,7 +8,8 @@ import sys
 import pytest
 from conftest import ROOT, command, one_line_error, run
 
-from transformer_lm import cli
+from transformer_lm import cli, errors
+from transformer_lm.errors import UserError
 
 PACKAGE = ROOT / "transformer_lm"
 
@@ -273,3 +274,8 @@ def test_a_demo_asked_for_help_trains_nothing(name, tmp_path):
     assert (done.returncode, f"python -m transformer_lm.{name}" in done.stdout) == (0, True)
     assert "Unexpected argument '--steps=3'" in one_line_error(run([*line, "--steps=3"], cwd=tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_terminal_obeys_no_error():
+    """Values of somebody's files are told as they are, but for what would move the cursor or change the title."""
+    assert errors.one_line(UserError("architectures: \x1b]0;昔々\x07\nか")) == "architectures: \\x1b]0;昔々\\x07 か"

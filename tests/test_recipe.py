@@ -158,8 +158,8 @@ HEAD = "from transformer_lm.configs import base\ndef get_config():\n    config =
 def test_a_recipe_of_the_original_needs_no_new_fields(tmp_path):
     """Its files make a ConfigDict of their own; what they lack is as in the base recipe, which is the original's."""
     (tmp_path / "a.py").write_text(
-        "import ml_collections\ndef get_config():\n    config = ml_collections.ConfigDict()\n    config.num_layers = 2\n"
-        "    config.vocab_path = None\n    config.learning_rate = 0.5\n    return config\n"
+        "import ml_collections\ndef get_config():\n    config = ml_collections.ConfigDict()\n"
+        "    config.num_layers = 2\n    config.vocab_path = None\n    config.learning_rate = 0.5\n    return config\n"
     )
     config, expected = recipe.load(str(tmp_path / "a.py")), base.get_config()
     expected.update({"num_layers": 2, "learning_rate": 0.5})

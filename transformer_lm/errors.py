@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import re
 from collections.abc import Iterator
 
 MAX_CHARS = 600  # of the text of an error: some libraries' run to pages
@@ -42,6 +43,7 @@ def writing(output: str) -> Iterator[None]:
 def one_line(error: BaseException) -> str:
     """What an error says, in one line, with the stage where it happened unless the user can mend it as it is."""
     text = " ".join(str(error).split())
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)  # what terminals obey
     text = text if len(text) <= MAX_CHARS else f"{text[:MAX_CHARS]}..."
     if isinstance(error, UserError):
         return text

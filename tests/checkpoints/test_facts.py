@@ -37,6 +37,13 @@ def data(workdir, tokenizer) -> list[tuple[str, str]]:
     return [(manifest["dataset_name"], manifest["split"]) for manifest in found]
 
 
+@pytest.mark.parametrize("rows", [5, [1], ["../elsewhere"], {}])
+def test_what_a_strangers_workdir_calls_rows(write, tales_tokenizer, rows):
+    """Nothing is read by what is no name of a folder."""
+    found = data(write(rows=rows), tales_tokenizer)
+    assert not found if isinstance(rows, list) else len(found) == 4  # as in a workdir that names none
+
+
 def test_names_the_rows_that_were_read(write, tales_tokenizer):
     assert data(write(rows=["aa", "bb"]), tales_tokenizer) == [("mine", "train"), ("mine", "validation")]
 

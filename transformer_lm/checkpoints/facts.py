@@ -8,6 +8,7 @@ from etils import epath
 
 from transformer_lm import files
 from transformer_lm.checkpoints import hub
+from transformer_lm.checkpoints import workdir as contract
 from transformer_lm.checkpoints.workdir import CONFIG_FILE, METRICS_FILE, SILENT_FIELDS
 from transformer_lm.data import rows
 from transformer_lm.tokenizer import Tokenizer
@@ -38,15 +39,15 @@ def read_facts(address: str, step: int, tokenizer: Tokenizer) -> dict[str, Any]:
         return {"recipe": {}, "data": [], "scores": {}, "prompt": None}
     return {
         "recipe": {name: value for name, value in recipe.items() if name not in UNSHOWN_FIELDS},
-        "data": _manifests(workdir, recipe, content.get("rows"), tokenizer),
+        "data": _manifests(workdir, recipe, contract.names_of_rows(content), tokenizer),
         "scores": _last_scores(workdir / METRICS_FILE, step),
-        "prompt": recipe.get("prompts", "").split("\n")[0],
+        "prompt": str(recipe.get("prompts", "")).split("\n")[0],
     }
 
 
 def _manifests(workdir: epath.Path, recipe: dict, names: list[str] | None, tokenizer: Tokenizer) -> list[dict]:
     """The manifests of the rows that the run read, each once; in old workdirs, which name none, of those that fit."""
-    prepared = files.absolute(recipe.get("prepared_dir") or workdir / "prepared")
+    prepared = files.absolute(str(recipe.get("prepared_dir") or workdir / "prepared"))
     folders = files.children(prepared) if names is None else [prepared / name for name in dict.fromkeys(names)]
     paths = [folder / rows.MANIFEST for folder in folders]
     manifests = [files.read_json(path) for path in paths if path.exists()]

@@ -94,9 +94,17 @@ def remembered_batch(workdir: epath.Path, recipe: dict) -> dict[str, int]:
 def remembered_rows(workdir: epath.Path, recipe: dict) -> list[str]:
     """The names of the rows that a run had before, [] for a new run, or one that reads another field of its sources."""
     content = read_json(workdir / CONFIG_FILE) if _has_run(workdir) else {}
-    rows, before = content.get("rows"), content.get("recipe")
-    if not isinstance(rows, list) or not isinstance(before, dict) or before.get("text_field") != recipe["text_field"]:
+    before = content.get("recipe")
+    if not isinstance(before, dict) or before.get("text_field") != recipe["text_field"]:
         return []
+    return names_of_rows(content) or []
+
+
+def names_of_rows(content: dict) -> list[str] | None:
+    """The names of folders of rows in a config.json that may be anybody's, without paths; None where it has none."""
+    rows = content.get("rows")
+    if not isinstance(rows, list):
+        return None
     return [name for name in rows if isinstance(name, str) and name == epath.Path(name).name]
 
 
