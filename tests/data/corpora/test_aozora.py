@@ -91,6 +91,14 @@ def test_unknown_characters_leave_their_mark(tmp_path):
     assert read(tmp_path / "x.txt") == "〓と。"
 
 
+def test_characters_of_the_plane_that_stands_in_for_others(tmp_path):
+    """One of them in a work is not one of the work's unusual characters."""
+    (tmp_path / "x.txt").write_bytes("題\n某\n\n※［＃「口＋世」、U+546D］と\U000f0000。\n".encode())
+    assert read(tmp_path / "x.txt") == "呭と〓。"
+    (tmp_path / "y.txt").write_bytes("題\n某\n\n猫と\U000f0005。\n".encode())
+    assert read(tmp_path / "y.txt") == "猫と〓。"
+
+
 def test_a_file_is_a_document(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.txt").write_bytes(f"題{i}\n某\n\n本文{i}。\n".encode("shift_jis"))

@@ -123,12 +123,23 @@ def test_loops_end(tmp_path, caplog):
     (tmp_path / "d" / "e" / "up").symlink_to("..")
     with caplog.at_level("WARNING", logger="absl"):
         assert read(f"{tmp_path}/d/**/*.txt") == ["a", "b"]
-    assert "d/self leads back" in caplog.text
+    assert "d/self leads to a folder that has been read" in caplog.text
     write(f"{tmp_path}/x/c.txt", "c")
     write(f"{tmp_path}/y/d.txt", "d")
     (tmp_path / "x" / "y").symlink_to("../y")
     (tmp_path / "y" / "x").symlink_to("../x")
     assert read(f"{tmp_path}/x/**/*.txt") == ["c", "d"]
+
+
+def test_folders_that_all_link_to_each_other(tmp_path):
+    """There are a million ways through ten of them, and ten documents."""
+    for here in range(10):
+        write(f"{tmp_path}/{here}/x/{here}.txt", str(here))
+        for there in {*range(10)} - {here}:
+            (tmp_path / str(here) / f"to{there}").symlink_to(f"../{there}")
+    expected = sorted(map(str, range(10)))
+    assert sorted(read(f"{tmp_path}/**/*.txt")) == expected
+    assert sorted(read(f"{tmp_path}/**/x/**/*.txt")) == expected
 
 
 def test_what_is_no_file(tmp_path):

@@ -20,6 +20,8 @@ _RUBY = re.compile(r"《[^《》\n]*》")
 _NOTE = re.compile(r"［＃[^［］]*］")
 _BLANK_LINES = re.compile(r"\n{3,}")
 _PRIVATE = 0xF0000  # a private-use plane, for characters that must outlive the removal of the notation
+_PRIVATE_PLANE = re.compile("[\U000f0000-\U000ffffd]")
+MAX_NESTING = 100  # of notes in notes
 
 
 def plain_text(data: bytes, path: str = "") -> str:
@@ -39,16 +41,23 @@ def plain_text(data: bytes, path: str = "") -> str:
     for gaiji in document.gaiji():
         if gaiji.span.start < end:
             continue  # inside another
-        parts += [source[end : gaiji.span.start].decode(), chr(_PRIVATE + len(characters))]
+        parts += [_without_private(source[end : gaiji.span.start]), chr(_PRIVATE + len(characters))]
         characters.append(gaiji.resolved or UNKNOWN_CHARACTER)
         end = gaiji.span.end
-    text = "".join([*parts, source[end:].decode()]).replace("\r\n", "\n")
+    text = "".join([*parts, _without_private(source[end:])]).replace("\r\n", "\n")
     text = _body(text)
     text = _RUBY.sub("", text).replace("｜", "")
-    while (shorter := _NOTE.sub("", text)) != text:  # notes may stand in notes
+    for _ in range(MAX_NESTING):  # notes may stand in notes
+        if (shorter := _NOTE.sub("", text)) == text:
+            break
         text = shorter
-    text = re.sub("[\U000f0000-\U000ffffd]", lambda match: characters[ord(match[0]) - _PRIVATE], text)
+    text = _PRIVATE_PLANE.sub(lambda match: characters[ord(match[0]) - _PRIVATE], text)
     return _BLANK_LINES.sub("\n\n", text).strip("\n")
+
+
+def _without_private(source: bytes) -> str:
+    """A part of the file as text, in which no character of that plane stands for another one."""
+    return _PRIVATE_PLANE.sub(UNKNOWN_CHARACTER, source.decode())
 
 
 def _body(text: str) -> str:

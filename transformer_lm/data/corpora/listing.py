@@ -52,15 +52,18 @@ def _matching(pattern: str) -> Iterator[str]:
     """The local paths that a path or pattern names, absolute."""
     path = os.path.join(os.getcwd(), pattern.removeprefix("./"))
     if not os.path.lexists(path):
-        yield from _below("/", [part for part in path.split("/") if part])
+        yield from _below("/", [part for part in path.split("/") if part], set())
     elif os.path.isdir(path):
         raise UserError(f"{path} is a folder; name the files in it, like {os.path.join(path, '*')}.")
     else:
         yield path
 
 
-def _below(path: str, parts: list[str], entered: tuple[str, ...] = ()) -> Iterator[str]:
-    """The paths below a folder whose names match the parts of a pattern; `entered`: the folders that ** is in."""
+def _below(path: str, parts: list[str], entered: set[tuple[str, int]]) -> Iterator[str]:
+    """The paths below a folder whose names match the parts of a pattern.
+
+    `entered` has the folders that a ** has been in, and how many parts were left then: links may lead there again.
+    """
     if not parts:
         yield path
         return
@@ -72,13 +75,14 @@ def _below(path: str, parts: list[str], entered: tuple[str, ...] = ()) -> Iterat
     literal = os.path.join(path, name)
     if name == "**":
         here = os.path.realpath(path)
-        if here in entered:
-            logging.warning("%s leads back to a folder that it lies in, %s: not entered again.", path, here)
+        if (here, len(parts)) in entered:
+            logging.warning("%s leads to a folder that has been read, %s: not entered again.", path, here)
             return
+        entered.add((here, len(parts)))
         yield from _below(path, rest or ["*"], entered)
         for child in _children(path):
             if os.path.isdir(child) or not os.path.exists(child):
-                yield from _below(child, parts, (*entered, here))
+                yield from _below(child, parts, entered)
     elif not glob.has_magic(name) or ("[" in name and os.path.lexists(literal)):
         if os.path.lexists(literal):
             yield from _below(literal, rest, entered)
