@@ -74,7 +74,8 @@ def read_at_most(path: epath.Path, limit: int) -> bytes | None:
 def read_json(path: epath.Path) -> dict:
     """The object in a JSON file that may be anybody's; raises UserError if it is none."""
     try:
-        content = json.loads(read_at_most(path, MAX_JSON_BYTES) or b"null")
+        text = read_at_most(path, MAX_JSON_BYTES)
+        content = None if text is None else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a JSON file ({type(error).__name__}).") from error
     if not isinstance(content, dict):
