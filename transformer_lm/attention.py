@@ -5,7 +5,6 @@ another, K head size, S slots of keys. Queries arrive divided by sqrt(K).
 """
 
 import functools
-import importlib
 from collections.abc import Iterable
 
 import jax
@@ -100,7 +99,7 @@ def _has_fused_attention(device: jax.Device) -> bool:
 def _has_triton() -> bool:
     """Whether this JAX has Pallas for Triton, which it means to give up (0.11)."""
     try:
-        importlib.import_module("transformer_lm.flash_attention")
+        from transformer_lm import flash_attention  # noqa: F401
     except (ImportError, AttributeError):  # as what JAX has given up raises
         return False
     return True

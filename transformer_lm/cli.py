@@ -73,7 +73,7 @@ from transformer_lm.files import cache_folder  # noqa: E402
 
 def _keep_compilations():
     """Lets JAX, which is imported after this, keep what it compiles in the user's cache, by kind of processor."""
-    processor = platform.processor()
+    processor = platform.machine()  # asks no other program
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         processor = next((line for line in file if line.startswith(("flags", "Features"))), processor)
     with contextlib.suppress(OSError):

@@ -64,12 +64,14 @@ def block_of(length: int, size: int) -> int:
     Raises:
       UserError: the kernels are not made for such, or not for this device.
     """
-    if not INTERPRET and jax.default_backend() != "gpu":
+    block = math.gcd(length, BLOCK if size < LARGE else BLOCK_OF_LARGE)
+    if INTERPRET:
+        return block
+    if jax.default_backend() != "gpu":
         raise UserError(
             f"attention='triton' runs on GPUs, not on {jax.default_backend().upper()}; set attention='auto'."
         )
-    block = math.gcd(length, BLOCK if size < LARGE else BLOCK_OF_LARGE)
-    if not INTERPRET and (block < SMALLEST or size not in (16, 32, 64, LARGE)):
+    if block < SMALLEST or size not in (16, 32, 64, LARGE):
         raise UserError(
             f"attention='triton' takes heads of 16, 32, 64 or 128 and rows of a multiple of 16, not heads of {size} "
             f"and rows of {length}; set attention='auto'."

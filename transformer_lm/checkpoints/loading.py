@@ -113,16 +113,15 @@ def find_model(address: os.PathLike | str) -> FoundModel:
         return _found(path, original.describe, original.load, folder=path.parent)
     if (path / CONFIG_FILE).exists() and (path / CHECKPOINTS_DIR).exists():
         return _found(path, _describe_workdir, _load_workdir, folder=path, has_turns=contract.has_turns(path))
-    numbered = [(int(match[1]), child) for child in path.iterdir() if (match := original.NAME.fullmatch(child.name))]
-    single = [(step, child) for step, child in numbered if child.is_file()]  # today's Flax writes folders
-    if single:
-        return _found(max(single)[1], original.describe, original.load, folder=path)
+    numbered = [child for _, child in original.checkpoints_in(path)]
+    if single := [child for child in numbered if child.is_file()]:
+        return _found(single[-1], original.describe, original.load, folder=path)
     if exported_model.is_model(path):
         has_turns = exported_model.has_turns(path)
         return _found(path, exported_model.describe, exported_model.load, folder=path, has_turns=has_turns)
     if numbered or original.NAME.fullmatch(path.name):
         raise UserError(
-            f"{max(numbered)[1] if numbered else path} is a folder, as today's Flax writes its checkpoints; of the "
+            f"{numbered[-1] if numbered else path} is a folder, as today's Flax writes its checkpoints; of the "
             "original's only single files checkpoint_N are read."
         )
     raise UserError(
@@ -141,12 +140,9 @@ def find_initial(address: str | None, network: models.TransformerConfig, workdir
     kept = (child.name for child in files.children(epath.Path(workdir) / CHECKPOINTS_DIR))
     if any(map(str.isdigit, kept)):  # others are what an interrupted first save left
         return None
-    originals = sorted(
-        child.name for child in files.children(epath.Path(workdir)) if original.NAME.fullmatch(child.name)
-    )
-    if originals:
+    if originals := original.checkpoints_in(epath.Path(workdir)):
         raise UserError(
-            f"{workdir} holds {originals[-1]} of the original system, which trains no further; to begin with its "
+            f"{workdir} holds {originals[-1][1].name} of the original system, which trains no further; to begin with its "
             f"weights: --config.init_from={workdir} --workdir=ANOTHER."
         )
     if not address:

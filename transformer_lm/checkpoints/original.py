@@ -18,7 +18,7 @@ from transformer_lm import models
 from transformer_lm.checkpoints import msgpack_arrays
 from transformer_lm.checkpoints.msgpack_arrays import StoredArray
 from transformer_lm.errors import UserError
-from transformer_lm.files import local_copy
+from transformer_lm.files import children, local_copy
 
 NAME = re.compile(r"checkpoint_(\d+)")
 
@@ -42,6 +42,11 @@ _NAMES = {
     "blocks.mlp.wo.kernel": "encoderdecoderblock_{i}.MlpBlock_0.Dense_1.kernel",
     "blocks.mlp.wo.bias": "encoderdecoderblock_{i}.MlpBlock_0.Dense_1.bias",
 }
+
+
+def checkpoints_in(folder: epath.Path) -> list[tuple[int, epath.Path]]:
+    """The steps and places of all `checkpoint_N` in a folder, the newest last; today's Flax writes folders so."""
+    return sorted((int(match[1]), child) for child in children(folder) if (match := NAME.fullmatch(child.name)))
 
 
 def describe(path: epath.Path) -> models.TransformerConfig:
