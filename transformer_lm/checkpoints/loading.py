@@ -113,7 +113,7 @@ def find_model(address: os.PathLike | str) -> FoundModel:
         return _found(path, original.describe, original.load, folder=path.parent)
     if (path / CONFIG_FILE).exists() and (path / CHECKPOINTS_DIR).exists():
         return _found(path, _describe_workdir, _load_workdir, folder=path, has_turns=contract.has_turns(path))
-    numbered = [child for _, child in original.checkpoints_in(path)]
+    numbered = original.checkpoints_in(path)
     if single := [child for child in numbered if child.is_file()]:
         return _found(single[-1], original.describe, original.load, folder=path)
     if exported_model.is_model(path):
@@ -142,7 +142,7 @@ def find_initial(address: str | None, network: models.TransformerConfig, workdir
         return None
     if originals := original.checkpoints_in(epath.Path(workdir)):
         raise UserError(
-            f"{workdir} holds {originals[-1][1].name} of the original system, which trains no further; to begin with its "
+            f"{workdir} holds {originals[-1].name} of the original system, which trains no further; to begin with its "
             f"weights: --config.init_from={workdir} --workdir=ANOTHER."
         )
     if not address:

@@ -44,9 +44,10 @@ _NAMES = {
 }
 
 
-def checkpoints_in(folder: epath.Path) -> list[tuple[int, epath.Path]]:
-    """The steps and places of all `checkpoint_N` in a folder, the newest last; today's Flax writes folders so."""
-    return sorted((int(match[1]), child) for child in children(folder) if (match := NAME.fullmatch(child.name)))
+def checkpoints_in(folder: epath.Path) -> list[epath.Path]:
+    """What is named `checkpoint_N` in a folder, the newest last: the original's files, and today's Flax's folders."""
+    numbered = [(int(match[1]), child) for child in children(folder) if (match := NAME.fullmatch(child.name))]
+    return [child for _, child in sorted(numbered)]
 
 
 def describe(path: epath.Path) -> models.TransformerConfig:
