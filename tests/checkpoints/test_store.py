@@ -147,7 +147,7 @@ def test_no_beginning_anew_beside_what_was_set_aside(tmp_path):
 def test_what_cannot_be_read_now_is_left_as_it_is(tmp_path, monkeypatch, error):
     """Even though the checkpoint before could be read."""
     save(tmp_path, 3, 4)
-    handler = store.ocp.StandardCheckpointHandler
+    handler = store.ocp.PyTreeCheckpointHandler
     whole = handler.restore
 
     def restore_older_alone(self, folder, **arguments):

@@ -26,7 +26,7 @@ from transformer_lm.training.reporter import SPEEDS
 
 FIELDS = {
     "num_train_steps": 40, "log_every_steps": 1, "eval_every_steps": 20, "checkpoint_every_steps": 20,
-    "keep_checkpoints": 10, "global_batch_size": 8, "per_device_batch_size": 1, "mesh_fsdp": 2, "num_layers": 1,
+    "keep_checkpoints": 10, "global_batch_size": 8, "per_device_batch_size": 1, "mesh_fsdp": 8, "num_layers": 1,
     "num_eval_steps": 3, "eval_per_device_batch_size": 2, "vocab_size": 800, "sampling_temperature": 0,
 }  # fmt: skip
 ENDLESS = {"num_train_steps": 10_000, "eval_every_steps": 10_000, "checkpoint_every_steps": 2}
@@ -95,6 +95,13 @@ def two(tmp_path_factory):
     return workdir
 
 
+@pytest.fixture(scope="module", autouse=True)
+def apart(tmp_path_factory):
+    """A run whose two processes do not see each other's folders, which they wait for: begun before all else."""
+    folder = tmp_path_factory.mktemp("apart")
+    return folder, start([folder / "here", folder / "there"], processes=2, devices=1)
+
+
 def half_of(run, folder) -> Path:
     """A copy of a run as it was after twenty of its forty steps."""
     shutil.copytree(run, folder / "copy", ignore=lambda _, names: {"40"} & set(names))
@@ -112,7 +119,7 @@ TENSOR = {"processes": 1, "devices": 2, "mesh_fsdp": 1, "mesh_tensor": 2, "globa
 
 @pytest.mark.parametrize(
     ("begun", "options", "batch"),
-    [("two", TENSOR, "8 rows a step in 4 parts"), ("unbroken", TWO | {"mesh_fsdp": 8}, "8 rows a step")],
+    [("two", TENSOR, "8 rows a step in 4 parts"), ("unbroken", TWO | {"mesh_fsdp": 2}, "8 rows a step")],
 )
 def test_goes_on_elsewhere(begun, options, batch, unbroken, request, tmp_path):
     """On another mesh, other devices or processes: the same bits, then for twenty steps the same rows and losses."""
@@ -174,7 +181,7 @@ def test_stopped_together(unbroken, tmp_path):
     They have a device each: whoever has more computes one program after the other in any case. They save by their
     clocks, which are not the same.
     """
-    by_the_clock = {"checkpoint_every_steps": 10_000, "checkpoint_every_minutes": 0.02}
+    by_the_clock = {"mesh_fsdp": 2, "checkpoint_every_steps": 10_000, "checkpoint_every_minutes": 0.02}
     both = start(tmp_path, processes=2, devices=1, **ENDLESS | by_the_clock)
     saved: set[str] = set()
     while len(saved) < 3 and all(process.poll() is None for process in both):
@@ -227,12 +234,13 @@ def test_started_again_it_is_the_unbroken_run(killed, two):
     jax.tree.map(np.testing.assert_array_equal, *params)
 
 
-def test_a_folder_that_is_not_shared(tmp_path):
+def test_a_folder_that_is_not_shared(apart):
     """Said by the process that does not see it; the other does not wait for ever."""
-    first, second = finish(start([tmp_path / "here", tmp_path / "there"], processes=2, devices=1))
-    assert f"{tmp_path / 'there'} is not the folder that the first process" in one_line_error(second)
+    folder, started = apart
+    first, second = finish(started)
+    assert f"{folder / 'there'} is not the folder that the first process" in one_line_error(second)
     assert "Another process of this run has gone" in one_line_error(first)
-    assert not (tmp_path / "here" / "checkpoints").exists()
+    assert not (folder / "here" / "checkpoints").exists()
 
 
 def test_a_folder_that_may_only_be_read_is_no_fault(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from transformer_lm.errors import UserError
 from transformer_lm.files import absolute, children, is_remote
 
 SAVE_SECONDS = 24 * 3600  # that a save may take in the background: slow storage is no error
+SHARED_FROM_BYTES = 1 << 20  # of a device's share, from which on devices with copies of an array share its saving
 ITEMS = ("params", "opt_state", "progress")
 MISLEADING = re.compile(r"[*?\[\]\\\ud800-\udfff]")  # in paths: patterns to Orbax, slashes or nothing to TensorStore
 # What the libraries say when the files are not to blame. They tell by words alone.
@@ -49,7 +50,7 @@ class Checkpoints:
                 async_options=ocp.options.AsyncOptions(timeout_secs=SAVE_SECONDS),
                 **options,
             ),
-            item_handlers={name: ocp.StandardCheckpointHandler() for name in ITEMS},
+            item_handlers={name: _handler() for name in ITEMS},
         )
         self._unread: int | None = None  # the step that was saved last, until it has been read back
 
@@ -72,7 +73,7 @@ class Checkpoints:
         self.wait()
         trees = dict(zip(ITEMS, (params, opt_state, progress), strict=True))
         try:
-            args = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+            args = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
         except Exception as error:
             raise self._not_written(error) from error
@@ -146,15 +147,15 @@ class Checkpoints:
     def restore_params(self, step: int, params: Any) -> Any:
         """The parameters of a checkpoint alone, for generation; raises whatever Orbax does."""
         self._check_shapes(step, {"params": params})
-        return self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(params)))["params"]
+        return self._manager.restore(step, args=ocp.args.Composite(params=_as(params)))["params"]
 
     def _restore(self, step: int, targets: dict[str, Any]) -> tuple[Any, Any, Any]:
         stored = self._check_shapes(step, {name: targets[name] for name in ("params", "opt_state")})
         known = {path.split("/")[0] for path in stored["progress"]}
         targets["progress"] = {name: value for name, value in targets["progress"].items() if name in known}
         # Not by the manager, which waits for the other processes even where one of them has failed.
-        folder, handler = self._manager.directory / str(step), ocp.StandardCheckpointHandler()
-        return tuple(handler.restore(folder / name, args=ocp.args.StandardRestore(targets[name])) for name in ITEMS)
+        folder, handler = self._manager.directory / str(step), _handler()
+        return tuple(handler.restore(folder / name, args=_as(targets[name])) for name in ITEMS)
 
     def _stored_shapes(self, step: int) -> dict[str, dict[str, tuple[int, ...]]]:
         """For each item {path of an array: its shape}; opens every array, and raises where one is not there."""
@@ -211,6 +212,22 @@ class Checkpoints:
             self._manager.close()
             if self._alias:
                 self._alias.cleanup()
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    """Orbax's, but that devices with copies of a small array do not share the work of saving it.
+
+    Each of them would compile and run a program that cuts its share out.
+    """
+    handlers = {kind: ocp.type_handlers.get_type_handler(kind) for kind in ocp.type_handlers.supported_types()}
+    handlers[jax.Array] = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SHARED_FROM_BYTES)
+    registry = ocp.type_handlers.create_type_handler_registry(*handlers.items())
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
+def _as(target: Any) -> ocp.args.PyTreeRestore:
+    """How an item is restored: like a tree of `jax.ShapeDtypeStruct` with shardings."""
+    return ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
 
 
 # What comes of reading a checkpoint.
