@@ -1,5 +1,7 @@
 """Conversations as token ids: what is said by whom, that no text is taken for a mark, and the template."""
 
+import functools
+
 import jinja2.sandbox
 import pytest
 from conftest import FIXTURE
@@ -132,16 +134,20 @@ def fast(turns):
 
 def encoded(fast, turns: Turns, messages: list[dict], add_generation_prompt: bool) -> list[int]:
     """What transformers does: the template, and no special tokens put around its text."""
+    text = template(turns.jinja()).render(
+        messages=messages, bos_token=fast.id_to_token(START_ID), add_generation_prompt=add_generation_prompt
+    )
+    return fast.encode(text, add_special_tokens=False).ids
 
+
+@functools.cache
+def template(text: str) -> jinja2.Template:
     def refuse(message):
         raise ValueError(message)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = refuse
-    text = environment.from_string(turns.jinja()).render(
-        messages=messages, bos_token=fast.id_to_token(START_ID), add_generation_prompt=add_generation_prompt
-    )
-    return fast.encode(text, add_special_tokens=False).ids
+    return environment.from_string(text)
 
 
 WRONG = {
