@@ -203,6 +203,16 @@ def test_memory_that_cannot_be_in_large_pages(tmp_path, hindrance, times):
     assert done.stdout == "begun\n" * times
 
 
+def test_garbage_is_collected(tmp_path):
+    """From a command's start on, though not while it imports."""
+    note = "import atexit, gc\natexit.register(lambda: print(gc.isenabled(), gc.get_freeze_count() > 100_000))\n"
+    (tmp_path / "sitecustomize.py").write_text(note)
+    line = [sys.executable, "-m", "transformer_lm.main", "--workdir=w"]
+    done = subprocess.run(line, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert_one_line(done, ["--config is missing"])
+    assert done.stdout == "True True\n"
+
+
 def test_standard_output_that_is_closed_or_full():
     code = "from transformer_lm import cli\ncli.run_to_exit(lambda: print('x\\n' * 100_000))"
     script = f'"{sys.executable}" -c "$CODE" | head -1'

@@ -10,6 +10,7 @@ sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != HERE
 
 import codecs  # noqa: E402
 import contextlib  # noqa: E402
+import gc  # noqa: E402
 import locale  # noqa: E402
 import signal  # noqa: E402
 
@@ -49,6 +50,7 @@ def _leave_at_once(number, frame):
 if os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "").startswith(HERE):  # it is a command
     _begin_again()
     signal.signal(signal.SIGINT, _leave_at_once)  # while it still imports: nothing is lost yet
+    gc.disable()  # until then, too: nothing is garbage yet
 
 import argparse  # noqa: E402
 import atexit  # noqa: E402
@@ -172,6 +174,8 @@ def run_to_exit(command: Callable[[], object]) -> NoReturn:
     ends even while threads of libraries are at work, for which Python would wait.
     """
     _begin_again()
+    gc.freeze()  # what was imported is not looked through again
+    gc.enable()
     console.set_up(_debug())
     signal.signal(signal.SIGINT, _interrupt)
     status = 1
