@@ -41,6 +41,7 @@ def test_wrong_fields(tmp_path, fields, words):
         (["--workdir", "x", "--config", "configs/no_such.py"], ["--config=configs/no_such.py: no such file"]),
         (["--workdir=x", "--config=configs/lm1b_default.py", "more"], ["Unexpected argument 'more'"]),
         (["--work=x"], ["work"]),
+        (["--workdir=x", "--jax_platformz=cpu"], ["Unknown command line flag 'jax_platformz'", "jax_platforms"]),
     ],
 )
 def test_wrong_arguments(tmp_path, arguments, words):

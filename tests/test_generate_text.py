@@ -84,6 +84,7 @@ def test_lines_without_end():
             "error: memory is exhausted while generating text; lower the number of texts for each prompt,",
         ),
         (["--workdir=/no/such/folder"], "No model at /no/such/folder"),
+        (["--jax_platforms=abacus"], "Unable to initialize backend 'abacus'"),
         (["--stream", "--output=jsonl"], "error: --output=jsonl writes whole texts"),
     ],
 )

@@ -55,6 +55,7 @@ if os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "").sta
 import argparse  # noqa: E402
 import atexit  # noqa: E402
 import platform  # noqa: E402
+import re  # noqa: E402
 import select  # noqa: E402
 import threading  # noqa: E402
 import traceback  # noqa: E402
@@ -144,6 +145,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
     for argument in argv:
         if argument.lstrip("-").startswith(("config.", "noconfig.")) and argument.startswith("-"):
             recipe.check_name(argument.partition("=")[0].partition(".")[2], argument)
+    if any(re.match("--?(no)?jax_", argument) for argument in argv):
+        import jax  # here alone: preparing data imports none
+
+        jax.config.config_with_absl()  # as the original did
     try:
         rest = flags.FLAGS(argv)
     except (flags.Error, TypeError, ValueError) as error:
