@@ -29,6 +29,7 @@ openai = pytest.importorskip("openai", reason="the extra dev's openai is not ins
 uvicorn = pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 
 import pydantic  # noqa: E402
+from processes import run_fork  # noqa: E402
 
 from transformer_lm.serving import schema  # noqa: E402
 from transformer_lm.serving.app import ServerConfig, make_app  # noqa: E402
@@ -456,6 +457,25 @@ class TestCommand:
         assert f"Cannot listen on 127.0.0.1:{port}" in one_line_error(done)
         done = run([sys.executable, "-m", "transformer_lm.serve", "--workdir=/no/such/folder", "--port=0"])
         assert "No model at /no/such/folder" in one_line_error(done)
+
+
+UNREAD = """
+import socket
+from transformer_lm import serve
+*others, (level, name, milliseconds) = serve.KEEP_ALIVE
+serve.KEEP_ALIVE = (*others, (level, name, milliseconds // 100))
+listener = serve._listen("127.0.0.1", 0)
+client = socket.create_connection(listener.getsockname())
+connection, _ = listener.accept()
+while True:
+    connection.send(bytes(1 << 16))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives up a client that takes nothing")
+def test_a_client_that_takes_nothing_is_given_up():
+    done = run_fork([sys.executable, "-c", UNREAD])
+    assert "TimeoutError" in done.stderr
 
 
 def test_a_long_list_of_wrong_things_has_one_error_of_each_kind():

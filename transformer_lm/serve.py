@@ -31,12 +31,14 @@ from transformer_lm.generation.engine import CHUNK_SIZES, Engine
 from transformer_lm.generation.scheduler import Request, Scheduler
 from transformer_lm.tokenizer import START_ID
 
-# A connection of which nothing is heard for two minutes is asked whether it is still there, and else let go.
+# A connection of which nothing is heard for two minutes is asked whether it is still there, and else let go. So is one
+# whose client takes nothing of its answer for so long (Linux): the answer would be kept for it for ever.
 KEEP_ALIVE = (
     (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
     (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 120),
     (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 30),
     (socket.IPPROTO_TCP, "TCP_KEEPCNT", 4),
+    (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 120_000),  # milliseconds
 )
 MAX_FILES = 10_240  # open at once, where the system names no limit but has one, as macOS
 

@@ -180,7 +180,7 @@ class Server:
                 headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
             )  # fmt: skip
         try:
-            return JSONResponse(await _unless_gone(request, answer.whole()))
+            return await run_in_threadpool(JSONResponse, await _unless_gone(request, answer.whole()))
         except WorkerError as error:
             raise ApiError(500, str(error)) from error
         finally:

@@ -9,6 +9,8 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
+
 from transformer_lm.errors import UserError
 from transformer_lm.generation.choosing import Settings
 from transformer_lm.generation.scheduler import Part, Request, Token
@@ -91,6 +93,9 @@ class Answer:
         async for number, part in self._parts:
             parts[number].append(part)
             self._written[number] = part.written
+        return await run_in_threadpool(self._joined, parts)  # where long texts with many alternatives hold nobody up
+
+    def _joined(self, parts: list[list[Part]]) -> dict[str, Any]:
         choices = []
         for number, found in enumerate(parts):
             tokens = [token for part in found for token in part.tokens]
