@@ -77,3 +77,20 @@ def test_an_empty_variable_is_none(monkeypatch):
     monkeypatch.delenv("TRANSFORMER_LM_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     assert files.cache_place() == files.Path("~/.cache/transformer-lm-japanese").expanduser()
+
+
+def test_what_nobody_reads_goes_looked_for_once_a_day(tmp_path):
+    """By when it was read or written last; a folder that is not there, or holds nothing old, is no fault."""
+    files.forget_unused(tmp_path / "none", days=90)
+    for name, read, written in (("old", 91, 95), ("read", 1, 95), ("written", 200, 1)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - read * DAY, time.time() - written * DAY))
+    files.forget_unused(tmp_path, days=90)
+    assert {path.name for path in tmp_path.iterdir()} == {"read", "written", ".looked-through"}
+    (tmp_path / "older").touch()
+    os.utime(tmp_path / "older", (0, 0))
+    files.forget_unused(tmp_path, days=90)
+    assert (tmp_path / "older").exists()
+    os.utime(tmp_path / ".looked-through", (time.time() - 1.1 * DAY,) * 2)
+    files.forget_unused(tmp_path, days=90)
+    assert not (tmp_path / "older").exists()

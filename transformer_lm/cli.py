@@ -71,7 +71,9 @@ from ml_collections import ConfigDict, config_flags  # noqa: E402
 from transformer_lm import console, errors, recipe  # noqa: E402
 from transformer_lm.checkpoints import hub  # noqa: E402
 from transformer_lm.errors import UserError  # noqa: E402
-from transformer_lm.files import cache_folder  # noqa: E402
+from transformer_lm.files import cache_folder, forget_unused  # noqa: E402
+
+DAYS_OF_COMPILATIONS = 90  # that nobody has asked for: of an earlier JAX, say, or of networks that were tried once
 
 
 def _keep_compilations():
@@ -80,8 +82,9 @@ def _keep_compilations():
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         processor = next((line for line in file if line.startswith(("flags", "Features"))), processor)
     with contextlib.suppress(OSError):
-        name = f"xla-{zlib.crc32(processor.encode()):08x}"
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / name))
+        folder = cache_folder() / f"xla-{zlib.crc32(processor.encode()):08x}"
+        forget_unused(folder, DAYS_OF_COMPILATIONS)
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")  # small programs are many
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # it is compiled again
 

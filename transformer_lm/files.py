@@ -150,6 +150,20 @@ def _make_room(size: int):
     _room -= size
 
 
+def forget_unused(folder: Path, days: int):
+    """Removes what lies in a folder of the cache and was not read for so many days; looks through it once a day."""
+    looked, now = folder / ".looked-through", time.time()
+    with contextlib.suppress(OSError):  # there is no such folder yet, or it may only be read
+        if looked.exists() and now - looked.stat().st_mtime < 24 * 3600:
+            return
+        looked.touch()
+        for path in folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another process does the same
+                found = path.stat()
+                if now - max(found.st_atime, found.st_mtime) > 24 * 3600 * days:
+                    path.unlink()
+
+
 def _cache_bytes() -> float:
     value = os.environ.get("TRANSFORMER_LM_CACHE_GB", str(CACHE_GB))
     if not re.fullmatch(r"\d+(\.\d+)?", value):
