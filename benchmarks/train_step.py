@@ -72,7 +72,7 @@ LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as our commands ta
 _SHAPES = flags.DEFINE_list("shapes", ["small", "0.1b"], f"Of {', '.join(SHAPES)}.")
 _DTYPES = flags.DEFINE_list("dtypes", ["float32"], "float32, bfloat16: what networks compute in.")
 _TOKENS = flags.DEFINE_integer(
-    "tokens", 0, "Tokens of a batch in place of the shape's, for devices with room for more."
+    "tokens", 0, "Tokens of a batch in place of the shape's: more where there is room, fewer than a row's where not."
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds that are counted.")
 _DROPOUT = flags.DEFINE_float("dropout", 0.1, "Dropout of all networks.")
@@ -360,13 +360,14 @@ def take_turns(makers: dict[str, Callable], case: Case) -> dict[str, list[float]
 def measure(name: str, dtype: str, device: Device, table: Table) -> list[dict]:
     """Adds the rows of one shape to the table, and gives them back; none if this project cannot run it."""
     shape = SHAPES[name]
+    length = min(shape.length, _TOKENS.value or shape.length)
+    rows = _TOKENS.value // length or shape.rows
     config = models.TransformerConfig(
         vocab_size=VOCAB_SIZE, emb_dim=shape.width, num_heads=shape.heads, num_layers=shape.layers,
-        qkv_dim=shape.width, mlp_dim=4 * shape.width, max_len=shape.length, dtype=dtype,
+        qkv_dim=shape.width, mlp_dim=4 * shape.width, max_len=length, dtype=dtype,
         dropout_rate=_DROPOUT.value, attention_dropout_rate=_DROPOUT.value,
     )  # fmt: skip
-    rows = _TOKENS.value // shape.length or shape.rows
-    tokens = np.random.default_rng(0).integers(3, VOCAB_SIZE, (rows, shape.length)).astype(np.uint16)
+    tokens = np.random.default_rng(0).integers(3, VOCAB_SIZE, (rows, length)).astype(np.uint16)
     seconds = take_turns({"matrix product": matrix_product, **contenders()}, Case(config, tokens, device))
     if not {"matrix product", OURS} <= seconds.keys():
         return []
@@ -375,15 +376,15 @@ def measure(name: str, dtype: str, device: Device, table: Table) -> list[dict]:
     found = []
     for system, times in seconds.items():
         speed = tokens.size / statistics.median(times)
-        flops = speed * flops_per_token(config, shape.length)
+        flops = speed * flops_per_token(config, length)
         ratios = sorted(theirs / our for our, theirs in zip(seconds[OURS], times, strict=True))
         found.append({
-            "shape": name, "dtype": dtype, "rows": rows, "length": shape.length, "system": system,
+            "shape": name, "dtype": dtype, "rows": rows, "length": length, "system": system,
             "tokens_per_second": speed, "flops": flops, "product_flops": peak, "sheet_flops": sheet,
             "ours_is_faster_by": statistics.median(ratios), "least": ratios[0], "most": ratios[-1],
         })  # fmt: skip
         table.add_row(
-            f"{name}: {shape.layers} x {shape.width}, {rows} x {shape.length}, {dtype}", system, f"{speed:.0f}",
+            f"{name}: {shape.layers} x {shape.width}, {rows} x {length}, {dtype}", system, f"{speed:.0f}",
             f"{flops / 1e9:.0f}", f"{100 * flops / peak:.0f} % of {peak / 1e9:.0f}",
             f"{100 * flops / sheet:.1f} %" if sheet else "",
             f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})",

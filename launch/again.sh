@@ -2,6 +2,7 @@
 # Runs a command again until it ends well, as on machines that may be taken away: launch/again.sh COMMAND ...
 # SIGTERM and Ctrl-C end the loop, too: the run saves its checkpoint first. After an error it waits, twice as long each
 # time, for at most ten minutes; after a command that ran for longer than that, as after the first.
+set -m  # the command has a process group of its own: a terminal's Ctrl-C comes to this script alone, which hands it on
 wait_seconds=10
 trap 'stopped=1; kill -TERM "$child" 2>/dev/null' TERM INT
 while :; do

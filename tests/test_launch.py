@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -60,3 +61,36 @@ def test_slurm_gets_the_words_as_they_are(tmp_path):
     arguments = [RUN[2].partition("=")[2], RUN[3].partition("=")[2], *ODD]
     told = launch("slurm.sh", *arguments, path=tmp_path, SLURM_CPUS_PER_TASK="8")
     assert told == ["--kill-on-bad-exit=1", "--cpus-per-task=8", "python3", *RUN]
+
+
+SAVES = """
+import time
+from transformer_lm.training.signals import signals_caught
+with signals_caught() as signals:
+    print("ready", flush=True)
+    while not signals.caught:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    print("saved", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("send", [os.killpg, os.kill], ids=["to all", "to the script"])
+def test_a_run_that_is_begun_again_saves_and_ends(number, send):
+    """Whether a signal comes to the script alone, or, as from a terminal or a service, to the run as well."""
+    line = [ROOT / "launch" / "again.sh", sys.executable, "-c", SAVES]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, start_new_session=True, cwd=ROOT)
+    assert process.stdout.readline() == "ready\n"
+    send(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (0, "saved\n")
+
+
+def test_a_run_that_fails_is_begun_again(tmp_path):
+    program(tmp_path / "sleep", "#!/bin/sh\n")
+    flaky = f"test -e {tmp_path}/failed && echo done || {{ touch {tmp_path}/failed; exit 3; }}"
+    line = [ROOT / "launch" / "again.sh", "sh", "-c", flaky]
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("done\n", "exit status 3: again in 10 s\n")

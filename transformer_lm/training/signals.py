@@ -2,12 +2,14 @@
 
 import concurrent.futures
 import contextlib
+import ctypes
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 LISTEN_SECONDS = 0.1
+SAME_SECONDS = 1.0  # in which more signals are the first one again: of a terminal or a service, and of a script in it
 
 Result = TypeVar("Result")
 
@@ -17,7 +19,7 @@ class Stopped(Exception):  # noqa: N818  (no error)
 
 
 class Signals:
-    """Remembers the first SIGTERM or Ctrl-C; the second ends the process at once, whatever it is doing.
+    """Remembers the first SIGTERM or Ctrl-C; a later one ends the process at once, whatever it is doing.
 
     Attributes:
       caught: the first signal's name, or another reason to stop; None before.
@@ -25,13 +27,16 @@ class Signals:
 
     def __init__(self):
         self.caught: str | None = None
+        self.ending = threading.Timer(SAME_SECONDS, _end_by_signals)
+        self.ending.daemon = True
 
     def catch(self, number: int, frame: object):
         """The handler of the first signal."""
         del frame
         self.tell(signal.Signals(number).name)
         for handled in HANDLED:
-            signal.signal(handled, signal.SIG_DFL)
+            signal.signal(handled, signal.SIG_IGN)
+        self.ending.start()
 
     def tell(self, reason: str):
         """There is a reason to stop, the first of which is remembered. A signal may still come."""
@@ -62,6 +67,12 @@ class Signals:
 HANDLED = (signal.SIGTERM, signal.SIGINT)
 
 
+def _end_by_signals():
+    """Lets signals end the process, whatever its main thread is doing: Python changes handlers in that thread alone."""
+    for handled in HANDLED:
+        ctypes.CDLL(None).signal(handled, ctypes.c_void_p(0))  # SIG_DFL
+
+
 @contextlib.contextmanager
 def signals_caught() -> Iterator[Signals]:
     """Catches the first signal within; outside the main thread, where none can be caught, remembers nothing."""
@@ -73,5 +84,6 @@ def signals_caught() -> Iterator[Signals]:
     try:
         yield signals
     finally:
+        signals.ending.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
