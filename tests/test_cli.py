@@ -23,6 +23,8 @@ PACKAGE = ROOT / "transformer_lm"
         ({"eval_split": "test"}, ["has no split 'test'", "train, validation"]),
         ({"per_device_batch_size": 0}, ["per_device_batch_size=0 must be at least 1"]),
         ({"seed": -1}, ["seed=-1 must be at least 0"]),
+        ({"mesh_fsdp": 3}, ["1 device(s) do not divide by mesh_fsdp=3 x mesh_tensor=1"]),
+        ({"gradient_accumulation_steps": 3}, ["A step of 2 rows does not divide by 1 device(s) x"]),
         ({"learning_rate": "nan"}, ["learning_rate=nan must be finite"]),
     ],
 )

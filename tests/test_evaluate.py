@@ -38,6 +38,12 @@ def test_as_training_recorded_it(workdir, tmp_path):
     assert evaluate(workdir, tmp_path) == pytest.approx(recorded, rel=1e-5)
 
 
+def test_on_other_devices_than_it_was_trained_on(workdir, tmp_path):
+    """Whatever mesh and step these had."""
+    mesh = ["--config.mesh_fsdp=8", "--config.global_batch_size=48", "--config.gradient_accumulation_steps=5"]
+    assert evaluate(workdir, tmp_path, *mesh) == pytest.approx(evaluate(workdir, tmp_path), rel=1e-6)
+
+
 def test_any_corpus(workdir, tmp_path):
     """Bits a character are the scores' log-probabilities over the characters, where no text is cut by a row."""
     tales = [mukashi.tale(number)[:60] for number in range(9_000, 9_020)]

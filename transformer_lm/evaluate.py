@@ -8,8 +8,8 @@ python3 evaluate.py --workdir=logs/japanese_0.1b_v1 --tasks=jglue --tasks_data=$
 
 On a corpus: loss, perplexity, accuracy, bits a character and a byte. Of the recipe (without --config the workdir's own)
 what counts is the evaluation corpus and how it is read, max_eval_target_length, eval_per_device_batch_size,
-num_eval_steps and use_bfloat16. Rows are looked for, and made, in prepared_dir, the workdir's prepared/ or the user's
-cache.
+num_eval_steps, use_bfloat16, and mesh_fsdp and mesh_tensor where the devices at hand can be such a mesh. Rows are
+looked for, and made, in prepared_dir, the workdir's prepared/ or the user's cache.
 
 With --tasks, what each task measures; of the recipe only use_bfloat16 counts. The project's own tasks are in tasks/.
 With --chat_template, each question is asked in a conversation, which the model must have been trained on.
@@ -38,8 +38,9 @@ from transformer_lm.fields import LARGEST
 from transformer_lm.generation import language_model
 from transformer_lm.tokenizer import Tokenizer
 from transformer_lm.training import batching, sharding
-from transformer_lm.training.config import Recipe
+from transformer_lm.training.config import Recipe, TrainConfig
 from transformer_lm.training.evaluation import evaluate_network
+from transformer_lm.transformer_config import TransformerConfig
 
 _TASKS = flags.DEFINE_list("tasks", None, "Tasks of lm-evaluation-harness; jglue: the three whose data are published.")
 _TASKS_DATA = flags.DEFINE_string("tasks_data", None, "Folder with JGLUE's files; JGLUE_DIR says it, too.")
@@ -99,12 +100,20 @@ def _without_nan(values):
 def evaluate_corpus(model: language_model.LanguageModel, chosen: Recipe, workdir: str) -> dict[str, float]:
     """Prepares the rows, unless they are there, and evaluates on them."""
     rows = _rows(model.tokenizer, chosen.data, workdir)
-    layout = sharding.make_layout(chosen.train.mesh_fsdp, chosen.train.mesh_tensor)
     network = dataclasses.replace(model.network, max_len=max(model.network.max_len, rows.row_length))
-    batches = batching.plan(chosen.train, layout)
-    return evaluate_network(
-        network, model.params, rows, layout, batch_size=batches.eval_rows, max_rows=batches.max_eval_rows
-    )
+    layout = _layout(chosen.train, network)
+    batch_size, max_rows = batching.plan_evaluation(chosen.train, layout)
+    return evaluate_network(network, model.params, rows, layout, batch_size=batch_size, max_rows=max_rows)
+
+
+def _layout(train: TrainConfig, network: TransformerConfig) -> sharding.Layout:
+    """The recipe's mesh where it is one of the devices at hand, which may be others than those that trained."""
+    with contextlib.suppress(UserError):
+        layout = sharding.make_layout(train.mesh_fsdp, train.mesh_tensor)
+        layout.check(network)
+        return layout
+    logging.info("The devices are not the recipe's mesh: each of them holds the whole network.")
+    return sharding.make_layout(1, 1)
 
 
 def _rows(tokenizer: Tokenizer, data: preparation.DataConfig, workdir: str):

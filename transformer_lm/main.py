@@ -27,6 +27,7 @@ def main(config: ConfigDict, workdir: str):
     profiled = parse_span(_PROFILE.value)
     distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     distributed.share_compilations(workdir)
+    loop.check_devices(chosen, workdir)
     initial = loading.find_initial(chosen.init_from, chosen.network, workdir)
 
     def prepare() -> preparation.PreparedData:

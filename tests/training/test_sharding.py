@@ -103,6 +103,12 @@ def test_impossible_mesh():
         sharding.make_layout(2, 1)
 
 
+def test_a_size_that_does_not_divide_is_called_by_its_field():
+    layout = sharding.Layout(jax.sharding.AbstractMesh((1, 1, 2), ("data", "fsdp", "tensor")))
+    with pytest.raises(UserError, match=r"^num_kv_heads=1 does not divide by mesh_tensor=2"):
+        layout.check(models.TransformerConfig(vocab_size=8, num_kv_heads=1))
+
+
 def tpus(kind: str, *sides: int, slices: int = 1, cores: int = 1) -> list:
     """What stands for the chips of a pod: JAX asks them for their places alone."""
     places = itertools.product(range(slices), range(sides[2]), range(sides[1]), range(sides[0]), range(cores))

@@ -48,7 +48,6 @@ def plan(config: TrainConfig, layout: Layout, *, rows: int = 0, eval_rows: int =
     """
     devices, ways = layout.mesh.size, layout.ways("batch")
     rows = config.global_batch_size or rows or config.per_device_batch_size * devices
-    here = (config.eval_per_device_batch_size or config.per_device_batch_size) * devices
     accumulation = config.gradient_accumulation_steps or _parts(rows, ways, config.per_device_batch_size * devices)
     unit = ways * accumulation
     if rows % unit:
@@ -58,10 +57,20 @@ def plan(config: TrainConfig, layout: Layout, *, rows: int = 0, eval_rows: int =
             f"take global_batch_size={possible}, or a number of devices and accumulation steps whose product is one "
             f"of {', '.join(str(number) for number in range(1, rows + 1) if rows % number == 0)}."
         )
-    counted = eval_rows or here
-    return Batching(
-        rows, accumulation, here, counted, -1 if config.num_eval_steps < 0 else config.num_eval_steps * counted
-    )
+    here, most = plan_evaluation(config, layout, eval_rows)
+    return Batching(rows, accumulation, here, eval_rows or here, most)
+
+
+def plan_evaluation(config: TrainConfig, layout: Layout, counted: int = 0) -> tuple[int, int]:
+    """Rows of an evaluation's batch on these devices, and of all of it (-1: every one).
+
+    Args:
+      config: the run.
+      layout: the devices.
+      counted: rows of a batch as num_eval_steps counts them; 0 for those on these devices.
+    """
+    here = (config.eval_per_device_batch_size or config.per_device_batch_size) * layout.mesh.size
+    return here, -1 if config.num_eval_steps < 0 else config.num_eval_steps * (counted or here)
 
 
 def _parts(rows: int, ways: int, at_once: int) -> int:

@@ -70,6 +70,20 @@ def train_and_evaluate(
     return run.step >= recipe.train.num_train_steps
 
 
+def check_devices(recipe: Recipe, workdir: str):
+    """Raises UserError where the devices cannot be the recipe's mesh or share its step, before data are prepared.
+
+    Where the recipe leaves both to the devices at hand nothing can be wrong, and JAX does not take them yet. What the
+    size of the tokenizer has to divide by is found later.
+    """
+    train = recipe.train
+    if train.mesh_fsdp * train.mesh_tensor == 1 and not (train.global_batch_size or train.gradient_accumulation_steps):
+        return
+    layout = sharding.make_layout(train.mesh_fsdp, train.mesh_tensor)
+    layout.check(dataclasses.replace(recipe.network, vocab_size=layout.mesh.size))
+    batching.plan(train, layout, **run_folder.remembered_batch(epath.Path(workdir), recipe.fields))
+
+
 def _make_writer(stack: contextlib.ExitStack, workdir: str, run: "_Run") -> metrics.MetricWriter | metrics.SilentWriter:
     if not distributed.is_first():
         return metrics.SilentWriter(workdir, run.step)

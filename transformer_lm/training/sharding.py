@@ -89,8 +89,9 @@ class Layout:
         """Raises UserError where a size of the network does not divide by the parts that it is cut into."""
         for name, axis in RULES.items():
             if getattr(network, name, 0) % self.ways(name):
+                field = {"kv_heads": "num_kv_heads"}.get(name, name)
                 raise UserError(
-                    f"{name}={getattr(network, name)} does not divide by mesh_{axis}={self.ways(name)}; "
+                    f"{field}={getattr(network, name)} does not divide by mesh_{axis}={self.ways(name)}; "
                     "change one of the two."
                 )
 
