@@ -18,7 +18,7 @@ from processes import run_fork
 
 from transformer_lm import models
 from transformer_lm.checkpoints import loading, store
-from transformer_lm.checkpoints.workdir import claim_workdir
+from transformer_lm.checkpoints.workdir import check_workdir, write_config
 from transformer_lm.errors import UserError
 from transformer_lm.tokenizer import Tokenizer
 
@@ -161,6 +161,38 @@ def test_what_cannot_be_read_now_is_left_as_it_is(tmp_path, monkeypatch, error):
     assert steps_in(tmp_path) == [3, 4]
 
 
+@pytest.mark.parametrize(
+    ("said", "is_damage"),
+    [
+        ("DATA_LOSS: Error decoding manifest", True),
+        ("Error reading local file: Invalid JSON", True),
+        ("ClientConnectorError Cannot connect to host storage.googleapis.com:443", False),
+        ("429 Too Many Requests", False),
+        ("Temporary failure in name resolution", False),
+        ("NOT_FOUND: UNAUTHENTICATED", False),
+    ],
+)
+def test_elsewhere_only_what_says_so_is_damage(tmp_path, monkeypatch, said, is_damage):
+    """What may be the network's fault leaves good checkpoints where they are."""
+    save(tmp_path, 3, 4)
+    handler = store.ocp.PyTreeCheckpointHandler
+    whole = handler.restore
+
+    def restore_older_alone(self, folder, **arguments):
+        if folder.parent.name == "4":
+            raise ValueError(said)
+        return whole(self, folder, **arguments)
+
+    monkeypatch.setattr(handler, "restore", restore_older_alone)
+    monkeypatch.setattr(store, "is_remote", lambda path: True)
+    if is_damage:
+        restore(tmp_path)
+    else:
+        with pytest.raises(UserError, match=r"Checkpoint 4 .* cannot be read now"):
+            restore(tmp_path)
+    assert steps_in(tmp_path) == ([3] if is_damage else [3, 4])
+
+
 @pytest.mark.parametrize("changed", [0, 1])
 def test_another_network_or_optimizer(tmp_path, changed):
     save(tmp_path, 3, 4)
@@ -215,9 +247,10 @@ def test_full_disk_harms_no_earlier_checkpoint(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restore(tmp_path), trees(3))
 
 
-class TestClaimWorkdir:
+class TestCheckWorkdir:
     def claim(self, workdir, model, tokenizer):
-        claim_workdir(epath.Path(workdir), {"seed": 0}, model, tokenizer, [], {})
+        check_workdir(epath.Path(workdir), {"seed": 0}, model, tokenizer, [])
+        write_config(epath.Path(workdir), {"seed": 0}, model, tokenizer, [], {})
 
     @pytest.fixture
     def claimed(self, tmp_path, tiny, tales_tokenizer):
@@ -236,16 +269,27 @@ class TestClaimWorkdir:
             self.claim(claimed, other, tales_tokenizer)
         assert (claimed / "config.json").read_bytes() == before
 
-    def test_another_tokenizer(self, claimed, tiny, original):
+    @pytest.mark.parametrize("lost", [None, "config.json"])
+    def test_another_tokenizer(self, claimed, tiny, original, tales_tokenizer, lost):
         spm = Tokenizer.load(original.path / "sentencepiece_model")
+        if lost:
+            (claimed / lost).unlink()
         with pytest.raises(UserError, match="another tokenizer"):
             self.claim(claimed, tiny, spm)
+        self.claim(claimed, tiny, tales_tokenizer)
+
+    def test_what_has_saved_nothing_holds_no_model(self, tmp_path, tiny, tales_tokenizer, original):
+        self.claim(tmp_path, tiny, tales_tokenizer)
+        (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
+        self.claim(
+            tmp_path, dataclasses.replace(tiny, num_layers=7), Tokenizer.load(original.path / "sentencepiece_model")
+        )
 
 
 class TestLoadModel:
     def test_workdir(self, tmp_path, tiny, tales_tokenizer):
         params = init(tiny)
-        claim_workdir(epath.Path(tmp_path), {}, tiny, tales_tokenizer, [], {})
+        write_config(epath.Path(tmp_path), {}, tiny, tales_tokenizer, [], {})
         saved = store.Checkpoints(tmp_path)
         saved.save(7, params, {"m": jnp.zeros(3)}, {"step": jnp.asarray(7)})
         saved.close()

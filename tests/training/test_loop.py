@@ -205,10 +205,37 @@ def test_what_has_changed_is_said(tmp_path, prepared, caplog):
         train(tmp_path, prepared, num_train_steps=3, vocab_size=800)
 
 
-def test_beginning_again_beside_checkpoints_is_refused(tmp_path, prepared):
+@pytest.mark.parametrize("saves", [True, False])
+def test_beginning_again_beside_checkpoints_is_refused(tmp_path, prepared, saves):
+    """Set aside ones, too: the metrics of what was trained would go."""
     train(tmp_path, prepared, num_train_steps=1)
-    with pytest.raises(UserError, match=r"holds checkpoints \[1\], and restore_checkpoints=False"):
-        train(tmp_path, prepared, num_train_steps=2, restore_checkpoints=False)
+    again = {"num_train_steps": 2, "save_checkpoints": saves, "restore_checkpoints": False}
+    with pytest.raises(UserError, match=r"holds checkpoints \(1\), and restore_checkpoints=False"):
+        train(tmp_path, prepared, **again)
+    (tmp_path / "checkpoints").rename(tmp_path / "damaged_checkpoints")
+    with pytest.raises(UserError, match=r"holds checkpoints \(1\), and restore_checkpoints=False"):
+        train(tmp_path, prepared, **again)
+    assert evaluated(tmp_path) == [1]
+
+
+def test_another_run_after_a_lost_config_spoils_nothing(tmp_path, prepared):
+    """What is refused leaves no config.json of its own, by which the right one would be refused next."""
+    train(tmp_path, prepared, num_train_steps=1)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="is of another network"):
+        train(tmp_path, prepared, num_train_steps=2, mlp_dim=48)
+    assert not (tmp_path / "config.json").exists()
+    assert train(tmp_path, prepared, num_train_steps=2)
+    assert evaluated(tmp_path) == [1, 2]
+
+
+def test_a_run_that_has_saved_nothing_holds_no_model(tmp_path, prepared, monkeypatch):
+    """After one for which there was no memory a smaller one may begin."""
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "restore_or_init", fail)
+        with pytest.raises(MemoryError):
+            train(tmp_path, prepared, num_train_steps=1, mlp_dim=48)
+    assert train(tmp_path, prepared, num_train_steps=1)
 
 
 def test_a_checkpoint_that_does_not_count_rows(tmp_path, prepared):

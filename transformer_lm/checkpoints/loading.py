@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from transformer_lm import files, models
+from transformer_lm import models
 from transformer_lm.checkpoints import hub, original, store
 from transformer_lm.checkpoints import workdir as contract
 from transformer_lm.checkpoints.workdir import CHECKPOINTS_DIR, CONFIG_FILE, TOKENIZER_FILE
@@ -137,8 +137,7 @@ def find_initial(address: str | None, network: models.TransformerConfig, workdir
       UserError: there is no such model, it is another network than the run's, or the workdir holds a model of the
         original's, which a run beside it would hide.
     """
-    kept = (child.name for child in files.children(epath.Path(workdir) / CHECKPOINTS_DIR))
-    if any(map(str.isdigit, kept)):  # others are what an interrupted first save left
+    if contract.has_checkpoints(epath.Path(workdir)):
         return None
     if originals := original.checkpoints_in(epath.Path(workdir)):
         raise UserError(

@@ -32,6 +32,7 @@ NOT_DAMAGE = re.compile(
     r"|UNAVAILABLE|DEADLINE|timed? ?out|UNAUTHENTICATED|connection|input/output error|stale file handle",
     re.IGNORECASE,
 )
+REMOTE_DAMAGE = re.compile(r"DATA_LOSS|OUT_OF_RANGE|NOT_FOUND|FileNotFound|JSON|no attribute")
 
 
 class Checkpoints:
@@ -117,8 +118,7 @@ class Checkpoints:
             except UserError:
                 raise
             except Exception as error:  # whatever a damaged file makes Orbax raise
-                hidden = NOT_DAMAGE.search(f"{type(error).__name__} {error}") or not self._is_readable(step)
-                cause, outcome = error, _HIDDEN if hidden else _DAMAGED
+                cause, outcome = error, _DAMAGED if self._is_damage(step, error) else _HIDDEN
             outcome = _worst(outcome)
             why = first_line(cause) if cause else "as another process of this run says"
             if outcome == _HIDDEN:
@@ -176,10 +176,15 @@ class Checkpoints:
                     )
         return stored
 
+    def _is_damage(self, step: int, error: Exception) -> bool:
+        """Whether the files of a checkpoint are to blame for an error. Where they lie elsewhere, only if it says so."""
+        said = f"{type(error).__name__} {error}"
+        if NOT_DAMAGE.search(said):
+            return False
+        return bool(REMOTE_DAMAGE.search(said)) if is_remote(self._directory) else self._is_readable(step)
+
     def _is_readable(self, step: int) -> bool:
-        """Whether every file of a checkpoint can be read to its end by this process."""
-        if is_remote(self._directory):
-            return True  # an object store has said what is wrong
+        """Whether every file of a checkpoint on this machine can be read to its end by this process."""
         try:
             for folder, _, names in os.walk(self._directory / str(step), onerror=_raise):
                 for name in names:

@@ -7,7 +7,7 @@ from absl import logging
 from etils import epath
 
 from transformer_lm.errors import UserError
-from transformer_lm.files import json_bytes, read_json, write_atomically
+from transformer_lm.files import children, json_bytes, read_json, write_atomically
 from transformer_lm.tokenizer import Tokenizer
 from transformer_lm.transformer_config import MANNER, TransformerConfig
 
@@ -30,7 +30,29 @@ SILENT_FIELDS = {
 TOKENIZER_FIELDS = {"vocab_size", "spm_train_options", "max_corpus_chars"}  # read when it is trained, once
 
 
-def claim_workdir(
+def check_workdir(workdir: epath.Path, recipe: dict, network: TransformerConfig, tokenizer: Tokenizer, rows: list[str]):
+    """Says what has changed since the run before, where the workdir holds one; the arguments are `write_config`'s.
+
+    Raises:
+      UserError: its checkpoints are of another network or tokenizer, which a run would spoil, or a change can have no
+        effect. Without a config.json nothing but the tokenizer can be compared; the network is when they are read.
+    """
+    if not has_checkpoints(workdir):
+        return
+    if (workdir / CONFIG_FILE).exists():
+        before, fingerprint = read_run_config(workdir)
+        check_same_network(str(workdir), before, network)
+        content = read_json(workdir / CONFIG_FILE)
+        _report_changes(workdir, content.get("recipe"), recipe, content.get("rows"), rows)
+    elif (workdir / TOKENIZER_FILE).exists():
+        fingerprint = Tokenizer.load(workdir / TOKENIZER_FILE).fingerprint
+    else:
+        return
+    if fingerprint != tokenizer.fingerprint:
+        raise UserError(f"{workdir} holds a model of another tokenizer; restore that, or use another --workdir.")
+
+
+def write_config(
     workdir: epath.Path,
     recipe: dict,
     network: TransformerConfig,
@@ -38,7 +60,7 @@ def claim_workdir(
     rows: list[str],
     batch: dict[str, int],
 ):
-    """Writes config.json and sentencepiece_model, before a run; says what has changed since the run before.
+    """Writes config.json and sentencepiece_model, before the first step.
 
     Args:
       workdir: the folder of the run.
@@ -47,18 +69,7 @@ def claim_workdir(
       tokenizer: the tokenizer of its rows.
       rows: names of the folders of prepared rows that it reads.
       batch: its rows a step, which `remembered_batch` finds at the next start.
-
-    Raises:
-      UserError: the workdir holds checkpoints of another network or tokenizer, which a run would spoil, or a change
-        can have no effect.
     """
-    if _has_run(workdir):
-        before, fingerprint = read_run_config(workdir)
-        check_same_network(str(workdir), before, network)
-        if fingerprint != tokenizer.fingerprint:
-            raise UserError(f"{workdir} holds a model of another tokenizer; restore that, or use another --workdir.")
-        content = read_json(workdir / CONFIG_FILE)
-        _report_changes(workdir, content.get("recipe"), recipe, content.get("rows"), rows)
     content = {
         "recipe": recipe,
         "model": {name: value for name, value in vars(network).items() if name not in MANNER},
@@ -70,13 +81,20 @@ def claim_workdir(
     write_atomically(workdir / CONFIG_FILE, json_bytes(content))
 
 
-def _has_run(workdir: epath.Path) -> bool:
-    return (workdir / CHECKPOINTS_DIR).exists() and (workdir / CONFIG_FILE).exists()
+def has_checkpoints(workdir: epath.Path) -> bool:
+    """Whether a run has saved something here; what an interrupted first save left does not count."""
+    return any(child.name.isdigit() for child in children(workdir / CHECKPOINTS_DIR))
+
+
+def _read_run(workdir: epath.Path) -> dict:
+    """The config.json of a run that has saved something, {} where there is none."""
+    is_run = has_checkpoints(workdir) and (workdir / CONFIG_FILE).exists()
+    return read_json(workdir / CONFIG_FILE) if is_run else {}
 
 
 def remembered_batch(workdir: epath.Path, recipe: dict) -> dict[str, int]:
     """The rows a step that a run had before, {} for a new run; those alone that the recipe has not changed since."""
-    content = read_json(workdir / CONFIG_FILE) if _has_run(workdir) else {}
+    content = _read_run(workdir)
     batch, before = content.get("batch"), content.get("recipe")
     if not isinstance(batch, dict) or not isinstance(before, dict):
         return {}
@@ -93,7 +111,7 @@ def remembered_batch(workdir: epath.Path, recipe: dict) -> dict[str, int]:
 
 def remembered_rows(workdir: epath.Path, recipe: dict) -> list[str]:
     """The names of the rows that a run had before, [] for a new run, or one that reads another field of its sources."""
-    content = read_json(workdir / CONFIG_FILE) if _has_run(workdir) else {}
+    content = _read_run(workdir)
     before = content.get("recipe")
     if not isinstance(before, dict) or before.get("text_field") != recipe["text_field"]:
         return []

@@ -135,9 +135,15 @@ def _prepare_run(recipe: Recipe, data: preparation.PreparedData, workdir: str, t
     layout = sharding.make_layout(recipe.train.mesh_fsdp, recipe.train.mesh_tensor)
     layout.check(network)
     attention.check_rows(network.attention, network.head_size, (data.train.row_length, data.eval.row_length))
-    batches = batching.Batching(
-        **distributed.agree("claim", lambda: _claim(recipe, network, data, layout, epath.Path(workdir)))
-    )
+    rows = [part.directory.name for corpus in (data.train, data.eval) for part in corpus.parts]
+    place, described = epath.Path(workdir), (recipe.fields, network, data.tokenizer, rows)
+
+    def claim() -> dict[str, int]:
+        run_folder.check_workdir(place, *described)
+        remembered = run_folder.remembered_batch(place, recipe.fields)
+        return dataclasses.asdict(batching.plan(recipe.train, layout, **remembered))
+
+    batches = batching.Batching(**distributed.agree("claim", claim))
     optimizer = optimizers.make_optimizer(recipe.optimizer)
     init_key, dropout_key = _keys(recipe.seed, layout)
     saved = store.Checkpoints(workdir, recipe.train.keep_checkpoints)
@@ -145,20 +151,10 @@ def _prepare_run(recipe: Recipe, data: preparation.PreparedData, workdir: str, t
         saved, recipe, network, optimizer, layout,
         initial=find_initial(recipe, network, data.tokenizer, workdir), key=init_key, batch_size=batches.rows,
     )  # fmt: skip
+    if distributed.is_first():  # now that what the workdir holds was found to be this run's
+        run_folder.write_config(place, *described, {"rows": batches.rows, "eval_rows": batches.counted_eval_rows})
     return _Run(recipe, network, data, turns, layout, batches, saved, optimizer, dropout_key, state,
                 step=int(state.step), rows_read=rows_read)  # fmt: skip
-
-
-def _claim(
-    recipe: Recipe, network: models.TransformerConfig, data: preparation.PreparedData, layout: sharding.Layout,
-    workdir: epath.Path,
-) -> dict[str, int]:  # fmt: skip
-    """Makes the workdir the run's, and says how its batches are made: the fields of `Batching`."""
-    batches = batching.plan(recipe.train, layout, **run_folder.remembered_batch(workdir, recipe.fields))
-    rows = [part.directory.name for corpus in (data.train, data.eval) for part in corpus.parts]
-    batch = {"rows": batches.rows, "eval_rows": batches.counted_eval_rows}
-    run_folder.claim_workdir(workdir, recipe.fields, network, data.tokenizer, rows, batch)
-    return dataclasses.asdict(batches)
 
 
 def _keys(seed: int, layout: sharding.Layout) -> tuple[jax.Array, jax.Array]:

@@ -57,11 +57,11 @@ def restore_or_init(
 
 
 def _check_wanted(saved: store.Checkpoints, config: TrainConfig):
-    """Raises UserError where a run would begin again beside checkpoints."""
-    if config.save_checkpoints and not config.restore_checkpoints and saved.steps:
+    """Raises UserError where a run would begin again beside checkpoints, and write over its metrics."""
+    if not config.restore_checkpoints and (saved.steps or saved.set_aside):
         raise UserError(
-            f"The workdir holds checkpoints {saved.steps}, and restore_checkpoints=False would begin again beside "
-            "them; use another --workdir."
+            f"The workdir holds checkpoints ({', '.join([*map(str, saved.steps), *saved.set_aside])}), and "
+            "restore_checkpoints=False would begin again beside them; use another --workdir."
         )
 
 
