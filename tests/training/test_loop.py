@@ -20,7 +20,7 @@ from transformer_lm import locks, recipe
 from transformer_lm.checkpoints import store
 from transformer_lm.configs import base
 from transformer_lm.data import input_pipeline, preparation
-from transformer_lm.errors import UserError
+from transformer_lm.errors import UserError, one_line
 from transformer_lm.training import loop, optimizers
 from transformer_lm.training.config import Recipe
 from transformer_lm.training.reporter import SPEEDS
@@ -69,13 +69,16 @@ def fail(*_, **__):
     raise MemoryError("no room for logits")
 
 
-@pytest.mark.parametrize("what", ["evaluate_rows", "language_model.generate_texts"])
-def test_saved_before_what_may_fail(tmp_path, prepared, monkeypatch, what):
+@pytest.mark.parametrize(
+    ("what", "lower"), [("evaluate_rows", "eval_per_device_batch_size"), ("language_model.generate_texts", "prompts")]
+)
+def test_saved_before_what_may_fail(tmp_path, prepared, monkeypatch, what, lower):
     """The step is not lost with its evaluation or its sample, which the next start makes up for."""
     with monkeypatch.context() as patched:
         patched.setattr(f"transformer_lm.training.loop.{what}", fail)
-        with pytest.raises(MemoryError):
+        with pytest.raises(MemoryError) as caught:
             train(tmp_path, prepared, checkpoint_every_steps=4)
+    assert lower in one_line(caught.value)
     assert steps_in(tmp_path) == [4]
     assert evaluated(tmp_path) == []
     train(tmp_path, prepared, checkpoint_every_steps=4)

@@ -19,6 +19,7 @@ from transformer_lm import attention, console, locks, models
 from transformer_lm.checkpoints import store
 from transformer_lm.checkpoints import workdir as run_folder
 from transformer_lm.data import input_pipeline, preparation
+from transformer_lm.errors import stage
 from transformer_lm.generation import language_model
 from transformer_lm.tokenizer.turns import Turns
 from transformer_lm.training import batching, distributed, instructions, metrics, optimizers, sharding
@@ -281,22 +282,24 @@ class _Loop:
         """Evaluates and samples, in vain when a signal comes."""
         run = self._run
         step, params, batches = run.step, run.state.params, run.batching
-        values = self._stop.unless(
-            lambda: evaluate_rows(
-                self._eval_step, params, run.data.eval, run.layout,
-                batch_size=batches.eval_rows, max_rows=batches.max_eval_rows, stopped=self._stop,
-            )
-        )  # fmt: skip
-        if run.data.judged:
-            judged = run.data.judged
-            values |= self._stop.unless(lambda: instructions.measure(run.network, params, run.turns, judged))
-        texts = self._stop.unless(
-            lambda: list(
-                language_model.generate_texts(
-                    run.network, params, run.data.tokenizer, run.recipe.prompts, run.recipe.sampling,
-                    seed=run.recipe.seed, turns=run.turns,
+        with stage("evaluating", lower="eval_per_device_batch_size or max_eval_target_length"):
+            values = self._stop.unless(
+                lambda: evaluate_rows(
+                    self._eval_step, params, run.data.eval, run.layout,
+                    batch_size=batches.eval_rows, max_rows=batches.max_eval_rows, stopped=self._stop,
                 )
-            )
-        )  # fmt: skip
+            )  # fmt: skip
+        with stage("writing samples", lower="max_predict_length or the number of prompts"):
+            if run.data.judged:
+                judged = run.data.judged
+                values |= self._stop.unless(lambda: instructions.measure(run.network, params, run.turns, judged))
+            texts = self._stop.unless(
+                lambda: list(
+                    language_model.generate_texts(
+                        run.network, params, run.data.tokenizer, run.recipe.prompts, run.recipe.sampling,
+                        seed=run.recipe.seed, turns=run.turns,
+                    )
+                )
+            )  # fmt: skip
         self._writer.write(step, values)
         self._writer.write_samples(step, [text["text"] for text in texts])
