@@ -14,7 +14,9 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
 
     _set_data(config)
-    _set_network_and_run(config)
+    _set_batches_and_devices(config)
+    _set_network(config)
+    _set_optimizer_and_run(config)
     return config.lock()
 
 
@@ -55,8 +57,7 @@ def _set_data(config: ml_collections.ConfigDict):
     config.prepare_processes = 0
 
 
-def _set_network_and_run(config: ml_collections.ConfigDict):
-    """Batches, network, optimizer, run, generation."""
+def _set_batches_and_devices(config: ml_collections.ConfigDict):
     # Rows of a batch on each device.
     config.per_device_batch_size = 32
     config.eval_per_device_batch_size = 32
@@ -73,7 +74,8 @@ def _set_network_and_run(config: ml_collections.ConfigDict):
     config.max_target_length = 128
     config.max_eval_target_length = 512
 
-    # Network.
+
+def _set_network(config: ml_collections.ConfigDict):
     config.num_layers = 6
     config.emb_dim = 512
     config.qkv_dim = 512
@@ -109,7 +111,9 @@ def _set_network_and_run(config: ml_collections.ConfigDict):
     # hf://OWNER/NAME. The run takes its tokenizer; the fields above must be those of its network.
     config.init_from = config_dict.placeholder(str)
 
-    # Optimizer: "adamw", or "muon" for the blocks' matrices, with Adam for all else.
+
+def _set_optimizer_and_run(config: ml_collections.ConfigDict):
+    # "adamw", or "muon" for the blocks' matrices, with Adam for all else.
     config.optimizer = "adamw"
     config.learning_rate = 0.0016
     config.weight_decay = 0.1
