@@ -10,7 +10,9 @@ import pytest
 from test_preparation import batch_of_all, data_config
 
 from transformer_lm.data import input_pipeline, preparation, rows
+from transformer_lm.data.corpora import mukashi
 from transformer_lm.errors import UserError
+from transformer_lm.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,15 @@ def test_every_epoch_sees_all_rows_once_in_an_order_of_its_own(corpus):
 
 def test_seeds_differ(corpus):
     assert not np.array_equal(batches(corpus, 5), batches(corpus, 5, seed=2))
+
+
+def test_the_first_texts(corpus):
+    """Pieces of the tales, in the order of the rows; padding is none."""
+    spm = Tokenizer.load(corpus.directory.parent.parent / "sentencepiece_model")
+    tales = "".join(mukashi.tale(number) for number in range(100))
+    known = [text for text in input_pipeline.first_texts(corpus, spm, 20) if " ⁇ " not in text]
+    assert len(known) >= 20
+    assert all(text and text in tales for text in known)
 
 
 def test_evaluation_reads_every_row_once_in_order(corpus):

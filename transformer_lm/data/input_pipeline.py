@@ -18,6 +18,7 @@ from transformer_lm.data.packing import Row, padding_id, read_records
 from transformer_lm.data.rows import PreparedCorpus, PreparedRows, RowsFile
 from transformer_lm.errors import UserError
 from transformer_lm.files import local_copy
+from transformer_lm.tokenizer import Tokenizer
 
 READ_THREADS = 8
 PREFETCH_BATCHES = 8
@@ -112,3 +113,13 @@ def eval_batches(
     for start in range(0, stop, batch_size):
         numbers = [start + number for number in only]
         yield read_records(np.stack([rows[int(order[i])] if i < stop else empty for i in numbers]), corpus.dtype)
+
+
+def first_texts(corpus: PreparedRows, tokenizer: Tokenizer, rows: int) -> list[str]:
+    """What so many rows at a corpus's beginning hold, as its tokenizer writes it: texts, and pieces of long ones."""
+    batch = next(eval_batches(corpus, batch_size=rows, max_rows=rows))
+    return [
+        tokenizer.decode(targets[segments == number])
+        for targets, segments in zip(batch["targets"], batch["segments"], strict=True)
+        for number in range(1, segments.max() + 1)
+    ]
