@@ -8,10 +8,12 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from transformer_lm.data.corpora import aozora, conversations
 from transformer_lm.data.corpora.base import Options, Source, library_errors
@@ -152,6 +154,14 @@ class Files(Source):
             self._files, self._infos = list_files(pattern)
         if not self._infos:
             raise UserError(f"No file matches {pattern!r} (dataset {kind}:{pattern}).")
+
+    @functools.cached_property
+    def files(self) -> list[str]:
+        """See Source; no links in local ones."""
+        paths = [info["name"] for info in self._infos]
+        if isinstance(self._files, LocalFileSystem):
+            return [os.path.realpath(path) for path in paths]
+        return [self._files.unstrip_protocol(path) for path in paths]
 
     def num_shards(self, split: str) -> int:
         """See Source."""
