@@ -207,10 +207,13 @@ def _parts_of(name: str | list) -> list[tuple[str, float]]:
     try:
         parts = [(str(part), float(weight)) for part, weight in parts]
         total = sum(weight for _, weight in parts)
-        if not parts or not all(0 < weight < float("inf") for _, weight in parts):
+        if not parts or not total < float("inf") or not all(weight > 0 and weight / total > 0 for _, weight in parts):
             raise ValueError
-    except (TypeError, ValueError) as error:
-        raise UserError(f"dataset_name={name!r} must be a name or a list of (name, weight), weight above 0.") from error
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(
+            f"dataset_name={name!r} must be a name or a list of (name, weight), weights above 0 whose sum is "
+            "finite and shares of it are above 0."
+        ) from error
     return [(part, weight / total) for part, weight in parts]
 
 
