@@ -131,10 +131,17 @@ def test_other_special_ids_are_refused(options):
         tokenizer_training.check_options(options)
 
 
-@pytest.mark.parametrize("option", ["vocab_size=0", "num_threads=0", "seed_sentencepiece_size=-1", "minloglevel=x"])
+@pytest.mark.parametrize("option", ["num_threads=0", "seed_sentencepiece_size=-1", "minloglevel=x"])
 def test_sizes_are_refused_before_the_corpus_is_read(option):
     with pytest.raises(UserError, match=f"--{option} is not possible"):
         tokenizer_training.check_options(f"--{option}")
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "input", "model_prefix", "arg", "logstream", "model_writer"])
+@pytest.mark.parametrize("value", ["=1", "=8000", "=--model_prefix=m", ""])
+def test_what_is_no_ones_to_set_is_refused_before_the_corpus_is_read(name, value):
+    with pytest.raises(UserError, match=f"^spm_train_options: --{name} is not yours to set: "):
+        tokenizer_training.check_options(f"--character_coverage=1.0 --{name}{value}")
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,55 @@ def test_an_edited_number_cleans_anew(tmp_path, monkeypatch):
     assert preparation.prepare(config, str(tmp_path / "w")).train.manifest["texts"] == 2
 
 
+@pytest.fixture
+def tales_config(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", TALES)
+    return data_config(
+        dataset_name=f"jsonl:{tmp_path}/a.jsonl", train_split="train[:40]", eval_split="train[40:]",
+        cleaning_rules="length", vocab_size=900,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pattern", "damage"),
+    [
+        ("texts-*/*.jsonl.gz", None),
+        ("texts-*/*.jsonl.gz", lambda content: b""),
+        ("texts-*/*.jsonl.gz", lambda content: content[:-9]),
+        ("texts-*/*.jsonl.gz", lambda content: content[:99] + bytes([content[99] ^ 1]) + content[100:]),
+        ("report.json", lambda content: b""),
+        ("report.json", lambda content: content[:99]),
+        ("report.json", lambda content: b"{}"),
+    ],
+    ids=["gone", "empty", "cut", "changed", "report-empty", "report-cut", "no-report"],
+)
+def test_texts_damaged_later_are_cleaned_again(tales_config, tmp_path, pattern, damage, caplog):
+    """Though the logs of the work say that all is done; what is whole stays as it is."""
+    before = preparation.prepare(tales_config, str(tmp_path)).train
+    before.directory.rmtree()
+    path = next(path for path in tmp_path.glob(f"prepared/cleaned-*/{pattern}"))
+    content = path.read_bytes()
+    path.unlink()
+    if damage is not None:
+        path.write_bytes(damage(content))
+    after = preparation.prepare(tales_config, str(tmp_path)).train
+    assert after.manifest["characters"] == before.manifest["characters"]
+    assert caplog.text.count("something is damaged, and is cleaned again") == 1
+    changed = path.stat().st_mtime_ns
+    preparation.prepare(tales_config, str(tmp_path))
+    assert path.stat().st_mtime_ns == changed
+
+
+def test_an_older_report_without_checksums_is_taken(tales_config, tmp_path, caplog):
+    preparation.prepare(tales_config, str(tmp_path))
+    for path in tmp_path.glob("prepared/cleaned-*/report.json"):
+        report = json.loads(path.read_text())
+        assert report.pop("checksums")
+        path.write_text(json.dumps(report))
+    preparation.prepare(tales_config, str(tmp_path))
+    assert "cleaned again" not in caplog.text
+
+
 @pytest.mark.parametrize("rules", ["grammar", "minhash,length"])
 def test_impossible_rules(rules):
     with pytest.raises(UserError, match="cleaning_rules"):

@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -124,6 +127,50 @@ def test_fingerprint_follows_all_that_a_function_uses(tmp_path, monkeypatch):
     found = [fingerprint(number, CODE.replace(*edit)) for number, edit in enumerate(EDITS)]
     assert len(set(found)) == len(EDITS)
     assert fingerprint(len(EDITS), CODE) == found[1]
+
+
+CONSTANTS = [
+    "['。', '、']",
+    "['。', '！']",
+    "('。', '、')",
+    "b'\\xe3'",
+    "bytearray(b'\\xe3')",
+    "{'。': ['、']}",
+    "{'。': ['！']}",
+    "{'。', '、', '！', '？'}",
+    "{'。', '、', '！', '…'}",
+    "{('。', frozenset(['、', '！'])): 1}",
+    "{('。', frozenset(['、', '…'])): 1}",
+    "[{'。': {'、', None}}, {}]",
+    "[{'。': {'、', 1.5}}, {}]",
+    f"re.compile('{'。' * 300}！')",
+    f"re.compile('{'。' * 300}？')",
+]
+TELL = """
+import importlib, sys
+from transformer_lm.data import dataset_preprocessor
+for name in sys.argv[1:]:
+    dataset_preprocessor.PREPROCESSORS["plain"] = importlib.import_module(name).mine
+    print(dataset_preprocessor.Preprocessing("plain").fingerprint)
+"""
+
+
+def test_fingerprint_follows_constants_of_all_kinds(tmp_path):
+    """And is the same in another process, where sets are in another order, and objects lie elsewhere."""
+    values = [*CONSTANTS, "[len, mine, object()]"]
+    for number, value in enumerate(values):
+        code = f"import re\ndef mine(document):\n    return [document] if TABLE else []\nTABLE = {value}\n"
+        (tmp_path / f"corpus_{number}.py").write_text(code, encoding="utf-8")
+    command = [sys.executable, "-c", TELL, *(f"corpus_{number}" for number in range(len(values)))]
+    told = []
+    for seed in ("1", "2"):
+        environment = os.environ | {
+            "PYTHONHASHSEED": seed,
+            "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)]),
+        }
+        told.append(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split())
+    assert told[0] == told[1]
+    assert len(set(told[0])) == len(values)
 
 
 @pytest.mark.parametrize("arguments", [("nosuch",), ("plain", "NFX")])

@@ -66,6 +66,15 @@ def test_the_tokenizer_learns_from_every_part(mixed):
         assert mixed.tokenizer.encode(character)[-1] != 0
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [(1e308, 1e308), (9e307, 1, 1e308), (float("inf"), 1), (float("nan"), 1), (10**400,), (1e-320, 1e300), (1, -1)],
+)
+def test_weights_that_cannot_be_shares(weights):
+    with pytest.raises(UserError, match=r"must be a name or a list of \(name, weight\)"):
+        preparation.open_corpora([("mukashi", weight) for weight in weights], "train", data_config())
+
+
 @pytest.mark.parametrize("names", [[], [("mukashi", 0)], [("mukashi", -1)], ["mukashi"], [("mukashi",)], 3])
 def test_impossible_mixtures(names, tmp_path):
     with pytest.raises(UserError, match=r"must be a name or a list of|must be a text or a list"):

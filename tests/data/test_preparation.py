@@ -294,6 +294,47 @@ def test_evaluating_on_what_is_trained_on_is_said(train, evaluation, told, caplo
     assert ("scores will be too good" in caplog.text) == told
 
 
+@pytest.mark.parametrize(
+    ("train", "evaluation", "told"),
+    [
+        ("cl/*.txt train", "cl/0.txt train", True),
+        ("cl/*.txt train", "cl/2.txt train", True),
+        ("cl/*.txt train[3:]", "cl/2.txt train", True),
+        ("cl/*.txt train", "{here}/cl/*.txt train", True),
+        ("cl/1.txt train", "cl/../cl/[12].txt train", True),
+        ("cl/2.txt train", "link.txt train", True),
+        ("cl/0.txt train", "cl/[12].txt train", False),
+        ("cl/*.txt train[:4]", "./cl/*.txt train[4:]", False),
+        ("cl/*.txt train[:50%]", "./cl/*.txt train[1:2]", True),
+        ("cl/*.txt train[:4]", "cl/2.txt train", False),
+        ("cl/*.txt train[5:]", "cl/2.txt train[:1]", False),
+        ("cl/*.txt train[5:]", "cl/2.txt train[1:]", True),
+        ("cl/*.txt train[:1]+train[3:4]", "cl/1.txt train[-1:]", True),
+    ],
+)
+def test_evaluating_on_the_same_files_is_said(tmp_path, train, evaluation, told, caplog, monkeypatch):
+    """Under whatever names; each of three has two documents."""
+    monkeypatch.chdir(tmp_path)
+    Path("cl").mkdir()
+    for number in range(3):
+        Path(f"cl/{number}.txt").write_text(f"{number}\n\n昔々\n")
+    Path("link.txt").symlink_to("cl/2.txt")
+    opened, parts = {}, []
+    for named in (train, evaluation):
+        name, split = named.format(here=tmp_path).split()
+        parts.append(preparation.open_corpora(f"text:{name}", split, data_config(), opened))
+    preparation._warn_of_overlaps(*parts)
+    assert ("scores will be too good" in caplog.text) == told
+
+
+def test_whole_files_are_compared_by_their_names_alone(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("昔々")
+    monkeypatch.setattr(corpora.files, "read_file", None)
+    names = f"text:{tmp_path}/a.txt", f"text:{tmp_path}/*.txt"
+    one, other = (corpora.open_documents(name, "train") for name in names)
+    assert one.overlaps(other)
+
+
 def test_what_is_prepared_is_not_read_again(tmp_path, monkeypatch):
     """Nor to count what a percentage is of, or to see whether training and evaluation overlap."""
     write_jsonl(tmp_path / "a.jsonl", [mukashi.tale(number) for number in range(100)])

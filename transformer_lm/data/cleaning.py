@@ -1,7 +1,8 @@
 """Cleaning web text: rules that a text must pass, by HojiChar's and datatrove's filters, and near-duplicate removal.
 
 A cleaned corpus is a folder with texts-*/*.jsonl.gz and report.json, which says how many texts each rule removed, with
-examples. It is made by stages of datatrove tasks, on this machine or many (`launcher.py`). To add a rule, write a line
+examples, and how long each file is and its checksum: one that was damaged later is found, and all is cleaned again. It
+is made by stages of datatrove tasks, on this machine or many (`launcher.py`). To add a rule, write a line
 in RULES; one that no filter of HojiChar's knows also needs a step in `_filters`.
 """
 
@@ -18,10 +19,11 @@ from etils import epath
 from transformer_lm.data import corpora
 from transformer_lm.data.dataset_preprocessor import Preprocessing
 from transformer_lm.data.launcher import Launcher
+from transformer_lm.data.rows import are_whole, checksum_of
 from transformer_lm.data.workers import cores
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
-from transformer_lm.files import children, json_bytes, make_own_folder, remove, write_atomically
+from transformer_lm.files import children, json_bytes, make_own_folder, read_json, remove, write_atomically
 
 VERSION = 1  # to be raised when a rule comes to mean something else
 REPORT = "report.json"
@@ -61,17 +63,30 @@ def fingerprint(rules: str) -> list:
     return [VERSION, *(numbers[name] for name in parse_rules(rules))]
 
 
+def find(folder: epath.Path) -> dict | None:
+    """The report of a cleaned corpus; None unless all of its texts are as they were written, see `rows.are_whole`."""
+    try:
+        report = read_json(folder / REPORT) if (folder / REPORT).exists() else {}
+        whole = are_whole(folder / report["texts"], report.get("checksums", {}))  # older reports have none
+    except (UserError, ValueError, TypeError, KeyError, AttributeError):  # a report that is cut or empty
+        return None
+    return report if whole else None
+
+
 def clean(
     documents: corpora.Documents, preprocessing: Preprocessing, rules: list[str], folder: epath.Path, launcher: Launcher
-):
+) -> dict:
     """Writes the texts that pass all rules to folder/texts-*/, and then the report.
 
     Args:
       documents: the corpus.
       preprocessing: from its documents to texts.
       rules: as `parse_rules` gives them.
-      folder: that of the cleaned corpus; interrupted work in it is gone on with.
+      folder: that of the cleaned corpus; interrupted work in it is gone on with, finished work is done again.
       launcher: where the tasks run.
+
+    Returns:
+      the report.
     """
     for module in ("datatrove", "hojichar", "emoji"):
         optional_import(module, "prep", "cleaning_rules")
@@ -80,6 +95,7 @@ def clean(
     from transformer_lm.data.datatrove_steps import ReadDocuments, ToTexts
 
     make_own_folder(folder)
+    _discard_finished(folder)
     work = _Work(folder, launcher)
     texts, examples = work.folder("texts"), work.folder("examples")
     filtered = work.folder("filtered") if MINHASH in rules else texts
@@ -94,7 +110,8 @@ def clean(
         )
     if MINHASH in rules:
         _deduplicate(filtered, texts, work)
-    report = {"texts": texts.name, **_report(rules, work)}
+    checksums = {path.name: (path.stat().length, checksum_of(path)) for path in sorted(children(texts))}
+    report = {"texts": texts.name, "checksums": checksums, **_report(rules, work)}
     write_atomically(folder / REPORT, json_bytes(report))
     for child in children(folder):
         if child not in (texts, examples, work.folder("logs"), folder / REPORT):
@@ -105,6 +122,17 @@ def clean(
     for rule, count in counts["removed"].items():
         logging.info("  %s removed %d (%.1f %%)%s", rule, count, 100 * count / max(counts["texts"], 1),
                      "".join(f"\n    {text[:60]!r}" for text in report["examples"].get(rule, [])))  # fmt: skip
+    return report
+
+
+def _discard_finished(folder: epath.Path):
+    """Removes a corpus that was cleaned to its end, the report last: until then it is known for damaged."""
+    if (folder / REPORT).exists():
+        logging.warning("%s: something is damaged, and is cleaned again.", folder)
+        for child in children(folder):
+            if child != folder / REPORT:
+                remove(child)
+        remove(folder / REPORT)
 
 
 def open_texts(folder: epath.Path) -> corpora.Documents:

@@ -13,6 +13,7 @@ import re
 import types
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from transformer_lm.errors import UserError
 from transformer_lm.tokenizer import SURROGATE
@@ -20,6 +21,8 @@ from transformer_lm.tokenizer.turns import read_messages
 
 CONVERSATIONS = "conversations"
 MIN_PARAGRAPH_CHARS = 10
+PATTERN_CHARS = 200  # of a longer regular expression Python's repr shows no more
+_PLAIN = str | int | float | complex | bytes | bytearray | range | tuple | list | dict | set | frozenset | re.Pattern
 
 
 def plain(document: str) -> list[str]:
@@ -130,8 +133,24 @@ def _code(function: Callable, seen: frozenset = frozenset()) -> Iterator[str]:
         value = function.__globals__.get(name)
         if inspect.isfunction(value) and value.__module__ == function.__module__ and value not in seen:
             yield from _code(value, seen)
-        elif isinstance(value, str | int | float | tuple | re.Pattern):
-            yield f"{name} = {value!r}"
+        elif isinstance(value, _PLAIN):
+            yield f"{name} = {_as_told(value)!r}"
+
+
+def _as_told(value: Any) -> Any:
+    """A constant whose repr tells all of its data, and the same in every process, whatever the order of its sets."""
+    match value:
+        case tuple():
+            return tuple(map(_as_told, value))
+        case list():
+            return list(map(_as_told, value))
+        case dict():
+            return "dict", [(_as_told(key), _as_told(item)) for key, item in value.items()]
+        case set() | frozenset():
+            return "set", sorted(repr(_as_told(item)) for item in value)
+        case re.Pattern() if len(repr(value.pattern)) > PATTERN_CHARS:
+            return value.pattern, value.flags
+    return value if value is None or isinstance(value, _PLAIN) else type(value).__qualname__
 
 
 def _names(code: types.CodeType) -> Iterator[str]:

@@ -22,7 +22,7 @@ from transformer_lm.data.workers import cores, make_blocks
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
 from transformer_lm.fields import Count, Range, RowLength, check
-from transformer_lm.files import absolute, make_own_folder, read_json, write_atomically
+from transformer_lm.files import absolute, make_own_folder, write_atomically
 from transformer_lm.tokenizer import Tokenizer
 
 
@@ -207,10 +207,13 @@ def _parts_of(name: str | list) -> list[tuple[str, float]]:
     try:
         parts = [(str(part), float(weight)) for part, weight in parts]
         total = sum(weight for _, weight in parts)
-        if not parts or not all(0 < weight < float("inf") for _, weight in parts):
+        if not parts or not total < float("inf") or not all(weight > 0 and weight / total > 0 for _, weight in parts):
             raise ValueError
-    except (TypeError, ValueError) as error:
-        raise UserError(f"dataset_name={name!r} must be a name or a list of (name, weight), weight above 0.") from error
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(
+            f"dataset_name={name!r} must be a name or a list of (name, weight), weights above 0 whose sum is "
+            "finite and shares of it are above 0."
+        ) from error
     return [(part, weight / total) for part, weight in parts]
 
 
@@ -246,20 +249,20 @@ class _Preparation:
 
     def cleaned(self, corpus: Corpus) -> Corpus:
         """The corpus as it is, or where the recipe has rules the texts that they keep, which are written to disk."""
-        rules = self.config.cleaning_rules
-        if not rules:
+        if not self.config.cleaning_rules:
             return corpus
         identity = self._identity(corpus)
         directory = self.root / f"cleaned-{rows.digest(identity)}"
-        if not (directory / cleaning.REPORT).exists():
-            launcher = self.launcher or cleaning.local_launcher(self.config.prepare_processes)
+        if (report := cleaning.find(directory)) is None:
             with locks.waiting_for(f"{directory}.lock", f"The cleaned corpus {directory}"):
-                if not (directory / cleaning.REPORT).exists():
-                    names = cleaning.parse_rules(rules)
-                    cleaning.clean(corpus.documents, corpus.preprocessing, names, directory, launcher)
-        report = read_json(directory / cleaning.REPORT)
+                report = cleaning.find(directory) or self._clean(corpus, directory)
         documents = cleaning.open_texts(directory / report["texts"])
         return Corpus(documents, Preprocessing(), identity | {"cleaning_counts": report["counts"]}, corpus.weight)
+
+    def _clean(self, corpus: Corpus, directory: epath.Path) -> dict:
+        launcher = self.launcher or cleaning.local_launcher(self.config.prepare_processes)
+        rules = cleaning.parse_rules(self.config.cleaning_rules)
+        return cleaning.clean(corpus.documents, corpus.preprocessing, rules, directory, launcher)
 
     def _identity(self, corpus: Corpus) -> dict:
         """All that determines the texts of a corpus when it is cleaned."""

@@ -14,7 +14,7 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -44,7 +44,7 @@ FORMAT_VERSION = 3
 BLOCK_CHARS = 4_000_000  # a block is closed by the document with which it reaches this many characters
 MANIFEST = "manifest.json"
 RECORDS = ".arrayrecord"
-# Of rows whose checksums are compared at each start, in some seconds; of larger corpora only the lengths are.
+# Of files whose checksums are compared at each start, in some seconds; of larger corpora only the lengths are.
 MAX_CHECKED_BYTES = 4 << 30
 MAX_DECODED_TEXTS = 100  # of a block, to see what does not come back
 # What is said of rows where the field of the manifest is not 0.
@@ -126,13 +126,10 @@ class PreparedCorpus(PreparedRows):
 
     @classmethod
     def find(cls, directory: epath.Path) -> "PreparedCorpus | None":
-        """The rows in a folder; None unless every file has its length and (see MAX_CHECKED_BYTES) its checksum."""
+        """The rows in a folder; None unless every file is as it was written, see `are_whole`."""
         try:
             manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-            files, sizes = manifest["checksums"], sizes_in(directory)
-            whole = all(sizes.get(name) == size for name, (size, _) in files.items())
-            if whole and not is_remote(directory) and sum(size for size, _ in files.values()) <= MAX_CHECKED_BYTES:
-                whole = all(_checksum(directory / name) == checksum for name, (_, checksum) in files.items())
+            whole = are_whole(directory, manifest["checksums"])
         except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):  # a manifest that is cut or empty
             return None
         return cls(directory, manifest) if whole else None
@@ -308,10 +305,20 @@ def _is_whole(path: epath.Path, size: int, checksum: int) -> bool:
     """Whether a file has a length and a checksum, which object stores see to themselves."""
     if not path.exists() or path.stat().length != size:
         return False
-    return is_remote(path) or _checksum(path) == checksum
+    return is_remote(path) or checksum_of(path) == checksum
 
 
-def _checksum(path: epath.Path) -> int:
+def are_whole(directory: epath.Path, checksums: dict[str, Sequence[int]]) -> bool:
+    """Whether the files in a folder have their lengths and (see MAX_CHECKED_BYTES) checksums: {name: (both)}."""
+    sizes = sizes_in(directory)
+    if not all(sizes.get(name) == size for name, (size, _) in checksums.items()):
+        return False
+    if is_remote(directory) or sum(size for size, _ in checksums.values()) > MAX_CHECKED_BYTES:
+        return True
+    return all(checksum_of(directory / name) == checksum for name, (_, checksum) in checksums.items())
+
+
+def checksum_of(path: epath.Path) -> int:
     """CRC-32 of a file."""
     value = 0
     with path.open("rb") as file:
@@ -385,7 +392,7 @@ def _write_records(path: epath.Path, records: list[bytes]) -> tuple[int, int]:
             writer.close()
         except RuntimeError as error:  # a full disk, say
             raise OSError(f"{path} cannot be written: {error}") from error
-        return os.path.getsize(temporary), _checksum(epath.Path(temporary))
+        return os.path.getsize(temporary), checksum_of(epath.Path(temporary))
 
     return write_file_atomically(path, write)
 

@@ -19,9 +19,14 @@ from transformer_lm.tokenizer import Tokenizer, split_text
 SAMPLE_CHARS = 1000  # texts are sampled for training in runs of at most this many characters
 LOUD_CHARS = 20_000_000  # with more of them training takes minutes, and SentencePiece's own progress is shown
 SCORE_STEP = 2**-8
-OURS = ("input", "model_prefix", "sentence_iterator", "model_writer")
+# Arguments that this project gives itself, and where a recipe says what they are.
+OURS = dict.fromkeys(("input", "model_prefix", "sentence_iterator"), "the corpus is the recipe's") | {
+    "vocab_size": "set the recipe's vocab_size",
+    **dict.fromkeys(("model_writer", "logstream", "arg"), "it is no option of SentencePiece's trainer"),
+}
 # Options that the trial has of its own, and what they look like.
-TIED_TO_CORPUS = dict.fromkeys(("vocab_size", "seed_sentencepiece_size"), r"[1-9]\d{0,8}") | {
+TIED_TO_CORPUS = {
+    "seed_sentencepiece_size": r"[1-9]\d{0,8}",
     "num_threads": r"[1-9]\d{0,2}",
     "minloglevel": r"\d",
     "hard_vocab_limit": "1|t|true|y|yes|0|f|false|n|no",
@@ -37,7 +42,7 @@ def train(mixture: list[tuple[Iterable[str], float]], vocab_size: int, max_corpu
       vocab_size: number of pieces.
       max_corpus_chars: how many characters to learn from.
       options: further options of SentencePiece's trainer, as on its command line: "--character_coverage=0.9995".
-        They win over the ones above.
+        They win over what is chosen here, a unigram model.
 
     Returns:
       the bytes of the model file.
@@ -125,7 +130,7 @@ def _parse_options(options: str) -> dict[str, str]:
         if match is None:
             raise UserError(f"spm_train_options: {option!r} is not of the form --name=value.")
         if match[1] in OURS:
-            raise UserError(f"spm_train_options: --{match[1]} is not yours to set: the corpus is the recipe's.")
+            raise UserError(f"spm_train_options: --{match[1]} is not yours to set: {OURS[match[1]]}.")
         if match[1].endswith(("_file", "_tsv")) and not os.path.isfile(match[2] or ""):  # SentencePiece says nothing
             raise UserError(f"spm_train_options: {option}: no such file.")
         parsed[match[1]] = "true" if match[2] is None else match[2]
@@ -141,6 +146,6 @@ def _explain(message: str, arguments: dict) -> str:
         return f"vocab_size={size} is too small: this corpus has {match[2]} different characters; set more than that."
     if re.search(r"sentences_?\.empty\(\)|Input corpus is empty", message):
         return "The corpus holds no text to train a tokenizer on; look at dataset_name and train_split."
-    options = {name: value for name, value in arguments.items() if name not in TIED_TO_CORPUS}
+    options = {name: value for name, value in arguments.items() if name not in TIED_TO_CORPUS | OURS}
     given = " ".join(f"--{name}={value}" for name, value in options.items())
     return f"SentencePiece cannot train with spm_train_options {given!r}: {' '.join(message.split())}"

@@ -111,3 +111,10 @@ def test_foreign_files(tmp_path, data):
     (tmp_path / "x.txt").write_bytes(data)
     with pytest.raises(UserError, match=r"x\.txt"):
         read(tmp_path / "x.txt")
+
+
+@pytest.mark.parametrize("encoding", ["iso2022_jp", "iso2022_jp_3"])
+def test_iso_2022_jp_is_refused(tmp_path, encoding):
+    (tmp_path / "a.txt").write_bytes("吾輩は猫である\n\n名前はまだ無い。".encode(encoding))
+    with pytest.raises(UserError, match=r"a\.txt: ISO-2022-JP, not UTF-8; .*iconv -f ISO-2022-JP"):
+        list(corpora.open_documents(f"aozora:{tmp_path}/a.txt", "train"))

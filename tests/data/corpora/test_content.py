@@ -158,3 +158,29 @@ def test_arrays_that_are_none(tmp_path, data):
 def test_other_encodings(tmp_path, encoding):
     text = "café" if encoding == "cp1252" else "日本語"
     assert "line 1: not UTF-8" in error(tmp_path / "x.txt", text.encode(encoding), kind="text")
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("iso2022_jp", "日本語"),
+        ("iso2022_jp_1", "丂"),
+        ("iso2022_jp_2004", "俱"),
+        ("iso2022_jp_ext", "ｱｲｳ"),
+        ("iso2022_jp", "¥100"),
+    ],
+)
+def test_encodings_in_bytes_of_ascii(tmp_path, kind, encoding, text):
+    """Also after much that is ASCII, as where files were joined; other escape sequences are those of a terminal."""
+    data = b'"plain"\n' * 20_000 if kind == "text" else LINES * 2000
+    last = data.count(b"\n") + 1
+    if kind == "jsonl":
+        text = f'{{"text": "{text}"}}'
+    message = error(tmp_path / "x.txt", data + text.encode(encoding), kind=kind)
+    assert f"line {last}: ISO-2022-JP, not UTF-8; convert the file, for example with iconv -f ISO-2022-JP" in message
+
+
+def test_colours_of_a_terminal_are_text(tmp_path):
+    text = "\x1b[31m昔々\x1b(B\x1b[m $B"
+    assert read(tmp_path / "x.txt", text.encode(), kind="text") == [text]

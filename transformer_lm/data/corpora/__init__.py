@@ -3,6 +3,7 @@
 A new kind is a module with a subclass of `Source` and a line in `open_source`.
 """
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -70,15 +71,39 @@ class Documents:
                     )
 
     def overlaps(self, other: "Documents") -> bool:
-        """Whether the same documents are among those of another part of the same source."""
+        """Whether the same documents are among those of another part of the same source, or of the same files."""
         if self.name != other.name:
-            return False
+            return self._shares_files_with(other)
         for one, two in itertools.product(self.slices, other.slices):
             starts, stops = zip(*(splits.resolve(part, self.source.size) for part in (one, two)), strict=True)
             end = min((stop for stop in stops if stop is not None), default=math.inf)
             if one.name == two.name and max(starts) < end:
                 return True
         return False
+
+    def _shares_files_with(self, other: "Documents") -> bool:
+        shared = set(self.source.files).intersection(other.source.files)
+        others = collections.defaultdict(list)
+        for file, start, stop in other._spans(shared):
+            others[file].append((start, stop))
+        spans = self._spans(shared)
+        return any(max(start, a) < min(stop, b) for file, start, stop in spans for a, b in others[file])
+
+    def _spans(self, files: set[str]) -> Iterator[tuple[str, float, float]]:
+        """What is read of some files: (file, number in it of the first document, and of that after the last).
+
+        Documents are counted only where a bound of the split needs it.
+        """
+        for part in self.slices if files else ():
+            start, stop = splits.resolve(part, self.source.size)
+            end = math.inf if stop is None else stop
+            first = 0  # number of the file's first document
+            for shard, file in enumerate(self.source.files):
+                whole = first >= start and stop is None
+                size = 0 if whole or first >= end else self.source.shard_size(part.name, shard)
+                if file in files:
+                    yield file, max(start - first, 0), math.inf if whole else min(end - first, size)
+                first += size
 
     def count(self):
         """Counts what its tasks need to find their documents in `read`, and no more."""

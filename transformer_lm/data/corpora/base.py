@@ -4,7 +4,7 @@ import abc
 import contextlib
 import dataclasses
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from transformer_lm.errors import UserError, is_out_of_memory
 
@@ -50,6 +50,7 @@ class Source(abc.ABC):
 
     splits: tuple[str, ...]
     judges = False  # whether `judge` can tell a good answer
+    files: Sequence[str] = ()  # of a source of files that of each shard, by the one name that it has in all sources
 
     def __init__(self):
         self._sizes: dict[tuple[str, int], int] = {}

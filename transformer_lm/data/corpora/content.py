@@ -40,6 +40,8 @@ NOT_TEXT = {
         map(re.escape, (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
     ),
 }
+# How ISO-2022-JP and its kin go over to Japanese; all of their bytes are those of ASCII, too.
+_ISO_2022_JP = re.compile(rb"\x1b(\$[@AB]|\$\([CDOPQ]|\([IJ])")
 
 
 def decompressed(raw: BinaryIO, path: str) -> io.BufferedReader:
@@ -72,3 +74,11 @@ def check_text(head: bytes, path: str):
         kind = "a binary file"
     if kind:
         raise UserError(f"{path} holds {kind}, where text is expected; unpack or convert it first.")
+
+
+def check_encoding(data: bytes, where: str):
+    """Raises UserError where bytes are in ISO-2022-JP, which decodes as UTF-8 to other characters without an error."""
+    if _ISO_2022_JP.search(data):
+        raise UserError(
+            f"{where}: ISO-2022-JP, not UTF-8; convert the file, for example with iconv -f ISO-2022-JP -t UTF-8."
+        )

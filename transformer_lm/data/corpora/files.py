@@ -8,14 +8,16 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from transformer_lm.data.corpora import aozora, conversations
 from transformer_lm.data.corpora.base import Options, Source, library_errors
-from transformer_lm.data.corpora.content import BUFFER_BYTES, check_text, decompressed
+from transformer_lm.data.corpora.content import BUFFER_BYTES, check_encoding, check_text, decompressed
 from transformer_lm.data.corpora.listing import list_files
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
@@ -127,6 +129,7 @@ def read_aozora(file: io.BufferedReader, path: str, options: Options) -> Iterato
     del options
     data = aozora.unzip(file.read(aozora.MAX_BYTES + 1), path)
     check_text(data, path)
+    check_encoding(data, path)
     yield aozora.plain_text(data, path)
 
 
@@ -152,6 +155,14 @@ class Files(Source):
             self._files, self._infos = list_files(pattern)
         if not self._infos:
             raise UserError(f"No file matches {pattern!r} (dataset {kind}:{pattern}).")
+
+    @functools.cached_property
+    def files(self) -> list[str]:
+        """See Source; no links in local ones."""
+        paths = [info["name"] for info in self._infos]
+        if isinstance(self._files, LocalFileSystem):
+            return [os.path.realpath(path) for path in paths]
+        return [self._files.unstrip_protocol(path) for path in paths]
 
     def num_shards(self, split: str) -> int:
         """See Source."""
@@ -206,6 +217,7 @@ def check_texts(texts: Iterable, where: str, field: str) -> Iterator[str]:
 
 
 def _decode(line: bytes, path: str, number: int) -> str:
+    check_encoding(line, f"{path}, line {number}")
     try:
         return line.decode("utf-8-sig")  # a byte order mark may stand where files were joined, too
     except UnicodeDecodeError as error:

@@ -1,7 +1,8 @@
 """Which files a path or a pattern names, on this machine or wherever fsspec reaches.
 
 fsspec's own listing of local files takes links for neither files nor folders, leaves broken ones out, and passes over
-what it may not read; here nothing but folders is left out. A path that exists is that file, whatever its name holds.
+what it may not read; here nothing but folders is left out. A path that exists is that file, whatever its name holds,
+and the name of a folder that exists means that folder.
 """
 
 import errno
@@ -60,7 +61,7 @@ def _matching(pattern: str) -> Iterator[str]:
 
 
 def _below(path: str, parts: list[str], entered: set[tuple[str, int]]) -> Iterator[str]:
-    """The paths below a folder whose names match the parts of a pattern.
+    """The paths below a folder whose names match the parts of a pattern; of a folder's name that exists, it alone.
 
     `entered` has the folders that a ** has been in, and how many parts were left then: links may lead there again.
     """
@@ -83,7 +84,7 @@ def _below(path: str, parts: list[str], entered: set[tuple[str, int]]) -> Iterat
         for child in _children(path):
             if os.path.isdir(child) or not os.path.exists(child):
                 yield from _below(child, parts, entered)
-    elif not glob.has_magic(name) or ("[" in name and os.path.lexists(literal)):
+    elif not glob.has_magic(name) or ("[" in name and os.path.lexists(literal)) or (rest and os.path.isdir(literal)):
         if os.path.lexists(literal):
             yield from _below(literal, rest, entered)
     else:
