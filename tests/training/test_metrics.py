@@ -50,6 +50,18 @@ def test_lines_scalars_texts_and_recipe(tmp_path):
     assert "seed = 3" in text
 
 
+@pytest.mark.parametrize("text", ["昔\ud83d々", "\udc00", "\udce3\n\udfff"])
+def test_half_a_surrogate_pair(tmp_path, text):
+    """Which TensorBoard's UTF-8 cannot hold, is escaped, in samples as in the recipe."""
+    writer = metrics.MetricWriter(tmp_path, 0, print)
+    writer.write_samples(10, [text])
+    writer.write_recipe({"prompts": text})
+    writer.close()
+    values = {value.tag.partition("/")[0]: value for event in events(tmp_path) for value in event.summary.value}
+    escaped = text.encode(errors="backslashreplace").decode()
+    assert values["samples"].tensor.string_val[0].decode() == "    " + escaped.replace("\n", "\n    ")
+
+
 def test_an_object_store_is_written_to_seldom(tmp_path, monkeypatch):
     """Not at each line, but at each checkpoint, at the end, and once a minute."""
     monkeypatch.setattr(metrics, "is_remote", lambda _: True)
