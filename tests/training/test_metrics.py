@@ -40,6 +40,9 @@ def test_lines_scalars_texts_and_recipe(tmp_path):
     assert metrics.read_last(tmp_path, "train_loss") == 2.5
     with pytest.raises(UserError, match="no eval_loss yet"):
         metrics.read_last(tmp_path, "eval_loss")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('5\n{"step": 40, "train_lo')  # the kill came here
+    assert metrics.read_last(tmp_path, "train_loss") == 2.5
     assert shown == [(10, "loss 2.5")]
     values = {value.tag: (event.step, value) for event in events(tmp_path) for value in event.summary.value}
     assert values["train/loss"][0] == 10
