@@ -106,6 +106,16 @@ def test_prompts_are_instructions(trained_chat, model):
     assert text["text"].startswith(f"{ASKED[0]}\n")
 
 
+@pytest.mark.parametrize("prompt", ["誰\ud83dですか。", "\udce3", "あ\udc00\ud800"])
+def test_half_a_surrogate_pair_in_a_prompt(model, trained, prompt):
+    """Which UTF-8 cannot hold, is U+FFFD in all that comes of it, as without turns."""
+    whole = "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in prompt)
+    for one in (model, transformer_lm.load(trained)):
+        written = one.generate(prompt)
+        assert written == one.generate(whole)
+        json.dumps(written, ensure_ascii=False).encode()
+
+
 def test_export(trained_chat, model, tmp_path):
     output = tmp_path / "exported"
     done = run([

@@ -73,14 +73,28 @@ def read_at_most(path: epath.Path, limit: int) -> bytes | None:
 
 def read_json(path: epath.Path) -> dict:
     """The object in a JSON file that may be anybody's; raises UserError if it is none."""
+    content = read_at_most(path, MAX_JSON_BYTES)
+    return json_object(b"null" if content is None else content, path)
+
+
+def json_object(content: bytes, path: os.PathLike | str) -> dict:
+    """The object that JSON from a file is; raises UserError if it is none, or nested too deeply to be read."""
     try:
-        text = read_at_most(path, MAX_JSON_BYTES)
-        content = None if text is None else json.loads(text)
+        found = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a JSON file ({type(error).__name__}).") from error
-    if not isinstance(content, dict):
+    if not isinstance(found, dict):
         raise UserError(f"{path} is not a JSON object of at most {MAX_JSON_BYTES} bytes.")
-    return content
+    return found
+
+
+def read_json_lines(path: epath.Path) -> list[dict]:
+    """The objects in a file's lines; a line that is none, as a power cut leaves it, counts for nothing."""
+    found = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(UserError):
+            found.append(json_object(line, path))
+    return found
 
 
 def json_bytes(content: Any, indent: int | None = 1) -> bytes:

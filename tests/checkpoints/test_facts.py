@@ -8,6 +8,8 @@ from transformer_lm.checkpoints.facts import read_facts
 from transformer_lm.huggingface import model_card
 
 RECIPE = {"train_split": "train", "eval_split": "validation", "num_layers": 2, "prompts": "昔々\nむかし"}
+COUNTED = ("row_length", "documents", "texts", "characters", "bytes", "tokens", "rows", "padding")
+DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
 
 
 @pytest.fixture
@@ -20,6 +22,8 @@ def write(tmp_path, tales_tokenizer):
                 "dataset_name": corpus,
                 "split": "train" if name in ("aa", "cc") else "validation",
                 "tokenizer_sha256": tales_tokenizer.fingerprint,
+                "dtype": "uint16",
+                **dict.fromkeys(COUNTED, 5),
             }
             (tmp_path / "shared" / name).mkdir(parents=True)
             (tmp_path / "shared" / name / "manifest.json").write_text(json.dumps(manifest))
@@ -57,6 +61,24 @@ def test_rows_that_are_gone(write, tales_tokenizer):
     assert data(write(rows=["aa", "zz"]), tales_tokenizer) == [("mine", "train")]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        DEEP,
+        '{"checksums": {}}',
+        '{"dataset_name": "a", "split": "train", "dtype": "uint16", "documents": "5"}',
+    ],
+)
+def test_damaged_manifests_are_as_good_as_gone(write, tales_tokenizer, tiny, content):
+    workdir = write(rows=["aa", "bb"])
+    (workdir.parent / "shared" / "bb" / "manifest.json").write_text(content)
+    facts = read_facts(str(workdir), 10, tales_tokenizer)
+    assert [manifest["split"] for manifest in facts["data"]] == ["train"]
+    assert "| mine | train | 5 |" in model_card.write("a", tiny, 10, facts)
+
+
 def test_old_workdirs_name_no_rows(write, tales_tokenizer):
     """There all that fit are named, which may be too many."""
     assert sorted(set(data(write(), tales_tokenizer))) == [
@@ -74,3 +96,28 @@ def test_scores_of_the_step(write, tales_tokenizer, tiny):
     assert facts["recipe"] == {"num_layers": 2}
     assert "| eval_loss | 0 |" in model_card.write("a", tiny, 10, facts)
     assert facts["prompt"] == "昔々"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"eval_loss": 1.0}', '{"step": "9", "eval_loss": 1.0}', '{"step": null, "eval_loss": 1.0}', '"eval_loss"', "5",
+        '["eval_loss", "step"]', "\udcff", DEEP.replace('"a"', '"eval_loss"'),
+    ],
+)  # fmt: skip
+def test_damaged_lines_of_metrics(write, tales_tokenizer, line):
+    """They count as none, wherever they stand."""
+    workdir = write(rows=[])
+    content = f'{line}\n{{"step": 5, "eval_loss": 3.0}}\n{line}\n'
+    (workdir / "metrics.jsonl").write_bytes(content.encode(errors="surrogateescape"))
+    assert read_facts(str(workdir), 10, tales_tokenizer)["scores"] == {"step": 5, "eval_loss": 3.0}
+
+
+def test_scores_that_are_no_numbers(write, tales_tokenizer, tiny):
+    workdir = write(rows=[])
+    (workdir / "metrics.jsonl").write_text(
+        '{"step": 5, "eval_loss": 3.0, "eval_accuracy": "good", "eval_perplexity": []}'
+    )
+    facts = read_facts(str(workdir), 10, tales_tokenizer)
+    assert facts["scores"] == {"step": 5, "eval_loss": 3.0}
+    assert "| eval_loss | 3 |" in model_card.write("a", tiny, 10, facts)

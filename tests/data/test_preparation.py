@@ -181,6 +181,12 @@ def test_killed_and_started_again(tmp_path):
     [
         ("manifest.json", b""),
         ("manifest.json", b'{"files": ["rows-0000'),
+        ("manifest.json", b'{"checksums": {}}'),
+        ("manifest.json", b'{"files": [], "checksums": {}, "dtype": "uint16", "row_length": 32}'),
+        ("manifest.json", b'{"checksums":' * 100_000),
+        ("rows-000001.json", b'{"counts":' * 100_000),
+        ("rows-000001.json", b'{"counts": {"rows": 0}}'),
+        ("rows-000001.json", b'{"counts": []}'),
         ("rows-000001.json", b""),
         ("rows-000001.json", b'{"counts": {"rows": 3}}'),
         ("rows-000001.arrayrecord", b""),

@@ -13,7 +13,7 @@ from conftest import FIXTURE, ROOT, one_line_error, run
 
 import transformer_lm
 from transformer_lm import models
-from transformer_lm.errors import UserError
+from transformer_lm.errors import UserError, one_line
 from transformer_lm.generation.language_model import LanguageModel
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -243,6 +243,63 @@ def test_our_tasks_beside_lm_evals(model, monkeypatch, tmp_path):
     assert asked["task_manager"].match_tasks(asked["tasks"]) == ["hellaswag", "jnli-1.3-0.3"]
     with pytest.raises(UserError, match=r"there is no task 'no_such_task'; the project has jcommonsenseqa-1\.1-0\.3"):
         harness.run_tasks(model, ["jnli-1.3-0.3", "no_such_task"])
+
+
+@pytest.mark.parametrize(
+    ("task", "changed", "num_fewshot", "words"),
+    [
+        ("jnli", {}, 9, "or lower num_fewshot=9; --debug shows where. ValueError"),
+        ("jnli", {"fewshot_config": {"sampler": "first_n"}}, 4, "or lower num_fewshot=4; --debug shows where. Asser"),
+        ("jnli", {"doc_to_text": "{% if %}"}, None, "mend the task's file; --debug shows where. TemplateSyntaxError"),
+        ("jnli", {"doc_to_text": "{{ a.b.c }}"}, None, "mend the task's file; --debug shows where. UndefinedError"),
+        ("jnli", {"output_type": "dreaming"}, None, "mend the task's file"),
+        ("jsquad", {"generation_kwargs": {"max_gen_toks": -40}}, None, "max_gen_toks=-40 must be at least 1"),
+        ("jsquad", {"generation_kwargs": {"max_tokens": 0}}, None, "max_gen_toks=0 must be at least 1"),
+        ("jsquad", {"generation_kwargs": {"max_gen_toks": "many"}}, None, "mend the task's file"),
+    ],
+)
+def test_tasks_that_cannot_be_run(model, jglue, tmp_path, task, changed, num_fewshot, words):
+    """Whatever lm_eval raises for them is one line, with what the user can do."""
+    own = {"include": str(harness.TASKS / f"{task}.yaml"), "task": "mine", "tag": "ones_own", "num_fewshot": None}
+    (tmp_path / "mine.yaml").write_text(json.dumps(own | changed))
+    with pytest.raises(UserError) as error:
+        harness.run_tasks(
+            model, ["mine"], data_dir=str(jglue), include_path=str(tmp_path), num_fewshot=num_fewshot, limit=1
+        )
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"limit": 0}, "limit=0 must be at least 1"),
+        ({"limit": -3}, "limit=-3 must be at least 1"),
+        ({"limit": float("nan")}, "limit=nan must be a whole number or None"),
+        ({"limit": 0.5}, "limit=0.5 must be a whole number or None"),
+        ({"num_fewshot": 1.5}, "num_fewshot=1.5 must be a whole number or None"),
+        ({"num_fewshot": -1}, "num_fewshot=-1 must be at least 0"),
+        ({"tasks": [3]}, "tasks=3 must be a text"),
+    ],
+)
+def test_impossible_arguments(model, arguments, words):
+    with pytest.raises(UserError, match=words):
+        harness.run_tasks(model, **({"tasks": ["jglue"]} | arguments))
+
+
+@pytest.mark.parametrize("max_length", [-5, "long"])
+def test_impossible_max_length(model, max_length):
+    with pytest.raises(UserError, match="max_length="):
+        harness.HarnessModel(model, max_length=max_length)
+
+
+def test_what_fails_in_the_model_is_no_fault_of_the_task(model, jglue, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("not of this kind")
+
+    monkeypatch.setattr(harness.sampler, "generate", fail)
+    with pytest.raises(ValueError, match="not of this kind") as error:
+        harness.run_tasks(model, ["jsquad-1.1-0.3"], data_dir=str(jglue), limit=1)
+    assert one_line(error.value).startswith("ValueError while generating text: not of this kind")
 
 
 def test_registered_by_name(jglue):

@@ -40,6 +40,9 @@ def test_lines_scalars_texts_and_recipe(tmp_path):
     assert metrics.read_last(tmp_path, "train_loss") == 2.5
     with pytest.raises(UserError, match="no eval_loss yet"):
         metrics.read_last(tmp_path, "eval_loss")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('5\n{"step": 40, "train_lo')  # the kill came here
+    assert metrics.read_last(tmp_path, "train_loss") == 2.5
     assert shown == [(10, "loss 2.5")]
     values = {value.tag: (event.step, value) for event in events(tmp_path) for value in event.summary.value}
     assert values["train/loss"][0] == 10
@@ -48,6 +51,18 @@ def test_lines_scalars_texts_and_recipe(tmp_path):
     assert text == "    昔々\n    \n    あるところに"  # indented, so that Markdown leaves marks alone
     [text] = [values[tag][1].tensor.string_val[0].decode() for tag in values if tag.startswith("recipe")]
     assert "seed = 3" in text
+
+
+@pytest.mark.parametrize("text", ["昔\ud83d々", "\udc00", "\udce3\n\udfff"])
+def test_half_a_surrogate_pair(tmp_path, text):
+    """Which TensorBoard's UTF-8 cannot hold, is escaped, in samples as in the recipe."""
+    writer = metrics.MetricWriter(tmp_path, 0, print)
+    writer.write_samples(10, [text])
+    writer.write_recipe({"prompts": text})
+    writer.close()
+    values = {value.tag.partition("/")[0]: value for event in events(tmp_path) for value in event.summary.value}
+    escaped = text.encode(errors="backslashreplace").decode()
+    assert values["samples"].tensor.string_val[0].decode() == "    " + escaped.replace("\n", "\n    ")
 
 
 def test_an_object_store_is_written_to_seldom(tmp_path, monkeypatch):

@@ -1,7 +1,5 @@
 """What a workdir knows of its model: recipe, data, scores. For the model card."""
 
-import contextlib
-import json
 from typing import Any
 
 from etils import epath
@@ -46,11 +44,13 @@ def read_facts(address: str, step: int, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _manifests(workdir: epath.Path, recipe: dict, names: list[str] | None, tokenizer: Tokenizer) -> list[dict]:
-    """The manifests of the rows that the run read, each once; in old workdirs, which name none, of those that fit."""
+    """The manifests of the rows that the run read, each once; in old workdirs, which name none, of those that fit.
+
+    A manifest that is damaged counts as gone.
+    """
     prepared = files.absolute(str(recipe.get("prepared_dir") or workdir / "prepared"))
     folders = files.children(prepared) if names is None else [prepared / name for name in dict.fromkeys(names)]
-    paths = [folder / rows.MANIFEST for folder in folders]
-    manifests = [files.read_json(path) for path in paths if path.exists()]
+    manifests = [manifest for folder in folders if (manifest := rows.read_manifest(folder))]
     if names is not None:
         return manifests
     return [
@@ -62,11 +62,13 @@ def _manifests(workdir: epath.Path, recipe: dict, names: list[str] | None, token
 
 
 def _last_scores(path: epath.Path, step: int) -> dict[str, Any]:
-    """The last evaluation up to a step; a line that a power cut spoiled counts as none, and so does a score of null."""
+    """The last evaluation up to a step; what is no number counts as none: null, or what was edited."""
     last = {}
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, TypeError):
-            record = json.loads(line)
-            if "eval_loss" in record and record["step"] <= step:
-                last = record
-    return {name: last[name] for name in ("step", *SCORES) if last.get(name) is not None}
+    for record in files.read_json_lines(path):
+        if "eval_loss" in record and _is_number(record.get("step")) and record["step"] <= step:
+            last = record
+    return {name: last[name] for name in ("step", *SCORES) if _is_number(last.get(name))}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)

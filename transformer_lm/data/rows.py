@@ -26,11 +26,14 @@ from transformer_lm.data import corpora, dataset_preprocessor, packing
 from transformer_lm.data.dataset_preprocessor import Preprocessing
 from transformer_lm.data.encoding import encode_conversations, encode_texts
 from transformer_lm.errors import UserError
+from transformer_lm.fields import check_value
 from transformer_lm.files import (
     children,
     is_remote,
     json_bytes,
+    json_object,
     local_copy,
+    read_json,
     remove,
     sizes_in,
     utf8_name,
@@ -47,6 +50,15 @@ RECORDS = ".arrayrecord"
 # Of files whose checksums are compared at each start, in some seconds; of larger corpora only the lengths are.
 MAX_CHECKED_BYTES = 4 << 30
 MAX_DECODED_TEXTS = 100  # of a block, to see what does not come back
+# What is counted of a block, and of all of them.
+COUNTS = (
+    "documents", "empty_documents", "texts", "nul_characters", "lone_surrogates", "characters", "bytes", "tokens",
+    "unknown_tokens", "decoded_characters", "lost_characters", "rows", "padding",
+)  # fmt: skip
+# What every manifest has, of whichever version.
+MANIFEST_FIELDS = {name: str for name in ("dataset_name", "split", "dtype")} | {
+    name: int for name in ("row_length", "documents", "texts", "characters", "bytes", "tokens", "rows", "padding")
+}
 # What is said of rows where the field of the manifest is not 0.
 REPORTED = {
     "documents": "%(documents)d documents, %(texts)d texts, %(characters)d characters, %(tokens)d tokens "
@@ -127,17 +139,13 @@ class PreparedCorpus(PreparedRows):
     @classmethod
     def find(cls, directory: epath.Path) -> "PreparedCorpus | None":
         """The rows in a folder; None unless every file is as it was written, see `are_whole`."""
-        try:
-            manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-            whole = are_whole(directory, manifest["checksums"])
-        except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):  # a manifest that is cut or empty
-            return None
-        return cls(directory, manifest) if whole else None
+        manifest = read_manifest(directory)
+        return cls(directory, manifest) if manifest and _has_files(directory, manifest) else None
 
     @classmethod
     def open(cls, directory: epath.Path) -> "PreparedCorpus":
         """The rows in a folder in which another process has just found or made them."""
-        return cls(directory, json.loads((directory / MANIFEST).read_text(encoding="utf-8")))
+        return cls(directory, read_json(directory / MANIFEST))
 
     @property
     def paths(self) -> list[str]:
@@ -162,6 +170,27 @@ class PreparedCorpus(PreparedRows):
     def weights(self) -> tuple[float, ...]:
         """As of a mixture."""
         return (1.0,)
+
+
+def read_manifest(directory: epath.Path) -> dict | None:
+    """What the manifest in a folder says; None where there is none, or one that is cut, or lacks what all have."""
+    try:
+        manifest = read_json(directory / MANIFEST)
+        for name, kind in MANIFEST_FIELDS.items():
+            check_value(name, manifest.get(name), kind)
+        return manifest
+    except (FileNotFoundError, NotADirectoryError, UserError):
+        return None
+
+
+def _has_files(directory: epath.Path, manifest: dict) -> bool:
+    """Whether the files that a manifest names, at least one, are as they were written."""
+    try:
+        files, counts = manifest["checksums"], manifest.get("rows_of_files")
+        named = list(files) == manifest["files"] and len(counts or files) == len(files) > 0
+        return named and are_whole(directory, files)
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):  # what was edited, or is gone
+        return False
 
 
 class RowsFile(NamedTuple):
@@ -286,10 +315,12 @@ def read_block(directory: epath.Path, name: str) -> dict | None:
     """What a block's JSON says of it: `counts` and `file` (length and checksum); None where it is not whole."""
     try:
         block = _read_json(directory, name)
+        for count in COUNTS:
+            check_value(count, block["counts"].get(count), int)
         whole = not block["counts"]["rows"] or _is_whole(directory / (name + RECORDS), *block["file"])
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError):
+    except (UserError, TypeError, KeyError, AttributeError):
         whole = False
     if whole:
         return block
@@ -298,7 +329,8 @@ def read_block(directory: epath.Path, name: str) -> dict | None:
 
 
 def _read_json(directory: epath.Path, name: str) -> dict:
-    return json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))
+    path = directory / f"{name}.json"
+    return json_object(path.read_bytes(), path)
 
 
 def _is_whole(path: epath.Path, size: int, checksum: int) -> bool:

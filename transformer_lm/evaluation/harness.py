@@ -8,6 +8,7 @@ import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import lm_eval
 import lm_eval.evaluator
@@ -20,7 +21,9 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from transformer_lm.errors import UserError
+from transformer_lm import errors
+from transformer_lm.errors import UserError, stage
+from transformer_lm.fields import LARGEST, Count, CountOrZero, Range, check_value
 from transformer_lm.generation import language_model, sampler
 from transformer_lm.generation.language_model import LanguageModel
 from transformer_lm.huggingface import fast_tokenizer
@@ -30,6 +33,9 @@ TASKS = Path(__file__).parent / "tasks"
 MAX_NEW_TOKENS = 256  # lm_eval's own default
 FIRST_NEW_TOKENS = 32  # of the first round of an answer: most are short
 BATCH_TOKENS = 8_192  # of prompts and answers that are generated at once: their keys and values are kept
+
+CountOrNone = Annotated[int | None, Range(least=1, most=LARGEST)]
+CountOrZeroOrNone = Annotated[int | None, Range(least=0, most=LARGEST)]
 
 
 @register_model("transformer_lm")
@@ -48,6 +54,7 @@ class HarnessModel(TemplateLM):
     ):
         """Takes a model, or loads the one at an address; **_ is what lm_eval hands to every model, like batch_size."""
         super().__init__()
+        check_value("max_length", max_length, CountOrZero)
         self.model = model or language_model.load(address, dtype=dtype)
         self.max_length = max_length or self.model.network.context
 
@@ -131,6 +138,7 @@ class HarnessModel(TemplateLM):
     def _prompt(self, text: str, settings: dict) -> list[int]:
         """Ids of a prompt without START_ID, shortened from the left to leave room for the answer."""
         new = settings["max_gen_toks"]
+        check_value("max_gen_toks", new, Count)
         room = self.max_length - new
         if room < 2:
             raise UserError(f"max_gen_toks={new} leaves no room for a prompt: max_length={self.max_length}.")
@@ -146,10 +154,12 @@ class HarnessModel(TemplateLM):
             so_far = [prompts[number] + written for number, written in tokens.items()]
             length = sampler.padded_length(max(map(len, so_far))) + new
             so_far += so_far[:1] * (rows - len(so_far))  # always as many, so that few shapes are compiled
-            written = sampler.generate(
-                self.model.network, self.model.decoding_params, so_far,
-                num_samples=1, sampling=_sampling(settings, length), seed=length,
-            )  # fmt: skip
+            sampling = _sampling(settings, length)
+            with stage("generating text", lower="max_gen_toks"):
+                written = sampler.generate(
+                    self.model.network, self.model.decoding_params, so_far,
+                    num_samples=1, sampling=sampling, seed=length,
+                )  # fmt: skip
             for number, [more] in zip(list(tokens), written, strict=False):
                 tokens[number] = (tokens[number] + more.tokens)[:limit]
                 ended = self._end_turn(tokens[number]) or more.finished
@@ -202,11 +212,25 @@ def run_tasks(
       what lm_eval.simple_evaluate returns: "results", "samples", "versions" and more.
 
     Raises:
-      UserError: there is no such task, its data are missing, or the model does not take turns.
+      UserError: there is no such task, its data are missing, it cannot be run, or the model does not take turns.
     """
+    tasks = language_model.list_of_texts(tasks, "tasks")
+    check_value("num_fewshot", num_fewshot, CountOrZeroOrNone)
+    check_value("limit", limit, CountOrNone)
     if chat and model.turns is None:
         raise UserError("--chat_template: this model was not trained on conversations; leave it out.")
-    paths = [str(TASKS), *([include_path] if include_path else [])]
+    asked = HarnessModel(model)
+    with stage("running tasks"), _faults_of_tasks(tasks, num_fewshot), _no_report_of_the_machine():
+        manager = _find_tasks(tasks, [include_path] if include_path else [], data_dir)
+        return lm_eval.simple_evaluate(
+            asked, tasks=tasks, task_manager=manager, num_fewshot=num_fewshot, limit=limit,
+            apply_chat_template=chat, torch_random_seed=None,  # imports PyTorch, too
+        )  # fmt: skip
+
+
+def _find_tasks(tasks: Sequence[str], folders: list[str], data_dir: str | None) -> TaskManager:
+    """What finds the tasks: among the project's and the user's, or else among lm_eval's own as well."""
+    paths = [str(TASKS), *folders]
     metadata = {"data_dir": data_dir} if data_dir else None
     manager = own = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
     if not all(own.match_tasks([name]) for name in tasks):
@@ -216,11 +240,27 @@ def run_tasks(
             f"--tasks: there is no task {unknown[0]!r}; the project has {', '.join(own.all_tasks)}, and lm_eval "
             "its own."
         )
-    with _no_report_of_the_machine():
-        return lm_eval.simple_evaluate(
-            HarnessModel(model), tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot, limit=limit,
-            apply_chat_template=chat, torch_random_seed=None,  # imports PyTorch, too
-        )  # fmt: skip
+    return manager
+
+
+@contextlib.contextmanager
+def _faults_of_tasks(tasks: Sequence[str], num_fewshot: int | None) -> Iterator[None]:
+    """What lm_eval raises inside, of whatever type, becomes a UserError: a task's file or settings are at fault.
+
+    What fails in the model has a stage; that stays as it is, and so does what the machine lacks.
+    """
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        if hasattr(error, "stage") or errors.is_out_of_memory(error):
+            raise
+        fewer = f", or lower num_fewshot={num_fewshot}" if num_fewshot else ""
+        raise UserError(
+            f"--tasks={','.join(tasks)} cannot be run: mend the task's file{fewer}; --debug shows where. "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 @contextlib.contextmanager

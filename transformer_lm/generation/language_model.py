@@ -20,7 +20,7 @@ from transformer_lm.checkpoints import loading
 from transformer_lm.errors import UserError, stage
 from transformer_lm.fields import Range, Seed, check_value
 from transformer_lm.generation import sampler
-from transformer_lm.tokenizer import START_ID, Tokenizer
+from transformer_lm.tokenizer import START_ID, Tokenizer, replace_surrogates
 from transformer_lm.tokenizer.turns import Message, Turns
 from transformer_lm.transformer_config import check_dtype
 
@@ -254,11 +254,11 @@ def generate_texts(
     """Continues texts: for each prompt `num_samples` dicts of prompt, text, tokens, finished; prompts included.
 
     As many prompts are a batch as CACHE_BYTES have room for. With turns, a prompt is what the user says, and its text
-    ends with a line for the answer.
+    ends with a line for the answer. Half a surrogate pair in a prompt is U+FFFD, as the tokenizer reads it.
     """
     check_value("seed", seed, Seed)
     check_value("num_samples", num_samples, SampleCount)
-    prompts = list(prompts)
+    prompts = [replace_surrogates(prompt) for prompt in prompts]
     ids = check_prompts(tokenizer, prompts, sampling, turns)
     size = _prompts_at_once(network, max(map(len, ids), default=0), num_samples, sampling)
 

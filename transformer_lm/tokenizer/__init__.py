@@ -26,6 +26,11 @@ ENCODE_CHARS = 1_000_000  # longer texts are encoded in parts: SentencePiece tak
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+def replace_surrogates(text: str) -> str:
+    """A text with U+FFFD for each half of a surrogate pair, which a Python string may hold and UTF-8 cannot."""
+    return SURROGATE.sub("\ufffd", text)
+
+
 class Tokenizer:
     """A trained SentencePiece model."""
 
@@ -90,11 +95,8 @@ class Tokenizer:
         return self._encode([text])[0]
 
     def _encode(self, texts: list[str], **options) -> list[Any]:
-        """What SentencePiece makes of each text; the only way that text goes into it.
-
-        Half a surrogate pair, which a Python string may hold and UTF-8 cannot, becomes U+FFFD.
-        """
-        whole = [SURROGATE.sub("\ufffd", text) for text in texts]
+        """What SentencePiece makes of each text; the only way that text goes into it."""
+        whole = [replace_surrogates(text) for text in texts]
         try:
             return self._processor.encode(whole, num_threads=1, **options)
         except (RuntimeError, ValueError, MemoryError) as error:

@@ -41,7 +41,7 @@ class Board:
 
     def add_text(self, step: int, tag: str, text: str):
         """Adds a text as it is: indented, so that Markdown leaves its marks alone."""
-        self._add(step, summary.text(tag, "\n".join(f"    {line}" for line in text.split("\n"))))
+        self._add(step, summary.text(tag, "\n".join(f"    {line}" for line in _text(text).split("\n"))))
 
     def add_hyperparameters(self, fields: Mapping[str, Any]):
         """Adds the run to the HParams tab."""

@@ -13,7 +13,7 @@ from etils import epath
 
 from transformer_lm.checkpoints.workdir import METRICS_FILE
 from transformer_lm.errors import UserError
-from transformer_lm.files import is_remote, write_atomically
+from transformer_lm.files import is_remote, read_json_lines, write_atomically
 from transformer_lm.training.board import Board
 
 REMOTE_SECONDS = 60  # at least, between two times that the files of an object store are written for a log line
@@ -126,8 +126,8 @@ class SilentWriter:
 
 def read_last(workdir: os.PathLike | str, name: str) -> float:
     """The last value of a metric in a workdir's metrics.jsonl; raises UserError where there is none yet."""
-    lines = (epath.Path(workdir) / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-    found = [values[name] for values in map(json.loads, lines) if name in values]
+    records = read_json_lines(epath.Path(workdir) / METRICS_FILE)
+    found = [values[name] for values in records if name in values]
     if not found:
         raise UserError(f"{workdir} has no {name} yet: its run was stopped before.")
     return found[-1]
