@@ -23,7 +23,16 @@ from transformer_lm.data.rows import are_whole, checksum_of
 from transformer_lm.data.workers import cores
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
-from transformer_lm.files import children, json_bytes, make_own_folder, read_json, remove, write_atomically
+from transformer_lm.files import (
+    children,
+    is_remote,
+    json_bytes,
+    make_own_folder,
+    read_json,
+    remove,
+    sizes_in,
+    write_atomically,
+)
 
 VERSION = 1  # to be raised when a rule comes to mean something else
 REPORT = "report.json"
@@ -110,8 +119,7 @@ def clean(
         )
     if MINHASH in rules:
         _deduplicate(filtered, texts, work)
-    checksums = {path.name: (path.stat().length, checksum_of(path)) for path in sorted(children(texts))}
-    report = {"texts": texts.name, "checksums": checksums, **_report(rules, work)}
+    report = {"texts": texts.name, "checksums": _checksums(texts), **_report(rules, work)}
     write_atomically(folder / REPORT, json_bytes(report))
     for child in children(folder):
         if child not in (texts, examples, work.folder("logs"), folder / REPORT):
@@ -123,6 +131,12 @@ def clean(
         logging.info("  %s removed %d (%.1f %%)%s", rule, count, 100 * count / max(counts["texts"], 1),
                      "".join(f"\n    {text[:60]!r}" for text in report["examples"].get(rule, [])))  # fmt: skip
     return report
+
+
+def _checksums(folder: epath.Path) -> dict[str, tuple[int, int | None]]:
+    """Length and checksum of each file, for `rows.are_whole`; files in an object store are not fetched for that."""
+    sizes = sorted(sizes_in(folder).items())
+    return {name: (size, None if is_remote(folder) else checksum_of(folder / name)) for name, size in sizes}
 
 
 def _discard_finished(folder: epath.Path):

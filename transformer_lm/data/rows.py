@@ -340,14 +340,15 @@ def _is_whole(path: epath.Path, size: int, checksum: int) -> bool:
     return is_remote(path) or checksum_of(path) == checksum
 
 
-def are_whole(directory: epath.Path, checksums: dict[str, Sequence[int]]) -> bool:
-    """Whether the files in a folder have their lengths and (see MAX_CHECKED_BYTES) checksums: {name: (both)}."""
+def are_whole(directory: epath.Path, checksums: dict[str, Sequence[int | None]]) -> bool:
+    """Whether files in a folder, by name, have their lengths and (see MAX_CHECKED_BYTES) their checksums, if any."""
     sizes = sizes_in(directory)
     if not all(sizes.get(name) == size for name, (size, _) in checksums.items()):
         return False
     if is_remote(directory) or sum(size for size, _ in checksums.values()) > MAX_CHECKED_BYTES:
         return True
-    return all(checksum_of(directory / name) == checksum for name, (_, checksum) in checksums.items())
+    known = {name: checksum for name, (_, checksum) in checksums.items() if checksum is not None}
+    return all(checksum_of(directory / name) == checksum for name, checksum in known.items())
 
 
 def checksum_of(path: epath.Path) -> int:
