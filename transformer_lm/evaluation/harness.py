@@ -23,7 +23,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from transformer_lm import errors
 from transformer_lm.errors import UserError, stage
-from transformer_lm.fields import LARGEST, Count, CountOrZero, Range, check_value
+from transformer_lm.fields import LARGEST, Count, Range, check_value
 from transformer_lm.generation import language_model, sampler
 from transformer_lm.generation.language_model import LanguageModel
 from transformer_lm.huggingface import fast_tokenizer
@@ -50,11 +50,17 @@ class HarnessModel(TemplateLM):
     prefix_token_id = START_ID  # opens a text
 
     def __init__(
-        self, model: LanguageModel | None = None, *, address: str = "", dtype: str = "float32", max_length: int = 0, **_
+        self,
+        model: LanguageModel | None = None,
+        *,
+        address: str = "",
+        dtype: str = "float32",
+        max_length: int | None = None,
+        **_,
     ):
         """Takes a model, or loads the one at an address; **_ is what lm_eval hands to every model, like batch_size."""
         super().__init__()
-        check_value("max_length", max_length, CountOrZero)
+        check_value("max_length", max_length, CountOrZeroOrNone)
         self.model = model or language_model.load(address, dtype=dtype)
         self.max_length = max_length or self.model.network.context
 
