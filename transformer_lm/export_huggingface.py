@@ -52,7 +52,7 @@ def export(address: str, output: Path, sampling: SamplingConfig):
     try:
         with errors.writing(f"--output={output}"):
             temporary.mkdir(parents=True)
-            _write(temporary, loaded, tokenizer, turns, card, sampling)
+            _write(temporary, loaded, tokenizer, turns, facts["texts"], card, sampling)
             _move(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -64,12 +64,13 @@ def _write(
     loaded: loading.LoadedModel,
     tokenizer: Tokenizer,
     turns: Turns | None,
+    texts: list[str],
     card: str,
     sampling: SamplingConfig,
 ):
     """Writes all files of an export into a folder, to the disk."""
     positions = table_of(loaded.config).sizes.positions
-    fast_tokenizer.save(folder, tokenizer, positions, turns)  # first, since it may refuse
+    fast_tokenizer.save(folder, tokenizer, positions, turns, texts)  # first, since it may refuse
     exported_model.save(folder, loaded.config, loaded.params, loaded.step, has_turns=loaded.has_turns)
     files.write_json(folder / "generation_config.json", _generation_settings(sampling, positions, turns))
     (folder / TOKENIZER_FILE).write_bytes(tokenizer.model)

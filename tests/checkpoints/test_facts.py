@@ -3,9 +3,12 @@
 import json
 
 import pytest
+from conftest import FIXTURE
 
 from transformer_lm.checkpoints.facts import read_facts
+from transformer_lm.data.corpora import mukashi
 from transformer_lm.huggingface import model_card
+from transformer_lm.tokenizer import Tokenizer
 
 RECIPE = {"train_split": "train", "eval_split": "validation", "num_layers": 2, "prompts": "昔々\nむかし"}
 COUNTED = ("row_length", "documents", "texts", "characters", "bytes", "tokens", "rows", "padding")
@@ -41,7 +44,7 @@ def data(workdir, tokenizer) -> list[tuple[str, str]]:
     return [(manifest["dataset_name"], manifest["split"]) for manifest in found]
 
 
-@pytest.mark.parametrize("rows", [5, [1], ["../elsewhere"], {}])
+@pytest.mark.parametrize("rows", [5, [1], ["../elsewhere"], ["..", ""], {}])
 def test_what_a_strangers_workdir_calls_rows(write, tales_tokenizer, rows):
     """Nothing is read by what is no name of a folder."""
     found = data(write(rows=rows), tales_tokenizer)
@@ -113,3 +116,17 @@ def test_scores_that_are_no_numbers(write, tales_tokenizer, tiny):
     facts = read_facts(str(workdir), 10, tales_tokenizer)
     assert facts["scores"] == {"step": 5, "eval_loss": 3.0}
     assert "| eval_loss | 3 |" in model_card.write("a", tiny, 10, facts)
+
+
+def test_texts_are_the_corpus_s(trained):
+    """Of training and evaluation; none where the tokenizer is another."""
+    spm = Tokenizer.load(trained / "sentencepiece_model")
+    tales = "".join(mukashi.tale(number) for split in mukashi.SPLITS.values() for number in split[:300])
+    known = [text for text in read_facts(str(trained), 6, spm)["texts"] if " ⁇ " not in text]
+    assert len(known) > 100
+    assert all(text in tales for text in known)
+
+
+def test_no_texts_of_another_tokenizer(trained):
+    facts = read_facts(str(trained), 6, Tokenizer.load(FIXTURE / "sentencepiece_model"))
+    assert (len(facts["data"]), facts["texts"]) == (2, [])

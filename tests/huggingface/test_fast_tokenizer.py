@@ -301,3 +301,22 @@ def test_a_normalization_of_ones_own(tmp_path):
     )  # fmt: skip
     with pytest.raises(UserError, match="normalizes by 'user_defined'"):
         fast_tokenizer.convert(tokenizer.Tokenizer(model.getvalue()))
+
+
+def test_texts_of_the_corpus_are_compared(tales_tokenizer, tmp_path, monkeypatch):
+    """Where the two cut one of them differently nothing is written."""
+    from tokenizers import normalizers
+
+    convert = fast_tokenizer.convert
+
+    def other(tokenizer):
+        fast = convert(tokenizer)
+        fast.normalizer = normalizers.Sequence([normalizers.Replace("鬼ヶ島", "鬼が島"), fast.normalizer])
+        return fast
+
+    monkeypatch.setattr(fast_tokenizer, "convert", other)
+    fast_tokenizer.save(tmp_path, tales_tokenizer, 10)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="cuts '昔、鬼ヶ島に' into"):
+        fast_tokenizer.save(tmp_path, tales_tokenizer, 10, texts=["昔々", "昔、鬼ヶ島に"])
+    assert not (tmp_path / "tokenizer.json").exists()

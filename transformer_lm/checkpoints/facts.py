@@ -1,5 +1,6 @@
 """What a workdir knows of its model: recipe, data, scores. For the model card."""
 
+import contextlib
 from typing import Any
 
 from etils import epath
@@ -8,7 +9,7 @@ from transformer_lm import files
 from transformer_lm.checkpoints import hub
 from transformer_lm.checkpoints import workdir as contract
 from transformer_lm.checkpoints.workdir import CONFIG_FILE, METRICS_FILE, SILENT_FIELDS
-from transformer_lm.data import rows
+from transformer_lm.data import input_pipeline, rows
 from transformer_lm.tokenizer import Tokenizer
 
 # Fields of a recipe that nobody needs who uses the model: where things lie, how often a run reports, what it is asked
@@ -17,12 +18,15 @@ UNSHOWN_FIELDS = SILENT_FIELDS | {
     "vocab_path", "dataset_name", "train_split", "eval_dataset_name", "eval_split", "streaming", "text_field",
     "eval_per_device_batch_size", "max_eval_target_length", "num_eval_steps",
 }  # fmt: skip
+ROWS_OF_TEXTS = 100  # of each corpus
 SCORES = ("eval_loss", "eval_perplexity", "eval_accuracy", "eval_bits_per_char", "eval_bits_per_byte",
           "instruction_accuracy")  # fmt: skip
 
 
 def read_facts(address: str, step: int, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What is known at an address: `recipe`, `data` (manifests of the rows), `scores`, `prompt`; empty where nothing.
+    """What is known at an address; empty where nothing is.
+
+    That is `recipe`, `data` (manifests of the rows), `texts` (some of the rows'), `scores` and `prompt`.
 
     Args:
       address: where the model was loaded from.
@@ -34,31 +38,44 @@ def read_facts(address: str, step: int, tokenizer: Tokenizer) -> dict[str, Any]:
     content = {} if hub.is_address(address) or not config.exists() else files.read_json(config)
     recipe = content.get("recipe", {})
     if not recipe:
-        return {"recipe": {}, "data": [], "scores": {}, "prompt": None}
+        return {"recipe": {}, "data": [], "texts": [], "scores": {}, "prompt": None}
+    corpora = _corpora(workdir, recipe, contract.names_of_rows(content), tokenizer)
     return {
         "recipe": {name: value for name, value in recipe.items() if name not in UNSHOWN_FIELDS},
-        "data": _manifests(workdir, recipe, contract.names_of_rows(content), tokenizer),
+        "data": [corpus.manifest for corpus in corpora],
+        "texts": [text for corpus in corpora for text in _texts(corpus, tokenizer)],
         "scores": _last_scores(workdir / METRICS_FILE, step),
         "prompt": str(recipe.get("prompts", "")).split("\n")[0],
     }
 
 
-def _manifests(workdir: epath.Path, recipe: dict, names: list[str] | None, tokenizer: Tokenizer) -> list[dict]:
-    """The manifests of the rows that the run read, each once; in old workdirs, which name none, of those that fit.
+def _corpora(
+    workdir: epath.Path, recipe: dict, names: list[str] | None, tokenizer: Tokenizer
+) -> list[rows.PreparedCorpus]:
+    """The rows that the run read, each once; in old workdirs, which name none, those that fit.
 
-    A manifest that is damaged counts as gone.
+    Rows whose manifest is damaged count as gone.
     """
     prepared = files.absolute(str(recipe.get("prepared_dir") or workdir / "prepared"))
     folders = files.children(prepared) if names is None else [prepared / name for name in dict.fromkeys(names)]
-    manifests = [manifest for folder in folders if (manifest := rows.read_manifest(folder))]
+    corpora = [rows.PreparedCorpus(folder, manifest) for folder in folders if (manifest := rows.read_manifest(folder))]
     if names is not None:
-        return manifests
+        return corpora
     return [
-        manifest
+        corpus
         for split in dict.fromkeys(recipe.get(name) for name in ("train_split", "eval_split"))
-        for manifest in manifests
-        if manifest.get("split") == split and manifest.get("tokenizer_sha256") == tokenizer.fingerprint
+        for corpus in corpora
+        if corpus.manifest["split"] == split and corpus.manifest.get("tokenizer_sha256") == tokenizer.fingerprint
     ]
+
+
+def _texts(corpus: rows.PreparedCorpus, tokenizer: Tokenizer) -> list[str]:
+    """Texts of a corpus's first rows; none where they lie elsewhere, are gone, damaged or another tokenizer's."""
+    if files.is_remote(corpus.directory) or corpus.manifest.get("tokenizer_sha256") != tokenizer.fingerprint:
+        return []
+    with contextlib.suppress(Exception):  # whatever damaged rows make a library raise
+        return input_pipeline.first_texts(corpus, tokenizer, ROWS_OF_TEXTS)
+    return []
 
 
 def _last_scores(path: epath.Path, step: int) -> dict[str, Any]:

@@ -105,7 +105,9 @@ def remembered_batch(workdir: epath.Path, recipe: dict) -> dict[str, int]:
     return {
         name: batch[name]
         for name, fields in depends.items()
-        if isinstance(batch.get(name), int) and all(before.get(field) == recipe[field] for field in fields)
+        if isinstance(batch.get(name), int)
+        and batch[name] > 0
+        and all(before.get(field) == recipe[field] for field in fields)
     }
 
 
@@ -123,7 +125,7 @@ def names_of_rows(content: dict) -> list[str] | None:
     rows = content.get("rows")
     if not isinstance(rows, list):
         return None
-    return [name for name in rows if isinstance(name, str) and name == epath.Path(name).name]
+    return [name for name in rows if isinstance(name, str) and name == epath.Path(name).name not in ("", "..")]
 
 
 def _report_changes(workdir: epath.Path, before: Any, recipe: dict, rows_before: Any, rows: list[str]):

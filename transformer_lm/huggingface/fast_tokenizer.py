@@ -15,6 +15,7 @@ The same ids for the same text; docs/huggingface.md counts where the two part. W
 import itertools
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,7 +45,7 @@ TIE = 1e-3  # sums of scores that differ by less are equal but for rounding
 SYMBOL_SCORE = 0.1  # a byte after a user-defined symbol's first in a unigram model, as SentencePiece 0.2.3 counts
 
 
-def save(folder: Path, tokenizer: Tokenizer, max_length: int, turns: Turns | None = None):
+def save(folder: Path, tokenizer: Tokenizer, max_length: int, turns: Turns | None = None, texts: Sequence[str] = ()):
     """Writes tokenizer.json and tokenizer_config.json.
 
     Args:
@@ -52,12 +53,13 @@ def save(folder: Path, tokenizer: Tokenizer, max_length: int, turns: Turns | Non
       tokenizer: what cuts texts.
       max_length: what users are warned above.
       turns: how the model takes turns; their template is written.
+      texts: what it has to cut as the tokenizer does, besides texts that are hard to; some of the corpus, say.
 
     Raises:
       UserError: the SentencePiece model has no counterpart, or one that gives other ids.
     """
     fast = convert(tokenizer)
-    check_same_ids(tokenizer, fast, [*HARD_STRINGS, *_texts_of_pieces(tokenizer)])
+    check_same_ids(tokenizer, fast, [*HARD_STRINGS, *_texts_of_pieces(tokenizer), *texts])
     (folder / "tokenizer.json").write_text(fast.to_str(pretty=True), encoding="utf-8")
     special = SPECIAL_TOKENS | {"unk_token_id": UNK_ID}
     settings = {
