@@ -99,7 +99,7 @@ def two(tmp_path_factory):
 def apart(tmp_path_factory):
     """A run whose two processes do not see each other's folders, which they wait for: begun before all else."""
     folder = tmp_path_factory.mktemp("apart")
-    return folder, start([folder / "here", folder / "there"], processes=2, devices=1)
+    return folder, start([folder / "here", folder / "there"], processes=2, devices=1, mesh_fsdp=2)
 
 
 def half_of(run, folder) -> Path:
