@@ -81,7 +81,16 @@ LITERATURE: dict[str, tuple[str, int, dict]] = {
     "v1 without dropout linear 0.001": ("v1", FULL, NO_DROPOUT | {"schedule": "wsd", "learning_rate": 0.001}),
     "v1 without dropout linear 0.002": ("v1", FULL, NO_DROPOUT | {"schedule": "wsd", "learning_rate": 0.002}),
     "v1 without dropout linear 0.004": ("v1", FULL, NO_DROPOUT | {"schedule": "wsd", "learning_rate": 0.004}),
-    "v1 with decay 0.01": ("v1", FULL, {"weight_decay": 0.01}),
+    "v1 without dropout linear 0.002 decay 0.01": (
+        "v1",
+        FULL,
+        NO_DROPOUT | {"schedule": "wsd", "learning_rate": 0.002, "weight_decay": 0.01},
+    ),
+    "v1 without dropout linear 0.002 decay 0.3": (
+        "v1",
+        FULL,
+        NO_DROPOUT | {"schedule": "wsd", "learning_rate": 0.002, "weight_decay": 0.3},
+    ),
     "v2/10": ("v2", TENTH, {}),
     "v2/6": ("v2", SIXTH, {}),
     "v2/3": ("v2", THIRD, {}),
