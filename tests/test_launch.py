@@ -1,5 +1,6 @@
 """The scripts in launch/, with stand-ins for the commands of the clusters."""
 
+import functools
 import json
 import os
 import signal
@@ -80,7 +81,10 @@ with signals_caught() as signals:
 def test_a_run_that_is_begun_again_saves_and_ends(number, send):
     """Whether a signal comes to the script alone, or, as from a terminal or a service, to the run as well."""
     line = [ROOT / "launch" / "again.sh", sys.executable, "-c", SAVES]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, start_new_session=True, cwd=ROOT)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which tests in the background ignore
+    process = subprocess.Popen(
+        line, stdout=subprocess.PIPE, text=True, start_new_session=True, cwd=ROOT, preexec_fn=heed
+    )
     assert process.stdout.readline() == "ready\n"
     send(process.pid, number)
     output, _ = process.communicate(timeout=60)
