@@ -1,5 +1,6 @@
 """Locks: the second process is told who has it, a dead one's lock is no obstacle, whatever holds the lock."""
 
+import json
 import os
 import signal
 import subprocess
@@ -48,6 +49,16 @@ def test_second_is_refused_by_name(lock_path):
     with locks.exclusive(lock_path, "the run"):  # SIGKILL left the file, and no lock
         assert lock_path.exists()
     assert not lock_path.exists()
+
+
+def test_nobody_reads_a_half_of_it(tmp_path, monkeypatch):
+    """On a file system without locks an empty file would look as if nobody held it."""
+    monkeypatch.setattr(locks, "is_remote", lambda path: True)
+    monkeypatch.setattr(locks, "BEAT_SECONDS", 0.0001)
+    monkeypatch.setattr(locks, "SETTLE_SECONDS", 0.01)
+    with locks.exclusive(tmp_path / "run.lock", "the run"):
+        beats = {json.loads((tmp_path / "run.lock").read_bytes())["beat"] for _ in range(3000)}
+    assert len(beats) > 3
 
 
 def test_second_waits(lock_path):

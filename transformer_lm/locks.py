@@ -20,7 +20,7 @@ from absl import logging
 from etils import epath
 
 from transformer_lm.errors import UserError
-from transformer_lm.files import is_remote
+from transformer_lm.files import is_remote, write_atomically
 
 BEAT_SECONDS = 10.0  # between two writes of a remote lock
 DEAD_SECONDS = 3 * BEAT_SECONDS
@@ -158,7 +158,7 @@ class _HeartbeatLock:
 
     def _write(self, beat: int):
         content = _signature() | {"token": self._token, "beat": beat}
-        self._path.write_text(json.dumps(content), encoding="utf-8")
+        write_atomically(self._path, json.dumps(content).encode())  # on a file system without locks nobody reads a half
 
     def _beat(self):
         beat = 0
