@@ -115,9 +115,10 @@ def eval_batches(
         yield read_records(np.stack([rows[int(order[i])] if i < stop else empty for i in numbers]), corpus.dtype)
 
 
-def first_texts(corpus: PreparedRows, tokenizer: Tokenizer, rows: int) -> list[str]:
+def first_texts(corpus: PreparedCorpus, tokenizer: Tokenizer, rows: int) -> list[str]:
     """What so many rows at a corpus's beginning hold, as its tokenizer writes it: texts, and pieces of long ones."""
-    batch = next(eval_batches(corpus, batch_size=rows, max_rows=rows))
+    stored = _rows(corpus)
+    batch = read_records(np.stack([stored[number] for number in range(min(rows, len(stored)))]), corpus.dtype)
     return [
         tokenizer.decode(targets[segments == number])
         for targets, segments in zip(batch["targets"], batch["segments"], strict=True)
