@@ -128,20 +128,20 @@ def test_other_special_ids_are_refused(options):
     with pytest.raises(UserError, match=r"ids \(unk, bos, eos\)|cannot train"):
         tokenizer_training.train([(TALES, 1.0)], **ARGUMENTS | {"options": options})
     with pytest.raises(UserError, match=r"ids \(unk, bos, eos\)|cannot train"):
-        tokenizer_training.check_options(options)
+        tokenizer_training.check_options(options, 900)
 
 
 @pytest.mark.parametrize("option", ["num_threads=0", "seed_sentencepiece_size=-1", "minloglevel=x"])
 def test_sizes_are_refused_before_the_corpus_is_read(option):
     with pytest.raises(UserError, match=f"--{option} is not possible"):
-        tokenizer_training.check_options(f"--{option}")
+        tokenizer_training.check_options(f"--{option}", 900)
 
 
 @pytest.mark.parametrize("name", ["vocab_size", "input", "model_prefix", "arg", "logstream", "model_writer"])
 @pytest.mark.parametrize("value", ["=1", "=8000", "=--model_prefix=m", ""])
 def test_what_is_no_ones_to_set_is_refused_before_the_corpus_is_read(name, value):
     with pytest.raises(UserError, match=f"^spm_train_options: --{name} is not yours to set: "):
-        tokenizer_training.check_options(f"--character_coverage=1.0 --{name}{value}")
+        tokenizer_training.check_options(f"--character_coverage=1.0 --{name}{value}", 900)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,22 @@ def test_what_is_no_ones_to_set_is_refused_before_the_corpus_is_read(name, value
     ["", "--byte_fallback", "--model_type=bpe --byte_fallback=true", "--pad_id=3", "--character_coverage=0.98"],
 )
 def test_good_options_pass_the_trial(options):
-    tokenizer_training.check_options(options)
+    tokenizer_training.check_options(options, 900)
+
+
+@pytest.mark.parametrize(
+    ("options", "fixed"),
+    [
+        ("", 3),
+        ("--pad_id=3", 4),
+        ("--byte_fallback=true", 259),
+        ("--control_symbols=<a>,<b> --user_defined_symbols=ました", 6),
+    ],
+)
+def test_sizes_that_hold_no_learned_piece_are_refused_before_the_corpus_is_read(options, fixed):
+    tokenizer_training.check_options(options, fixed + 1)
+    with pytest.raises(UserError, match=f"^vocab_size={fixed} is too small: {fixed} pieces are taken"):
+        tokenizer_training.check_options(options, fixed)
 
 
 @pytest.fixture(scope="module")

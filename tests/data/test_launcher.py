@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 from conftest import command
+from etils import epath
 from test_preparation import data_config, rows_of
 
 from transformer_lm.data import launcher, packing, preparation
@@ -147,10 +148,13 @@ def test_slurm(config, local_way, tmp_path, monkeypatch):
 class SlurmJob:
     """What _wait_for_slurm asks of datatrove's executor: a job that ends after some questions."""
 
-    job_id, world_size = "7", 3
+    world_size = 3
 
-    def __init__(self, asked: int):
-        self.left = asked
+    def __init__(self, asked: int, job_id: str | None = "7"):
+        self.left, self.job_id = asked, job_id
+
+    def run(self):
+        self.job_id = "7"
 
     def get_incomplete_ranks(self, skip_completed):
         assert skip_completed
@@ -205,6 +209,20 @@ def test_slurm_tasks_that_are_finished(squeue):
     calls = squeue(REFUSED, RUNNING)
     launcher._wait_for_slurm(SlurmJob(2))
     assert calls() == 2
+
+
+def test_slurm_job_of_a_killed_command_is_waited_for(squeue, monkeypatch, tmp_path):
+    """What a command has submitted, and has not seen the end of, the next one waits for before it submits anything."""
+    monkeypatch.setattr(launcher, "MAX_FAILURES", 1)
+    record = epath.Path(tmp_path / "slurm_job")
+    calls = squeue(RUNNING, REFUSED, 'test "$*" = "-h -j 7" && echo R', RUNNING, UNKNOWN, 'test "$*" = "-h -j 7"')
+    with pytest.raises(UserError, match=r"Job 7 may still run .*, started again, waits for it"):
+        launcher._run_on_slurm(SlurmJob(100, None), record)
+    job = SlurmJob(100, None)
+    submitted = []
+    monkeypatch.setattr(job, "run", lambda: submitted.append(calls()))
+    launcher._run_on_slurm(job, record)
+    assert (submitted, calls(), record.exists()) == ([5], 6, False)
 
 
 def test_killed_tasks_are_done_again(corpus, config, local_way, tmp_path):

@@ -21,6 +21,7 @@ from transformer_lm import console
 from transformer_lm.data import workers
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
+from transformer_lm.files import write_atomically
 
 EXECUTORS = ("local", "slurm", "ray")
 _PATTERN = re.compile("[*?[\ud800-\udfff]|::")
@@ -79,9 +80,10 @@ class Launcher:
         executor = self._make(name, list(steps), str(folder), tasks or self.tasks)
         failure: Exception | None = None
         try:
-            executor.run()
             if self.executor == "slurm":
-                _wait_for_slurm(executor)
+                _run_on_slurm(executor, folder / "slurm_job")
+            else:
+                executor.run()
         except UserError:
             raise
         except Exception as error:  # whatever a task raises; the others' marks stay
@@ -137,6 +139,23 @@ def _end_forks_with(process: int):
     os.register_at_fork(after_in_child=functools.partial(workers.end_with, process))
 
 
+def _run_on_slurm(executor, record: epath.Path):
+    """Submits a job and waits for its end; first for that of an earlier command, which may have been killed.
+
+    Args:
+      executor: datatrove's.
+      record: the file that holds the number of a job whose end was not seen.
+    """
+    if record.exists():
+        executor.job_id = record.read_text()
+        logging.info("Slurm job %s was submitted by an earlier command, and is waited for.", executor.job_id)
+        _wait_for_slurm(executor)
+    executor.run()
+    write_atomically(record, str(executor.job_id).encode())
+    _wait_for_slurm(executor)
+    record.unlink()
+
+
 def _wait_for_slurm(executor):
     """Returns when all tasks are finished, or when Slurm says that the job is over."""
     failures = 0
@@ -152,8 +171,7 @@ def _wait_for_slurm(executor):
             if failures == MAX_FAILURES:
                 raise UserError(
                     f"squeue failed {failures} times, the last time with {str(error)!r}. Job {executor.job_id} may "
-                    "still run: look with squeue, and start the same command again when the job is over (scancel "
-                    f"{executor.job_id} ends it), or tasks would run twice."
+                    f"still run (scancel {executor.job_id} ends it): the same command, started again, waits for it."
                 ) from error
         time.sleep(POLL_SECONDS)
 

@@ -103,7 +103,7 @@ def prepare(
     evaluation = _open_evaluation(config, opened)
     spm_path = _spm_path(config, workdir)
     if tokenizer_source is None and not spm_path.exists():
-        tokenizer_training.check_options(config.spm_train_options)  # before the corpus is read
+        tokenizer_training.check_options(config.spm_train_options, config.vocab_size)  # before the corpus is read
     spm = _tokenizer(spm_path, tokenizer_source, lambda: list(map(work.cleaned, train)), config)
     train_parts = work.find(train, spm, config.max_target_length)
     eval_parts = work.find(evaluation, spm, config.max_eval_target_length)

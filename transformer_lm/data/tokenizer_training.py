@@ -62,15 +62,26 @@ def train(mixture: list[tuple[Iterable[str], float]], vocab_size: int, max_corpu
     return _with_round_scores(_train(lines, arguments, options))
 
 
-def check_options(options: str):
-    """Raises UserError where SentencePiece, or this project, refuses the options, without any corpus."""
+def check_options(options: str, vocab_size: int):
+    """Raises UserError where SentencePiece, or this project, refuses the options, without any corpus.
+
+    Refused, too, is a vocabulary that the options' own pieces fill (control pieces, symbols, bytes): none is learned.
+    """
     given = _parse_options(options)
     for name, pattern in TIED_TO_CORPUS.items():
         if not re.fullmatch(pattern, given.get(name, "1").lower()):
             raise UserError(f"spm_train_options: --{name}={given[name]} is not possible.")
     trial = {"vocab_size": 10_000, "hard_vocab_limit": "false", "minloglevel": 2, "num_threads": 1}
     given = {name: value for name, value in given.items() if name not in TIED_TO_CORPUS}
-    _train(TRIAL_TEXT.split() * 5, given | trial, options)
+    pieces = sentencepiece_model_pb2.ModelProto.FromString(
+        _train(TRIAL_TEXT.split() * 5, given | trial, options)
+    ).pieces
+    fixed = sum(piece.type != piece.NORMAL for piece in pieces)
+    if vocab_size <= fixed:
+        raise UserError(
+            f"vocab_size={vocab_size} is too small: {fixed} pieces are taken before any is learned (<unk>, <s>, </s>, "
+            "and those of spm_train_options); set more than that and the corpus's different characters."
+        )
 
 
 def _train(lines: Iterable[str], arguments: dict, options: str) -> bytes:
