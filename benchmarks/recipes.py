@@ -240,6 +240,7 @@ def changed(changes: dict):
     change, network, scale = (table[changes.get(name, "")] for name, table in STAND_INS.items())
     read = input_pipeline.read_records
     models._abstract.cache_clear()
+    models._made.clear_cache()
     with (
         mock.patch.object(input_pipeline, "read_records", lambda *arguments: change(read(*arguments))),
         mock.patch.object(models, "TransformerLM", network),

@@ -227,7 +227,7 @@ class TestConversation:
         engine = talk_server.worker.scheduler.engine
         step = engine.step
         monkeypatch.setattr(engine, "step", lambda: time.sleep(0.2) or step())
-        choose(talk, max_tokens=80)
+        choose(talk, max_tokens=80, temperature=2, top_k=0, top_p=1)  # so hot that it does not end at once
         talk.locator("#prompt").fill("昔話をお願いします。")
         talk.keyboard.press("Control+Enter")
         expect(talk.locator(".assistant .said")).not_to_be_empty()

@@ -354,7 +354,13 @@ Params = dict[str, Any]
 
 def init(config: TransformerConfig, key: jax.Array) -> Params:
     """Fresh parameters, float32, as a nested dict. Pure: may run under `jax.jit` or `jax.eval_shape`."""
-    return nnx.to_pure_dict(nnx.state(TransformerLM(config, rngs=nnx.Rngs(key)), nnx.Param))
+    return nnx.to_pure_dict(nnx.filter_state(_made(config, key)[1], nnx.Param))
+
+
+@functools.partial(jax.jit, static_argnums=0)  # within another, or looked at abstractly: traced once
+def _made(config: TransformerConfig, key: jax.Array) -> tuple[nnx.GraphDef, nnx.State]:
+    """A fresh network, split."""
+    return nnx.split(TransformerLM(config, rngs=nnx.Rngs(key)))
 
 
 def head(config: TransformerConfig, params: Params) -> Params:
@@ -362,6 +368,7 @@ def head(config: TransformerConfig, params: Params) -> Params:
     return {name: params[name] for name in ("norm", "embed" if config.logits_via_embedding else "logits")}
 
 
+@jax.jit  # one program, not one for each array and layer
 def for_decoding(params: Params) -> Params:
     """The parameters as is best for reading one token at a time, which only `extend` and `read_on` take so.
 
@@ -401,14 +408,11 @@ def _is_transposed(leaf) -> bool:
 @functools.lru_cache(8)
 def _abstract(config: TransformerConfig, transposed: bool = False) -> tuple[nnx.GraphDef, nnx.State]:
     """The network with shapes and dtypes for parameters, split; `transposed` says how its kernels lie."""
-
-    def make():
-        network = TransformerLM(config, rngs=nnx.Rngs(0))
-        if transposed:
-            network.set_attributes(dot_general=dot_general_of_transposed)
-        return network
-
-    return nnx.split(nnx.eval_shape(make))
+    if not transposed:
+        return jax.eval_shape(functools.partial(_made, config), jax.eval_shape(lambda: jax.random.key(0)))
+    network = nnx.merge(*_abstract(config))
+    network.set_attributes(dot_general=dot_general_of_transposed)
+    return nnx.split(network)
 
 
 def abstract_params(config: TransformerConfig) -> Params:

@@ -28,6 +28,7 @@ FIELDS = {
     "num_train_steps": 40, "log_every_steps": 1, "eval_every_steps": 20, "checkpoint_every_steps": 20,
     "keep_checkpoints": 10, "global_batch_size": 8, "per_device_batch_size": 1, "mesh_fsdp": 8, "num_layers": 1,
     "num_eval_steps": 3, "eval_per_device_batch_size": 2, "vocab_size": 800, "sampling_temperature": 0,
+    "norm": "rms", "use_bias": False,  # fewer arrays, of which each is a message a device and step
 }  # fmt: skip
 ENDLESS = {"num_train_steps": 10_000, "eval_every_steps": 10_000, "checkpoint_every_steps": 2}
 
