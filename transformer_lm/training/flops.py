@@ -5,6 +5,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 
 from transformer_lm import models
@@ -61,7 +62,7 @@ def measured_flops(dtype=jnp.float32, size: int = 1024, products: int = 1, secon
       products: in one call, one after the other: on an accelerator a call takes longer than a small product.
       seconds: how long to measure.
     """
-    ones, mean = jnp.ones((size, size), dtype), jnp.full((size, size), 1 / size, dtype)
+    ones, mean = jax.device_put((np.ones((size, size), dtype), np.full((size, size), 1 / size, dtype)))
     multiply = jax.jit(lambda x: jax.lax.fori_loop(0, products, lambda _, x: x @ mean, x))
     multiply(ones).block_until_ready()
     taken = []

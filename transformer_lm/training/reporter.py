@@ -28,7 +28,7 @@ class Reporter:
         """`flops`: of a token; `tokens`: of a step, those that are not scored and padding included."""
         self._writer = writer
         self._tokens = tokens
-        self._schedule = schedule
+        self._learning_rate = jax.jit(schedule)  # one program, not one for each operation
         self._flops = flops
         self._peak = peak_flops(jax.devices()[0]) * (devices if jax.default_backend() != "cpu" else 1)
         self.pending: tuple | None = None
@@ -80,7 +80,7 @@ class Reporter:
             "train_loss": loss,
             "train_accuracy": totals["correct"] / totals["tokens"],
             "train_perplexity": perplexity(loss),
-            "learning_rate": float(self._schedule(step - 1)),
+            "learning_rate": float(self._learning_rate(step - 1)),
         }
         self._writer.write(step, values | self._speeds())
 
