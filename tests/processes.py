@@ -74,6 +74,10 @@ class Fork:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def errors_so_far(self) -> str:
+        with open(self._outputs[1].name) as file:
+            return file.read()
+
     def communicate(self, timeout: float = TIMEOUT_SECONDS) -> tuple[str, str]:
         """Waits for the end, which comes by SIGKILL after the timeout."""
         if self.returncode is None:

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -29,7 +28,7 @@ openai = pytest.importorskip("openai", reason="the extra dev's openai is not ins
 uvicorn = pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 
 import pydantic  # noqa: E402
-from processes import run_fork  # noqa: E402
+from processes import Fork, run_fork  # noqa: E402
 
 from transformer_lm.serving import schema  # noqa: E402
 from transformer_lm.serving.app import ServerConfig, make_app  # noqa: E402
@@ -402,16 +401,14 @@ def wait_until(holds, seconds: float = 60):
 
 
 class TestCommand:
-    def start(self, workdir=FIXTURE, name="original", **environment) -> tuple[subprocess.Popen, str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "transformer_lm.serve", f"--workdir={workdir}", "--port=0", "--slots=2",
-             "--context=512"],
-            stderr=subprocess.PIPE, text=True, env=os.environ | environment,
-        )  # fmt: skip
-        for line in process.stderr:
-            if found := re.search(rf"Serving {name} at (http://127\.0\.0\.1:\d+)\.", line):
-                return process, found[1]
-        raise AssertionError(f"ended with {process.wait()}")
+    def start(self, workdir=FIXTURE, name="original", **environment) -> tuple[Fork, str]:
+        flags = [f"--workdir={workdir}", "--port=0", "--slots=2", "--context=512"]
+        process = Fork([sys.executable, "-m", "transformer_lm.serve", *flags], env=os.environ | environment)
+        served = rf"Serving {name} at (http://127\.0\.0\.1:\d+)\."
+        wait_until(lambda: process.poll() is not None or re.search(served, process.errors_so_far()))
+        found = re.search(served, process.errors_so_far())
+        assert found, process.errors_so_far()
+        return process, found[1]
 
     def test_sigterm_finishes_what_has_begun(self):
         process, url = self.start()

@@ -94,7 +94,7 @@ class Run:
     def from_the_beginning(self) -> tuple[TrainState, dict]:
         """The state after twenty steps; their losses, an evaluation, what the compiled step and its devices hold."""
         placement = jax.tree.map(lambda x: x.sharding, self.abstract)
-        network = dataclasses.replace(self._network, remat="none")
+        network = dataclasses.replace(self._network, remat="none", attention="auto")  # as for all meshes
         params = jax.jit(models.init, static_argnums=0)(network, jax.random.key(0))
         state = jax.device_put(state_of(params, self._optimizer), placement)
         state, losses = self.steps(state)

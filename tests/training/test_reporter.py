@@ -35,9 +35,8 @@ def test_data_wait_is_what_the_devices_waited(monkeypatch, kind, share):
     """Three of a step's four seconds, or nothing when they have the step before to do all the while."""
     clock = SimpleNamespace(now=0)
     monkeypatch.setattr(reporter, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    monkeypatch.setattr(reporter, "peak_flops", lambda device: 1.0)
     writer = Writer()
-    told = reporter.Reporter(writer, schedule=lambda step: 0.1, flops=1.0, devices=1, tokens=8)
+    told = reporter.Reporter(writer, schedule=lambda step: 0.1, flops=1.0, peak=1.0, tokens=8)
     for step in range(1, 4):
         with told.waiting_for_data():
             clock.now += 3

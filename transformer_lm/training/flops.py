@@ -45,11 +45,11 @@ def flops_per_token(network: models.TransformerConfig, length: int) -> float:
     return 6.0 * multiplied + 12.0 * network.num_layers * network.qkv_dim * length
 
 
-def peak_flops(device: jax.Device) -> float:
-    """Peak FLOP/s of a device: bfloat16 by its maker's data sheet, else those of a measured product."""
-    if device.device_kind in PEAK_FLOPS:
-        return PEAK_FLOPS[device.device_kind]
-    return measured_flops() if device.platform == "cpu" else measured_flops(jnp.bfloat16, size=4096, products=8)
+def peak_flops(device: jax.Device, count: int = 1) -> float:
+    """Peak FLOP/s of so many devices: bfloat16 by their maker's data sheet, else those of a measured product."""
+    if device.platform == "cpu":
+        return measured_flops()  # of the processor, which all of them share
+    return count * (PEAK_FLOPS.get(device.device_kind) or measured_flops(jnp.bfloat16, size=4096, products=8))
 
 
 @functools.cache

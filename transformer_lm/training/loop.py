@@ -7,6 +7,7 @@ that may fail or take long, and what takes long is given up when the run is told
 
 import contextlib
 import dataclasses
+import math
 import time
 from typing import Any
 
@@ -26,7 +27,7 @@ from transformer_lm.training import batching, distributed, instructions, metrics
 from transformer_lm.training.agreement import AnyProcess
 from transformer_lm.training.config import Recipe
 from transformer_lm.training.evaluation import evaluate_rows
-from transformer_lm.training.flops import flops_per_token
+from transformer_lm.training.flops import flops_per_token, peak_flops
 from transformer_lm.training.preemption import preemption_watched
 from transformer_lm.training.profile import Profile
 from transformer_lm.training.reporter import Reporter
@@ -186,9 +187,14 @@ class _Loop:
             writer,
             optimizers.learning_rate_schedule(run.recipe.optimizer),
             flops_per_token(run.network, run.data.train.row_length),
-            run.layout.mesh.size,
+            peak_flops(jax.devices()[0], run.layout.mesh.size) if self._tells() else math.inf,
             run.batching.rows * run.data.train.row_length,
         )
+
+    def _tells(self) -> bool:
+        """Whether this process will log metrics of training."""
+        every = self._config.log_every_steps
+        return distributed.is_first() and self._config.num_train_steps // every > self._run.step // every
 
     def run(self):
         """Does all steps that are left, unless a signal comes."""

@@ -10,7 +10,6 @@ import optax
 
 from transformer_lm.errors import UserError
 from transformer_lm.training import metrics
-from transformer_lm.training.flops import peak_flops
 from transformer_lm.training.loss import perplexity
 
 SPEEDS = ("tokens_per_second", "step_seconds", "data_wait", "mfu", "first_step_seconds", "peak_memory")  # of a machine
@@ -24,13 +23,12 @@ class Reporter:
         it has been reported.
     """
 
-    def __init__(self, writer: metrics.MetricWriter, schedule: optax.Schedule, flops: float, devices: int, tokens: int):
-        """`flops`: of a token; `tokens`: of a step, those that are not scored and padding included."""
+    def __init__(self, writer: metrics.MetricWriter, schedule: optax.Schedule, flops: float, peak: float, tokens: int):
+        """`flops`: of a token; `peak`: FLOP/s, at the most; `tokens`: of a step, those that are not scored included."""
         self._writer = writer
         self._tokens = tokens
         self._learning_rate = jax.jit(schedule)  # one program, not one for each operation
-        self._flops = flops
-        self._peak = peak_flops(jax.devices()[0]) * (devices if jax.default_backend() != "cpu" else 1)
+        self._flops, self._peak = flops, peak
         self.pending: tuple | None = None
         self._began: float | None = time.perf_counter()  # None when the first step has been told of
         self._waited = 0.0  # seconds that the devices waited for data, in the steps now counted

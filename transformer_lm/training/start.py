@@ -50,7 +50,7 @@ def restore_or_init(
             return TrainState(progress["step"], params, opt_state, progress["totals"]), int(rows)
     placement = jax.tree.map(lambda x: x.sharding, target)
     if initial is None:
-        return jax.jit(lambda key: init_state(network, optimizer, key), out_shardings=placement)(key), 0
+        return jax.jit(init_state, static_argnums=(0, 1), out_shardings=placement)(network, optimizer, key), 0
     params = layout.spread(initial.load().params)
     fresh = jax.jit(lambda params: state_of(params, optimizer), out_shardings=placement, donate_argnums=0)
     return fresh(params), 0

@@ -107,6 +107,26 @@ def test_no_tensorflow(data_dir):
     assert done.stdout.strip() == "['The first .', 'The second .'] False", done.stderr
 
 
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [(0, "does not agree with its checksum"), (20, "does not agree with its checksum"), (-1, "does not agree"),
+     (None, "ends inside a record")],
+)  # fmt: skip
+def test_damaged_tf_records(tmp_path, monkeypatch, place, words):
+    """A length, a record's bytes or their checksum are not what they were; or the file's end is missing."""
+    make_tfds(tmp_path, "lm1b", {"train": ["The first .", "The second ."], "test": ["The third ."]}, "tfrecord")
+    [path] = tmp_path.rglob("*train.tfrecord*")
+    content = bytearray(path.read_bytes())
+    if place is None:
+        del content[-6:]
+    else:
+        content[place] ^= 1
+    path.write_bytes(content)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    with pytest.raises(UserError, match=words):
+        list(corpora.open_documents("lm1b", "train"))
+
+
 def test_classes_of_somebodys_own_are_not_imported(data_dir, monkeypatch, tmp_path):
     """TFDS imports what features.json names; a file in the current folder would do."""
     kind, _ = data_dir

@@ -7,7 +7,6 @@ as ArrayRecord, TFRecord or Parquet. What prepares them is TFDS itself, see docs
 import hashlib
 import itertools
 import os
-import struct
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -118,22 +117,25 @@ RECORD_READERS = {"array_record": _array_records, "tfrecord": _tf_records, "parq
 def read_tf_records(file: BinaryIO) -> Iterator[bytes]:
     """The records of a TFRecord file (https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details).
 
-    A record is its length (uint64), the length's masked CRC-32C, its bytes, and their masked CRC-32C. The length's
-    checksum is compared, which finds a shift or a cut; the one of the bytes would take longer than all the rest.
-    """
-    from tensorboardX.crc32c import crc32c  # here, since it takes PyTorch along where that is installed
+    A record is its length (uint64), the length's masked CRC-32C, its bytes, and their masked CRC-32C.
 
-    while header := file.read(12):
-        if len(header) < 12:
+    Raises:
+      ValueError: the file is damaged.
+    """
+    crc32c = optional_import("google_crc32c", "tfds", "a TFRecord file").value
+
+    def checked(content: bytes, length: int) -> bytes:
+        checksum = file.read(4)
+        if len(content) < length or len(checksum) < 4:
             raise ValueError("it ends inside a record")
-        length, checksum = struct.unpack("<QI", header)
-        crc = crc32c(header[:8])
-        if checksum != (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF:
-            raise ValueError("a record's length does not agree with its checksum")
-        record = file.read(length)
-        if len(record) < length or len(file.read(4)) < 4:
-            raise ValueError("it ends inside a record")
-        yield record
+        crc = crc32c(content)
+        if int.from_bytes(checksum, "little") != (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF:
+            raise ValueError("a record does not agree with its checksum")
+        return content
+
+    while size := file.read(8):
+        length = int.from_bytes(checked(size, 8), "little")
+        yield checked(file.read(length), length)
 
 
 def _check_features(folder: epath.Path):
