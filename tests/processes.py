@@ -28,6 +28,7 @@ import warnings
 from collections.abc import Mapping
 
 if "TRANSFORMER_LM_TESTS" not in os.environ:  # else, a process of a test has imported this
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every process would compile the package anew
     quick = "--xla_backend_optimization_level=0"
     if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA dies of a flag that it does not know
         quick += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 
 import pytest
@@ -68,19 +69,19 @@ def gcs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
     articles = [wiki40b_document("昔話", mukashi.tale(number)) for number in range(300)]
     make_tfds(folder, "wiki40b/ja", {"train": articles, "validation": articles[:20]})
-    copy = "import sys, gcsfs; gcsfs.GCSFileSystem(token='anon').put(sys.argv[1], 'bucket/tfds/', recursive=True)"
-    done = run([sys.executable, "-c", copy, f"{folder}/"], env=environment)
-    assert done.returncode == 0, done.stderr + log.read_text()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            name = urllib.parse.quote(f"tfds/{path.relative_to(folder)}", safe="")
+            ask(f"{url}/upload/storage/v1/b/bucket/o?uploadType=media&name={name}", path.read_bytes())
     yield environment
     emulator.send_signal(signal.SIGKILL)
     emulator.wait()
 
 
-LOOK = """
-import json, sys, gcsfs
-there = gcsfs.GCSFileSystem(token="anon")
-print(json.dumps([there.find(sys.argv[1]), there.cat(f"{sys.argv[1]}/metrics.jsonl").decode()]))
-"""
+def ask(url: str, content: bytes | None = None) -> bytes:
+    """What the emulator answers, asked as the service is, without a library that the commands use."""
+    with urllib.request.urlopen(url, content, timeout=60) as answer:
+        return answer.read()
 
 
 def test_from_data_to_generation(gcs):
@@ -96,8 +97,9 @@ def test_from_data_to_generation(gcs):
     again = run(command("main", workdir, **fields | {"num_train_steps": 4}), env=gcs)
     assert again.returncode == 0, again.stderr[-3000:]
     assert "Resuming at step 2" in again.stderr
-    names, metrics = json.loads(run([sys.executable, "-c", LOOK, "bucket/run"], env=gcs).stdout)
-    lines = [json.loads(line) for line in metrics.splitlines() if line]
+    objects = f"{gcs['STORAGE_EMULATOR_HOST']}/storage/v1/b/bucket/o"
+    names = [item["name"] for item in json.loads(ask(f"{objects}?prefix=run/"))["items"]]
+    lines = [json.loads(line) for line in ask(f"{objects}/run%2Fmetrics.jsonl?alt=media").splitlines() if line]
     assert [line["step"] for line in lines if "train_loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4]
     for name in ("run/config.json", "run/sentencepiece_model", "run/checkpoints/4/", "manifest.json", "tfevents"):
