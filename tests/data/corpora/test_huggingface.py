@@ -5,9 +5,10 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from real_datasets import make_hub_cache, parquet
+from real_datasets import make_hub_cache, parquet, write_jsonl
 
 from transformer_lm.data import corpora
 from transformer_lm.data.corpora import huggingface
@@ -155,3 +156,27 @@ def test_addresses():
     assert parse("wikimedia/wikipedia/20231101.ja") == ("wikimedia/wikipedia", "20231101.ja", None)
     assert parse("owner/name:test") == ("owner/name", None, "test")
     assert parse("cc100/lang=ja") == ("range3/cc100-ja", None, None)
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation", "told"),
+    [
+        ("{here}/tales train", "tales train[:3]", True),
+        ("{here}/tales train[:3]", "link train[3:]", False),
+        ("tales train", "link train", True),
+        ("tales validation", "tales:validation train", True),
+        ("tales train", "tales:validation train", False),
+        ("tales train", "others train", False),
+    ],
+)
+def test_evaluating_on_the_same_folder_is_noticed(tmp_path, monkeypatch, train, evaluation, told):
+    """Under whatever name, and with its split in the name or not."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("tales", "others"):
+        Path(folder).mkdir()
+        for split in ("train", "validation"):
+            write_jsonl(tmp_path / folder / f"{split}.jsonl", [f"{folder} {split} {number}" for number in range(5)])
+    (tmp_path / "link").symlink_to("tales")
+    one, other = (name.format(here=tmp_path).split() for name in (train, evaluation))
+    one, other = (corpora.open_documents(f"huggingface:{name}", split) for name, split in (one, other))
+    assert one.overlaps(other) == other.overlaps(one) == told

@@ -71,15 +71,13 @@ class Documents:
                     )
 
     def overlaps(self, other: "Documents") -> bool:
-        """Whether the same documents are among those of another part of the same source, or of the same files."""
-        if self.name != other.name:
-            return self._shares_files_with(other)
+        """Whether the same documents are among those of another part of the same content, or of the same files."""
         for one, two in itertools.product(self.slices, other.slices):
-            starts, stops = zip(*(splits.resolve(part, self.source.size) for part in (one, two)), strict=True)
-            end = min((stop for stop in stops if stop is not None), default=math.inf)
-            if one.name == two.name and max(starts) < end:
-                return True
-        return False
+            if self.source.content(one.name) == other.source.content(two.name):
+                starts, stops = zip(*(splits.resolve(part, self.source.size) for part in (one, two)), strict=True)
+                if max(starts) < min((stop for stop in stops if stop is not None), default=math.inf):
+                    return True
+        return self.name != other.name and self._shares_files_with(other)
 
     def _shares_files_with(self, other: "Documents") -> bool:
         shared = set(self.source.files).intersection(other.source.files)

@@ -68,6 +68,10 @@ class Source(abc.ABC):
     def fingerprint(self) -> str:
         """A text that changes when the content does."""
 
+    def content(self, split: str) -> tuple:
+        """What a split is told by, under whatever name its source was opened."""
+        return self.fingerprint, split
+
     def judge(self, messages: list[dict[str, str]], answer: str) -> bool:
         """Whether an answer does as well as the last one of a conversation; of sources that judge alone."""
         raise NotImplementedError

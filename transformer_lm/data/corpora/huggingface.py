@@ -62,6 +62,11 @@ class HuggingFace(Source):
         facts = (builder.dataset_name, builder.config_id, str(builder.info.version), builder.hash, self._only)
         return " ".join(map(str, (*facts, self._options.text_field)))
 
+    def content(self, split: str) -> tuple:
+        """See Source; `datasets` knows a folder's files by their real paths."""
+        known = self._builder.hash or self._builder.dataset_name
+        return known, self._builder.config_id, self._only or split
+
     def num_shards(self, split: str) -> int:
         """See Source."""
         content = self._content(split)
