@@ -59,9 +59,17 @@ READ_LATE = {
 class Fork:
     """`python -m` or `python -c` in a fork of the fork server; of subprocess.Popen's interface, what tests need."""
 
-    def __init__(self, arguments: list[str], env: Mapping[str, str] = os.environ, cwd: os.PathLike | str | None = None):
-        self._outputs = [tempfile.NamedTemporaryFile("r") for _ in range(2)]  # noqa: SIM115
-        files = [os.devnull, *(file.name for file in self._outputs)]
+    def __init__(
+        self,
+        arguments: list[str],
+        env: Mapping[str, str] = os.environ,
+        cwd: os.PathLike | str | None = None,
+        input: str = "",
+    ):
+        self._input, *self._outputs = (tempfile.NamedTemporaryFile("w+") for _ in range(3))  # noqa: SIM115
+        self._input.write(input)
+        self._input.flush()
+        files = [file.name for file in (self._input, *self._outputs)]
         self.returncode: int | None = None
         folder = os.fspath(cwd or os.getcwd())
         self.pid = _ask("fork", list(map(os.fspath, arguments[1:])), dict(env), folder, files)
@@ -99,7 +107,7 @@ def run(arguments: list[str], **options) -> subprocess.CompletedProcess:
     """Runs a command to its end, as a fork where that does the same as a process of its own."""
     changed = {name for name, _ in options.get("env", os.environ).items() ^ os.environ.items()}
     is_command = arguments[:2] == [sys.executable, "-m"] and arguments[2].startswith("transformer_lm.")
-    if not is_command or not changed <= READ_LATE or not options.keys() <= {"env", "cwd"}:
+    if not is_command or not changed <= READ_LATE or not options.keys() <= {"env", "cwd", "input"}:
         return subprocess.run(arguments, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, **options)
     return run_fork(arguments, **options)
 

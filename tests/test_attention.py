@@ -47,12 +47,15 @@ def test_in_blocks(short_blocks):
     *arrays, segments = inputs(48)
     np.testing.assert_allclose(attention.attend_in_rows(*arrays, segments), by_hand(*arrays, segments), atol=1e-5)
 
-    def loss(query, key, value):
-        return jnp.sum(attention.attend_in_rows(query, key, value, segments) ** 2)
+    def gradients():
+        def loss(query, key, value):
+            return jnp.sum(attention.attend_in_rows(query, key, value, segments) ** 2)
 
-    in_blocks = jax.grad(loss, (0, 1, 2))(*arrays)
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(*arrays)
+
+    in_blocks = gradients()
     attention.LONG = 1024
-    whole = jax.grad(loss, (0, 1, 2))(*arrays)
+    whole = gradients()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), in_blocks, whole)
 
 
@@ -107,7 +110,8 @@ def test_the_kernels_for_gpus(monkeypatch, rate):
         return attention.attend_in_rows(*arrays, segments, kind=kind, dropout_rate=rate, dropout_keys=keys)
 
     def gradients(kind):
-        return jax.grad(lambda *arrays: jnp.sum(attend(kind, *arrays) ** 2), (0, 1, 2))(query, key, value)
+        gradient = jax.grad(lambda *arrays: jnp.sum(attend(kind, *arrays) ** 2), (0, 1, 2))
+        return jax.jit(gradient)(query, key, value)
 
     attended = attend("triton", query, key, value)
     np.testing.assert_allclose(attended, attend("xla", query, key, value), atol=1e-5)

@@ -15,7 +15,7 @@ def test_summary(tmp_path, capsys, monkeypatch):
     fields = config.get_config()
     fields.update(
         train_split="train[:200]", eval_split="validation[:10]", vocab_size=1600, num_layers=1, emb_dim=32, qkv_dim=32,
-        num_heads=2, mlp_dim=64, num_train_steps=30, eval_every_steps=30, log_every_steps=10, prepare_processes=1,
+        num_heads=2, mlp_dim=64, num_train_steps=20, eval_every_steps=20, log_every_steps=10, prepare_processes=1,
         max_predict_length=48, per_device_batch_size=2, eval_per_device_batch_size=4,
     )  # fmt: skip
     demo.main(recipe.read(fields), workdir)

@@ -137,7 +137,7 @@ class TestModelCard:
 
 def test_generates_the_same_text(workdir, exported):
     def texts(folder):
-        arguments = ["--output=jsonl", "--num_generated_texts=2", "--config.max_predict_length=24"]
+        arguments = ["--output=jsonl", "--num_generated_texts=2", "--config.max_predict_length=16"]
         done = run([sys.executable, "-m", "transformer_lm.generate_text", f"--workdir={folder}", *arguments,
                     "--config.prompts=昔々あるところに", "--config.use_bfloat16=False"])  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -270,14 +270,14 @@ class TestInitFrom:
         return folder / "run", source
 
     def start(self, folder, source, **changes):
-        return run(command("main", folder, num_train_steps=1, init_from=source, learning_rate=1e-30, **changes))
+        return run(command("main", folder, num_train_steps=1, init_from=source, **changes))
 
     def test_begins_with_its_parameters(self, begun):
         """Also where it was killed in its first save."""
         run, source = begun
         found = loading.load_model(run)
         assert found.step == 1
-        assert_same_params(found.params, loading.load_model(source).params, atol=1e-25)  # but for a step of 1e-30
+        assert_same_params(found.params, loading.load_model(source).params)  # the first step's rate is 0
         assert (run / "sentencepiece_model").read_bytes() == (source / "sentencepiece_model").read_bytes()
 
     @pytest.mark.parametrize("begun", ["exported"], indirect=True)
@@ -291,7 +291,7 @@ class TestInitFrom:
         sizes = {"emb_dim": 32, "qkv_dim": 32, "mlp_dim": 64}
         done = self.start(tmp_path, FIXTURE, **sizes)
         assert done.returncode == 0, done.stderr
-        assert_same_params(loading.load_model(tmp_path).params, loading.load_model(FIXTURE).params, atol=1e-25)
+        assert_same_params(loading.load_model(tmp_path).params, loading.load_model(FIXTURE).params)
 
     def test_prepare_data_takes_its_tokenizer(self, exported, tmp_path):
         done = run(command("prepare_data", tmp_path, init_from=exported))

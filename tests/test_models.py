@@ -245,7 +245,7 @@ class TestModernNetwork:
         config = dataclasses.replace(tiny, **MODERN, zero_init=True)
         params, batch = init(config), batch_of([[3, 4, 5, 6]], 6)
         assert np.all(call(config, params, batch) == 0)
-        gradients = jax.grad(lambda params: call(config, params, batch)[0, 2, 7])(params)
+        gradients = jax.jit(jax.grad(lambda params: call(config, params, batch)[0, 2, 7]))(params)
         alive = {path for path, leaf in jax.tree_util.tree_leaves_with_path(gradients) if np.any(leaf)}
         assert {jax.tree_util.keystr(path) for path in alive} == {"['logits']['kernel']"}
 

@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_fork
 
 from transformer_lm import tokenizer
 from transformer_lm.data import tokenizer_training
@@ -227,13 +228,13 @@ def test_a_long_line_is_cut_anywhere():
 def test_inspect(tmp_path, originals):
     (tmp_path / "sentencepiece_model").write_bytes(originals.model)
     command = [sys.executable, "-m", "transformer_lm.tokenizer", f"--workdir={tmp_path}", "--inspect", "昔々、ﾊﾞﾅﾅ"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_fork(command)
     assert done.returncode == 0, done.stderr
     for piece, token in zip(originals.pieces("昔々、ﾊﾞﾅﾅ"), originals.encode("昔々、ﾊﾞﾅﾅ"), strict=True):
         assert any(piece in line and str(token) in line for line in done.stdout.splitlines())
     assert "characters a token" in done.stdout
     assert "another text: 昔々、バナナ" in done.stdout
-    missing = subprocess.run([*command[:3], "--workdir=/no/such", "--inspect", "昔"], capture_output=True, text=True)
+    missing = run_fork([*command[:3], "--workdir=/no/such", "--inspect", "昔"])
     assert (missing.returncode, missing.stdout) == (1, "")
     assert "error: No tokenizer at /no/such/sentencepiece_model" in missing.stderr
 
@@ -257,12 +258,14 @@ def test_ids_that_are_no_pieces(originals, wrong):
         originals.decode([5, wrong])
 
 
-def test_files_that_are_no_models(tmp_path):
+def test_files_that_are_no_models(tmp_path, monkeypatch):
+    assert tokenizer.MAX_MODEL_BYTES == 256 << 20
+    monkeypatch.setattr(tokenizer, "MAX_MODEL_BYTES", 1 << 20)  # not so much is read here
     with pytest.raises(UserError, match="is not a SentencePiece model: no file"):
         tokenizer.Tokenizer.load(tmp_path)
     with open(tmp_path / "long", "wb") as file:
-        file.truncate(tokenizer.MAX_MODEL_BYTES + 1)  # takes no room
-    with pytest.raises(UserError, match=r"is not a SentencePiece model: .* over 256 MiB"):
+        file.truncate(tokenizer.MAX_MODEL_BYTES + 1)
+    with pytest.raises(UserError, match=r"is not a SentencePiece model: .* over 1 MiB"):
         tokenizer.Tokenizer.load(tmp_path / "long")
 
 

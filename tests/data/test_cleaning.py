@@ -81,7 +81,7 @@ def test_all_rules_and_near_duplicates(corpus, tmp_path):
     assert same["counts"] == report["counts"]
 
 
-def test_interrupted_and_gone_on_with_other_tasks(corpus, tmp_path):
+def test_interrupted_and_gone_on_with_other_tasks(corpus, tmp_path, caplog):
     """What a killed task, or another number of tasks, has left behind is not taken for cleaned."""
     left = [tmp_path / name for name in ("texts-5", "filtered-5", "texts-2", "filtered-2")]
     for folder in left:
@@ -90,6 +90,7 @@ def test_interrupted_and_gone_on_with_other_tasks(corpus, tmp_path):
     kept, _ = clean(corpus, "length,minhash", tmp_path, tasks=2)
     assert len(kept) == len(set(kept))
     assert not (tmp_path / "texts-5").exists()
+    assert "cleaned again" not in caplog.text
 
 
 def test_nothing_left(tmp_path):
@@ -111,13 +112,25 @@ def test_an_edited_number_cleans_anew(tmp_path, monkeypatch):
     assert preparation.prepare(config, str(tmp_path / "w")).train.manifest["texts"] == 2
 
 
-@pytest.fixture
-def tales_config(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", TALES)
-    return data_config(
-        dataset_name=f"jsonl:{tmp_path}/a.jsonl", train_split="train[:40]", eval_split="train[40:]",
+@pytest.fixture(scope="module")
+def cleaned(tmp_path_factory):
+    """Rows and a tokenizer made of the tales, cleaned: their configuration, and the workdir with them."""
+    folder = tmp_path_factory.mktemp("cleaned")
+    write_jsonl(folder / "a.jsonl", TALES)
+    config = data_config(
+        dataset_name=f"jsonl:{folder}/a.jsonl", train_split="train[:40]", eval_split="train[40:]",
         cleaning_rules="length", vocab_size=900,
     )  # fmt: skip
+    preparation.prepare(config, str(folder / "workdir"))
+    return config, folder / "workdir"
+
+
+@pytest.fixture
+def tales_config(cleaned, tmp_path):
+    """The configuration of what lies prepared in tmp_path."""
+    config, workdir = cleaned
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    return config
 
 
 @pytest.mark.parametrize(

@@ -324,26 +324,7 @@ class TestCommand:
         return run(command, cwd=cwd, env=os.environ | environment)
 
     def test_tasks(self, jglue, tmp_path, model):
-        done = self.evaluate(
-            "--tasks=jglue", f"--tasks_data={jglue}", f"--samples={tmp_path}/samples.jsonl", "--limit=2"
-        )
-        assert done.returncode == 0, done.stderr
-        values = json.loads(done.stdout)
-        assert values["step"] == 499_999
-        assert values["tasks"].keys() == {"jcommonsenseqa-1.1-0.3", "jnli-1.3-0.3", "jsquad-1.1-0.3"}
-        assert values["tasks"]["jnli-1.3-0.3"].keys() == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
-        samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-        assert [sample["task"] for sample in samples].count("jsquad-1.1-0.3") == 2
-
-    def test_as_a_script_of_its_folder(self, jglue):
-        """There our evaluate.py must not stand in for the package `evaluate`, which lm_eval imports."""
-        done = self.evaluate(
-            "--tasks=jnli-1.3-0.3", script=("evaluate.py",), cwd=ROOT / "transformer_lm", JGLUE_DIR=str(jglue)
-        )
-        assert done.returncode == 0, done.stderr
-        assert "jnli-1.3-0.3" in json.loads(done.stdout)["tasks"]
-
-    def test_tasks_of_ones_own(self, tmp_path):
+        """The project's, and one's own beside them."""
         (tmp_path / "mine.yaml").write_text(
             "task: mine\ndataset_path: json\ndataset_kwargs: {data_files: {test: "
             + str(tmp_path / "mine.jsonl")
@@ -352,11 +333,28 @@ class TestCommand:
             "metric_list: [{metric: bits_per_byte}]\n"
         )
         (tmp_path / "mine.jsonl").write_bytes(lines([{"text": "吾輩は猫である。"}]))
-        done = self.evaluate("--tasks=mine", f"--include_path={tmp_path}", HF_HOME=str(tmp_path / "cache"))
+        done = self.evaluate(
+            "--tasks=jglue,mine", f"--tasks_data={jglue}", f"--include_path={tmp_path}",
+            f"--samples={tmp_path}/samples.jsonl", "--limit=2", HF_HOME=str(tmp_path / "cache"),
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        [score] = transformer_lm.load(FIXTURE).score(["吾輩は猫である。"])
+        values = json.loads(done.stdout)
+        assert values["step"] == 499_999
+        assert values["tasks"].keys() == {"jcommonsenseqa-1.1-0.3", "jnli-1.3-0.3", "jsquad-1.1-0.3", "mine"}
+        assert values["tasks"]["jnli-1.3-0.3"].keys() == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
+        samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+        assert [sample["task"] for sample in samples].count("jsquad-1.1-0.3") == 2
+        [score] = model.score(["吾輩は猫である。"])
         expected = -score.log_prob / np.log(2) / len("吾輩は猫である。".encode())
-        assert json.loads(done.stdout)["tasks"]["mine"]["bits_per_byte"] == pytest.approx(expected, rel=1e-4)
+        assert values["tasks"]["mine"]["bits_per_byte"] == pytest.approx(expected, rel=1e-4)
+
+    def test_as_a_script_of_its_folder(self, jglue):
+        """There our evaluate.py must not stand in for the package `evaluate`, which lm_eval imports."""
+        done = self.evaluate(
+            "--tasks=jnli-1.3-0.3", script=("evaluate.py",), cwd=ROOT / "transformer_lm", JGLUE_DIR=str(jglue)
+        )
+        assert done.returncode == 0, done.stderr
+        assert "jnli-1.3-0.3" in json.loads(done.stdout)["tasks"]
 
     @pytest.mark.parametrize(
         ("arguments", "words"),

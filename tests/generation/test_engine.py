@@ -36,7 +36,7 @@ def network(tokenizer) -> models.TransformerConfig:
 
 @pytest.fixture(scope="module")
 def engine(network) -> Engine:
-    return Engine(network, init(network), slots=SLOTS, context=48)
+    return Engine(network, init(network), slots=SLOTS, context=4 * CHUNK)
 
 
 def write(scheduler: Scheduler, requests: list[Request], late: int = 0) -> list[tuple[str, list, str]]:
@@ -126,10 +126,6 @@ class TestCompany:
 class TestPrompts:
     """Prompts of more than a chunk, and what they have in common."""
 
-    @pytest.fixture(scope="class")
-    def engine(self, network) -> Engine:
-        return Engine(network, init(network), slots=SLOTS, context=4 * CHUNK)
-
     @staticmethod
     def requests(vocab_size: int) -> list[Request]:
         first, other = np.random.default_rng(0).integers(3, vocab_size, (2, 2 * CHUNK + 20)).tolist()
@@ -212,12 +208,12 @@ class TestPrompts:
 
 
 class TestNetwork:
-    @pytest.mark.parametrize("kind", [{}, MODERN])
-    def test_greedy_is_argmax_of_the_uncached_network(self, tiny, kind):
+    @pytest.mark.parametrize(("kind", "context"), [({}, 2 * CHUNK), (MODERN, 32)])
+    def test_greedy_is_argmax_of_the_uncached_network(self, tiny, kind, context):
         """And its log probabilities are that network's, in slots that others had before."""
-        config = dataclasses.replace(tiny, **kind)
+        config = dataclasses.replace(tiny, max_len=context, **kind)
         params = init(config)
-        engine = Engine(config, params, slots=2, context=32)
+        engine = Engine(config, params, slots=2, context=context)
         for slot, other in ((0, [9] * 20), (1, [8] * 30)):
             engine.prefill(slot, other, Settings())
         engine.step()
@@ -225,7 +221,7 @@ class TestNetwork:
         engine.prefill(1, prompt, Settings(temperature=0.0, alternatives=2, logit_bias={EOS_ID: -100.0}))
         choices = [engine.step() for _ in range(12)]
         tokens = prompt + [int(choice.tokens[1]) for choice in choices]
-        log_probs = jax.nn.log_softmax(call(config, params, batch_of([tokens[:-1]], 32)))[0, 3 : len(tokens)]
+        log_probs = jax.nn.log_softmax(call(config, params, batch_of([tokens[:-1]], context)))[0, 3 : len(tokens)]
         for found, expected in zip(choices, log_probs, strict=True):
             np.testing.assert_allclose(found.log_probs[1], expected[found.tokens[1]], atol=1e-5)
             np.testing.assert_allclose(found.alternative_log_probs[1, :2], np.sort(expected)[-1:-3:-1], atol=1e-5)
@@ -237,7 +233,7 @@ class TestNetwork:
         """Of prompts shorter and longer than a chunk, whatever has been read before."""
         config = dataclasses.replace(tiny, max_len=2 * CHUNK)
         params = init(config)
-        engine = Engine(config, params, slots=1, context=2 * CHUNK)
+        engine = Engine(config, params, slots=2, context=2 * CHUNK)
         prompt = np.random.default_rng(0).integers(3, 50, CHUNK + 22).tolist()
         expected = jax.nn.log_softmax(call(config, params, batch_of([prompt], 2 * CHUNK)))[0]
         for given, skip in ((prompt[:22], 0), ([0, *prompt[:22]], 1), (prompt, 0), ([0, *prompt], 1), ([], 0)):
@@ -251,12 +247,13 @@ class TestNetwork:
             np.testing.assert_array_equal(scores.alternatives[skip:, 0], expected[:size].argmax(-1))
 
     def test_a_full_context(self, engine, tokenizer):
+        n = engine.context - 18
         [(_, tokens, reason)] = write(
-            Scheduler(engine, tokenizer), [Request([5] * 30, Settings(logit_bias={EOS_ID: -100.0}), 18)]
+            Scheduler(engine, tokenizer), [Request([5] * n, Settings(logit_bias={EOS_ID: -100.0}), 18)]
         )
         assert (len(tokens), reason) == (18, "length")
-        with pytest.raises(UserError, match=r"30 tokens, and max_tokens=19: .* context of 48"):
-            Scheduler(engine, tokenizer).submit(Request([5] * 30, max_tokens=19))
+        with pytest.raises(UserError, match=rf"{n} tokens, and max_tokens=19: .* context of {engine.context}"):
+            Scheduler(engine, tokenizer).submit(Request([5] * n, max_tokens=19))
         with pytest.raises(UserError, match="prompt has the token 10000000"):
             engine.prefill(0, [10_000_000], Settings())
         with pytest.raises(UserError, match="logit_bias has the token 10000000"):

@@ -50,7 +50,7 @@ class TestInChunks:
             )
             return 3 * loss, totals
 
-        results = [jax.value_and_grad(f, (0, 1), has_aux=True)(kernel, x) for f in (whole, in_chunks)]
+        results = [jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(kernel, x) for f in (whole, in_chunks)]
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *results)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), whole(kernel, x), in_chunks(kernel, x))
 

@@ -45,13 +45,16 @@ def test_the_same_signal_from_two_sides_is_one():
 def test_a_later_signal_ends_the_process_at_once():
     """Even where no Python runs in the main thread: the handler is the system's own again."""
     code = (
-        "import hashlib\n"
+        "import ctypes\n"
         "from transformer_lm.training.signals import signals_caught\n"
+        "library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)\n"
+        "library.pthread_mutex_init(mutex, None)\n"
+        "library.pthread_mutex_lock(mutex)\n"
         "with signals_caught() as signals:\n"
         "    print('ready', flush=True)\n"
         "    while not signals.caught: pass\n"
         "    print('caught', flush=True)\n"
-        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n"  # takes for ever, without a look at signals
+        "    library.pthread_mutex_lock(mutex)\n"  # waits for ever, and no handler ends the wait
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
