@@ -13,6 +13,7 @@ from transformer_lm.checkpoints import workdir as run_folder
 from transformer_lm.data import preparation
 from transformer_lm.errors import stage
 from transformer_lm.training import distributed, loop
+from transformer_lm.training.config import Recipe
 from transformer_lm.training.profile import parse_span
 
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of the run's first process, if not found.")
@@ -26,8 +27,17 @@ def main(config: ConfigDict, workdir: str):
     chosen = recipe.read(config)
     profiled = parse_span(_PROFILE.value)
     distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    distributed.share_compilations(workdir)
-    loop.check_devices(chosen, workdir)
+    with distributed.losses_explained():
+        distributed.share_compilations(workdir)
+        loop.check_devices(chosen, workdir)
+        data = _prepare(chosen, workdir)
+        with stage("training", lower="per_device_batch_size, max_target_length or the size of the network"):
+            loop.train_and_evaluate(chosen, data, workdir, profiled=profiled)
+    distributed.leave()
+
+
+def _prepare(chosen: Recipe, workdir: str) -> preparation.PreparedData:
+    """Tokenizer and rows, which the first process of the run prepares."""
     initial = loading.find_initial(chosen.init_from, chosen.network, workdir)
 
     def prepare() -> preparation.PreparedData:
@@ -40,13 +50,7 @@ def main(config: ConfigDict, workdir: str):
 
     with stage("preparing data", lower="prepare_processes or max_corpus_chars"):
         folders = [workdir] + [chosen.data.prepared_dir] * bool(chosen.data.prepared_dir)
-        data = distributed.first_alone(prepare, preparation.rows_named, find, folders)
-    with (
-        stage("training", lower="per_device_batch_size, max_target_length or the size of the network"),
-        distributed.losses_explained(),
-    ):
-        loop.train_and_evaluate(chosen, data, workdir, profiled=profiled)
-    distributed.leave()
+        return distributed.first_alone(prepare, preparation.rows_named, find, folders)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -181,14 +182,13 @@ def leave():
 @contextlib.contextmanager
 def losses_explained() -> Iterator[None]:
     """Says in one line when an error within means that another process has gone."""
-    global _is_said
     try:
         yield
     except (jax.errors.JaxRuntimeError, UserError) as error:
         reason = error.__cause__ if isinstance(error, UserError) else error  # of a save that failed for it
         is_ours = isinstance(reason, jax.errors.JaxRuntimeError) and HAS_GONE.search(str(reason))
         if global_state.num_processes > 1 and is_ours:
-            _is_said = True
+            _saying.acquire()  # where the abort says it, it ends the process meanwhile
             raise UserError(GONE.removeprefix("error: ").strip()) from error
         raise
 
@@ -202,10 +202,12 @@ def _explain_abort():
 
 def _on_abort(number: int):
     del number
-    if not _is_said:
+    if _saying.acquire(blocking=False):
         os.write(2, GONE.encode())
+    else:
+        time.sleep(PATIENCE_SECONDS)  # in which the main thread says it, and ends the process
     os._exit(1)
 
 
 _handler: Any = None  # C keeps no reference
-_is_said = False  # that another process has gone
+_saying = threading.RLock()  # who has it says that another process has gone, and keeps it
