@@ -38,7 +38,7 @@ if "TRANSFORMER_LM_TESTS" not in os.environ:  # else, a process of a test has im
         "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {quick}",
         "JAX_COMPILATION_CACHE_DIR": CACHE.name,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.04",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # commands have it, and begin again where it is missing
