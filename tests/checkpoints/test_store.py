@@ -287,12 +287,16 @@ class TestCheckWorkdir:
 
 
 class TestLoadModel:
-    def test_workdir(self, tmp_path, tiny, tales_tokenizer):
+    @pytest.mark.parametrize("lost", [(), ("opt_state", "progress")])
+    def test_workdir(self, tmp_path, tiny, tales_tokenizer, lost):
+        """Also without what only training needs, two thirds of a checkpoint."""
         params = init(tiny)
         write_config(epath.Path(tmp_path), {}, tiny, tales_tokenizer, [], {})
         saved = store.Checkpoints(tmp_path)
         saved.save(7, params, {"m": jnp.zeros(3)}, {"step": jnp.asarray(7)})
         saved.close()
+        for name in lost:
+            shutil.rmtree(tmp_path / "checkpoints" / "7" / name)
         loaded = loading.load_model(tmp_path)
         assert (loaded.step, loaded.config) == (7, tiny)
         jax.tree.map(np.testing.assert_array_equal, loaded.params, params)

@@ -8,6 +8,7 @@ else is wrong, such as a permission, memory, a network, or another recipe.
 import os
 import re
 import tempfile
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -86,7 +87,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
             if step is not None:
-                self._stored_shapes(step)
+                self._stored_shapes(step, ITEMS)
         except Exception as error:
             raise self._not_written(error) from error
 
@@ -150,21 +151,21 @@ class Checkpoints:
         return self._manager.restore(step, args=ocp.args.Composite(params=_as(params)))["params"]
 
     def _restore(self, step: int, targets: dict[str, Any]) -> tuple[Any, Any, Any]:
-        stored = self._check_shapes(step, {name: targets[name] for name in ("params", "opt_state")})
-        known = {path.split("/")[0] for path in stored["progress"]}
+        self._check_shapes(step, {name: targets[name] for name in ("params", "opt_state")})
+        known = {path.split("/")[0] for path in self._stored_shapes(step, ["progress"])["progress"]}
         targets["progress"] = {name: value for name, value in targets["progress"].items() if name in known}
         # Not by the manager, which waits for the other processes even where one of them has failed.
         folder, handler = self._manager.directory / str(step), _handler()
         return tuple(handler.restore(folder / name, args=_as(targets[name])) for name in ITEMS)
 
-    def _stored_shapes(self, step: int) -> dict[str, dict[str, tuple[int, ...]]]:
+    def _stored_shapes(self, step: int, items: Iterable[str]) -> dict[str, dict[str, tuple[int, ...]]]:
         """For each item {path of an array: its shape}; opens every array, and raises where one is not there."""
-        metadata = self._manager.item_metadata(step)
-        return {name: _shapes(metadata[name].tree) for name in ITEMS}
+        folder, handler = self._manager.directory / str(step), _handler()
+        return {name: _shapes(handler.metadata(folder / name).tree) for name in items}
 
-    def _check_shapes(self, step: int, targets: dict[str, Any]) -> dict[str, dict[str, tuple[int, ...]]]:
-        """The stored shapes, if they are those of the targets; raises UserError where they are another network's."""
-        stored = self._stored_shapes(step)
+    def _check_shapes(self, step: int, targets: dict[str, Any]):
+        """Raises UserError where the stored shapes are not those of the targets."""
+        stored = self._stored_shapes(step, targets)
         for item, target in targets.items():
             wanted, there = _shapes(target), stored[item]
             for path in sorted(wanted.keys() | there.keys()):
@@ -174,7 +175,6 @@ class Checkpoints:
                         f"{there.get(path, 'not there')}, in this run {wanted.get(path, 'not there')}. Give the recipe "
                         "that it was trained with, or use another --workdir."
                     )
-        return stored
 
     def _is_damage(self, step: int, error: Exception) -> bool:
         """Whether the files of a checkpoint are to blame for an error. Where they lie elsewhere, only if it says so."""
