@@ -146,14 +146,15 @@ def test_slurm(config, local_way, tmp_path, monkeypatch):
 
 
 class SlurmJob:
-    """What _wait_for_slurm asks of datatrove's executor: a job that ends after some questions."""
+    """What is asked of datatrove's executor: a job that ends after some questions."""
 
-    world_size = 3
+    job_id, world_size = None, 3
 
-    def __init__(self, asked: int, job_id: str | None = "7"):
-        self.left, self.job_id = asked, job_id
+    def __init__(self, asked: int):
+        self.left = asked
 
     def run(self):
+        assert self.job_id is None  # else datatrove lets the new job depend on that one, which Slurm may have forgotten
         self.job_id = "7"
 
     def get_incomplete_ranks(self, skip_completed):
@@ -189,7 +190,7 @@ UNKNOWN = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
 def test_slurm_that_does_not_answer_for_a_while(squeue, over):
     """The job is waited for until Slurm says that it is over."""
     calls = squeue(RUNNING, REFUSED, TIMED_OUT, RUNNING, "kill -9 $$", over)
-    launcher._wait_for_slurm(SlurmJob(100))
+    launcher._wait_for_slurm(SlurmJob(100), "7")
     assert calls() == 6
 
 
@@ -198,16 +199,16 @@ def test_slurm_that_answers_no_more(squeue, monkeypatch):
     monkeypatch.setattr(launcher, "MAX_FAILURES", 3)
     calls = squeue(REFUSED, RUNNING, REFUSED, TIMED_OUT, REFUSED)
     with pytest.raises(UserError, match=r"squeue failed 3 times.*Unable to contact.*Job 7 may still run"):
-        launcher._wait_for_slurm(SlurmJob(100))
+        launcher._wait_for_slurm(SlurmJob(100), "7")
     assert calls() == 5
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(UserError, match=r"squeue failed 3 times.*squeue"):
-        launcher._wait_for_slurm(SlurmJob(100))
+        launcher._wait_for_slurm(SlurmJob(100), "7")
 
 
 def test_slurm_tasks_that_are_finished(squeue):
     calls = squeue(REFUSED, RUNNING)
-    launcher._wait_for_slurm(SlurmJob(2))
+    launcher._wait_for_slurm(SlurmJob(2), "7")
     assert calls() == 2
 
 
@@ -217,10 +218,10 @@ def test_slurm_job_of_a_killed_command_is_waited_for(squeue, monkeypatch, tmp_pa
     record = epath.Path(tmp_path / "slurm_job")
     calls = squeue(RUNNING, REFUSED, 'test "$*" = "-h -j 7" && echo R', RUNNING, UNKNOWN, 'test "$*" = "-h -j 7"')
     with pytest.raises(UserError, match=r"Job 7 may still run .*, started again, waits for it"):
-        launcher._run_on_slurm(SlurmJob(100, None), record)
-    job = SlurmJob(100, None)
-    submitted = []
-    monkeypatch.setattr(job, "run", lambda: submitted.append(calls()))
+        launcher._run_on_slurm(SlurmJob(100), record)
+    job, submitted = SlurmJob(100), []
+    run = job.run
+    monkeypatch.setattr(job, "run", lambda: submitted.append(calls()) or run())
     launcher._run_on_slurm(job, record)
     assert (submitted, calls(), record.exists()) == ([5], 6, False)
 

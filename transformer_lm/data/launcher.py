@@ -147,22 +147,22 @@ def _run_on_slurm(executor, record: epath.Path):
       record: the file that holds the number of a job whose end was not seen.
     """
     if record.exists():
-        executor.job_id = record.read_text()
-        logging.info("Slurm job %s was submitted by an earlier command, and is waited for.", executor.job_id)
-        _wait_for_slurm(executor)
+        earlier = record.read_text()
+        logging.info("Slurm job %s was submitted by an earlier command, and is waited for.", earlier)
+        _wait_for_slurm(executor, earlier)
     executor.run()
     write_atomically(record, str(executor.job_id).encode())
-    _wait_for_slurm(executor)
+    _wait_for_slurm(executor, executor.job_id)
     record.unlink()
 
 
-def _wait_for_slurm(executor):
-    """Returns when all tasks are finished, or when Slurm says that the job is over."""
+def _wait_for_slurm(executor, job: str | int):
+    """Returns when all of an executor's tasks are finished, or when Slurm says that a job, its or another, is over."""
     failures = 0
     while incomplete := executor.get_incomplete_ranks(skip_completed=True):
-        logging.info("Slurm job %s: %d of %d tasks to go.", executor.job_id, len(incomplete), executor.world_size)
+        logging.info("Slurm job %s: %d of %d tasks to go.", job, len(incomplete), executor.world_size)
         try:
-            if not _is_queued(executor.job_id):
+            if not _is_queued(job):
                 return
             failures = 0
         except (OSError, subprocess.SubprocessError) as error:
@@ -170,8 +170,8 @@ def _wait_for_slurm(executor):
             logging.warning("squeue failed (%d of %d times): %s", failures, MAX_FAILURES, error)
             if failures == MAX_FAILURES:
                 raise UserError(
-                    f"squeue failed {failures} times, the last time with {str(error)!r}. Job {executor.job_id} may "
-                    f"still run (scancel {executor.job_id} ends it): the same command, started again, waits for it."
+                    f"squeue failed {failures} times, the last time with {str(error)!r}. Job {job} may "
+                    f"still run (scancel {job} ends it): the same command, started again, waits for it."
                 ) from error
         time.sleep(POLL_SECONDS)
 
