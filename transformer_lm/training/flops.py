@@ -45,7 +45,7 @@ def flops_per_token(network: models.TransformerConfig, length: int) -> float:
     return 6.0 * multiplied + 12.0 * network.num_layers * network.qkv_dim * length
 
 
-def peak_flops(device: jax.Device, count: int = 1) -> float:
+def peak_flops(device: jax.Device, count: int) -> float:
     """Peak FLOP/s of so many devices: bfloat16 by their maker's data sheet, else those of a measured product."""
     if device.platform == "cpu":
         return measured_flops()  # of the processor, which all of them share

@@ -72,8 +72,11 @@ class Documents:
 
     def overlaps(self, other: "Documents") -> bool:
         """Whether the same documents are among those of another part of the same content, or of the same files."""
-        for one, two in itertools.product(self.slices, other.slices):
-            if self.source.content(one.name) == other.source.content(two.name):
+        ours, theirs = (
+            [(part, documents.source.content(part.name)) for part in documents.slices] for documents in (self, other)
+        )
+        for (one, content), (two, others) in itertools.product(ours, theirs):
+            if content == others:
                 starts, stops = zip(*(splits.resolve(part, self.source.size) for part in (one, two)), strict=True)
                 if max(starts) < min((stop for stop in stops if stop is not None), default=math.inf):
                     return True
