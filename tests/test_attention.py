@@ -9,8 +9,16 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from transformer_lm import attention
+from transformer_lm import attention, axes
 from transformer_lm.errors import UserError
+
+
+def device(platform: str, kind: str, **more) -> types.SimpleNamespace:
+    return types.SimpleNamespace(platform=platform, device_kind=kind, **more)
+
+
+CPU, H100 = device("cpu", "cpu"), device("gpu", "NVIDIA H100 80GB HBM3", compute_capability="9.0")
+TPU = device("tpu", "TPU v4")
 
 
 def inputs(length: int, heads: int = 2, size: int = 8):
@@ -83,15 +91,26 @@ def test_dropout_in_blocks(short_blocks):
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="JAX's interpreter of TPU kernels runs on CPU and TPU")
-def test_the_tpus_kernel():
-    """Run by JAX's interpreter of TPU kernels, where there is no TPU."""
+@pytest.mark.parametrize(("length", "size"), [(384, 64), (128, 128)])
+def test_the_tpus_kernel(length, size):
+    """Run by JAX's interpreter of TPU kernels, where there is no TPU; keys are shared by two heads each."""
     pltpu = pytest.importorskip("jax.experimental.pallas.tpu")
-    arrays = inputs(256, size=128)
+    query, _, _, segments = inputs(length, heads=4, size=size)
+    _, key, value, _ = inputs(length, heads=2, size=size)
+    query, real = query / 3, segments[0] > 0
+
+    def gradients(kind):
+        def loss(*arrays):
+            return jnp.sum(attention.attend_in_rows(*arrays, segments, kind=kind)[:, :, real] ** 2)
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(query, key, value)
+
     with pltpu.force_tpu_interpret_mode():
-        attended = attention.attend_in_rows(*(x if x.ndim == 2 else x / 3 for x in arrays), kind="tpu")
-    expected = by_hand(*(x if x.ndim == 2 else x / 3 for x in arrays))
-    real = arrays[3][0] > 0
+        attended = attention.attend_in_rows(query, key, value, segments, kind="tpu")
+        found = gradients("tpu")
+    expected = by_hand(query, *(x.repeat(2, axis=1) for x in (key, value)), segments)
     np.testing.assert_allclose(attended[:, :, real], expected[:, :, real], atol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), found, gradients("xla"))
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.25])
@@ -125,7 +144,7 @@ def test_the_kernels_for_gpus(monkeypatch, rate):
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_the_kernels_are_translated_for_gpus(monkeypatch, size):
     """Forward, and backward for keys and values and for queries: what Triton could not take would be refused here."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(axes, "device", lambda: H100)
     query, key = (jax.ShapeDtypeStruct((2, heads, 192, size), jnp.bfloat16) for heads in (4, 2))
     segments = jax.ShapeDtypeStruct((2, 192), jnp.int32)
     keys = jax.random.split(jax.random.key(0), 2)
@@ -167,14 +186,6 @@ def test_cudnns_kernel():
     np.testing.assert_allclose(attended, by_hand(*map(np.asarray, arrays), segments), atol=3e-2)
 
 
-def device(platform: str, kind: str, **more) -> types.SimpleNamespace:
-    return types.SimpleNamespace(platform=platform, device_kind=kind, **more)
-
-
-CPU, H100 = device("cpu", "cpu"), device("gpu", "NVIDIA H100 80GB HBM3", compute_capability="9.0")
-TPU = device("tpu", "TPU v4")
-
-
 @pytest.mark.parametrize(
     ("device", "dtype", "rate", "length", "size", "chosen"),
     [
@@ -211,7 +222,7 @@ def test_choice(monkeypatch, device, dtype, rate, length, size, chosen):
 
 @pytest.mark.parametrize(("length", "size"), [(256, 96), (40, 64)])
 def test_what_the_kernels_are_not_made_for(monkeypatch, length, size):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(axes, "device", lambda: H100)
     with pytest.raises(UserError, match=f"not heads of {size} and rows of {length}; set attention='auto'"):
         attention.check_rows("triton", size, [length])
 

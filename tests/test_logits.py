@@ -30,15 +30,17 @@ def test_the_gradient_of_what_is_picked_scatters_nothing():
 
 
 def test_a_gpu_makes_more_at_a_time(monkeypatch):
-    def devices_with(memory):
+    def have(memory):
         stats = None if memory is None else {"bytes_limit": memory}
-        return lambda: [types.SimpleNamespace(platform="gpu", memory_stats=lambda: stats)]
+        device = types.SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
+        monkeypatch.setattr(jax, "devices", lambda: [device])
+        monkeypatch.setattr(jax, "local_devices", lambda: [device])
 
     gib = 2**30
     for memory, expected in ((60 * gib, 60 * 2**24), (140 * gib, 2**30), (gib, logits.AT_ONCE), (None, logits.AT_ONCE)):
-        monkeypatch.setattr(jax, "local_devices", devices_with(memory))
+        have(memory)
         assert logits.at_once() == expected
-    monkeypatch.setattr(jax, "local_devices", devices_with(64 * 2**30))
+    have(64 * gib)
     assert logits.chunks_of(32, 1024, 32_000) == 1
     assert logits.chunks_of(128, 1024, 32_000) == 4
     monkeypatch.setattr(jax, "process_count", lambda: 2)  # whose memory may differ

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,8 @@ def test_on_gpus_layers_are_written_out_for_a_gradient(monkeypatch, tiny, remat)
     params = jax.jit(models.init, static_argnums=0)(network, jax.random.key(0))
     arrays = np.ones((2, 8), np.int32), np.broadcast_to(np.arange(8, dtype=np.int32), (2, 8)), np.ones((2, 8), np.int32)
 
-    def gradient(backend):
-        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    def gradient(platform):
+        monkeypatch.setattr(axes, "device", lambda: types.SimpleNamespace(platform=platform))
         compiled = jax.jit(jax.grad(lambda params: models.bind(network, params).read(*arrays, for_gradient=True).var()))
         return compiled(params), "while" in compiled.lower(params).as_text()
 
@@ -35,13 +36,31 @@ def test_on_gpus_layers_are_written_out_for_a_gradient(monkeypatch, tiny, remat)
 ])  # fmt: skip
 def test_how_many_are_written_out(monkeypatch, number, parts, for_gradient, written_out):
     """Not all of many, and none of which a device has only a part."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(axes, "device", lambda: types.SimpleNamespace(platform="gpu"))
     monkeypatch.setattr(axes, "ways", lambda name: parts)
 
     def run(x, layers):
-        return loops.over_layers(lambda x, layer: (jnp.sin(x) + layer, None), x, layers, for_gradient=for_gradient)[0]
+        return loops.over_layers(
+            lambda x, layer: (jnp.sin(x) + layer, None), x, layers, for_gradient=for_gradient, remat="none"
+        )[0]
 
     arrays = jnp.float32(1), jnp.ones(number)
     expected = functools.reduce(lambda x, layer: np.sin(x) + layer, np.ones(number), 1.0)
     assert float(run(*arrays)) == pytest.approx(expected, rel=1e-5)
     assert jax.jit(run).lower(*arrays).compile().as_text().count(" sine(") == written_out
+
+
+@pytest.mark.parametrize(("remat", "keep", "products", "sines"), [
+    ("none", lambda x: x, 3, 3), ("none", loops.keep, 3, 2), ("block", loops.keep, 4, 3),
+])  # fmt: skip
+def test_what_is_kept_for_the_gradient(remat, keep, products, sines):
+    """A product, which has two more for its gradient, and what is named; how often each is computed says so."""
+
+    def run_layer(x, weights):
+        return jnp.sin(keep(jnp.sin(x @ weights))), None
+
+    def loss(x, weights):
+        return loops.over_layers(run_layer, x, weights, for_gradient=True, remat=remat)[0].sum()
+
+    text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(jnp.ones((4, 8)), jnp.ones((3, 8, 8))))
+    assert [text.count(f"= {name}") for name in ("dot_general[", "sin ")] == [products, sines]

@@ -5,12 +5,13 @@ another, K head size, S slots of keys. Queries arrive divided by sqrt(K).
 """
 
 import functools
+import math
 from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 
-from transformer_lm.axes import by_device
+from transformer_lm import axes, loops
 from transformer_lm.dropout import Keys, dropout, fold_in
 from transformer_lm.errors import UserError
 from transformer_lm.fields import check_value
@@ -22,9 +23,10 @@ QUERY_BLOCK = 256  # of so many
 SLOT_BLOCK = 128  # slots of a cache that are attended to at a time, where rows begin at different times
 TRITON_BLOCK = 64  # lengths for which the kernels of flash_attention.py are fast are multiples of it
 TRITON_SIZES = (32, 64, 128)  # head sizes that they are made for; cuDNN is left the largest where it can
-TPU_BLOCK = 128  # lengths that the TPU's kernel takes are multiples of it
+TPU_BLOCK, LARGEST_TPU_BLOCK = 128, 512  # lengths that the TPU's kernel takes are multiples of the first
 TPU_LANES = 128  # head sizes that it takes are at most so large, or multiples of it
-HEADS = ("batch", "num_heads", None, None)  # names of the axes of queries
+# Names of the axes of queries, of keys and values, and of what rows have.
+HEADS, KEY_HEADS, ROWS = ("batch", "num_heads", None, None), ("batch", "kv_heads", None, None), ("batch", None)
 
 
 def check_kind(kind: str):
@@ -66,8 +68,7 @@ def attend_in_rows(query, key, value, segments, *, kind: str = "auto", dropout_r
     if kind == "triton":
         return _triton(query, key, value, segments, rate, dropout_keys)
     if kind == "tpu":
-        key, value = (jnp.repeat(x, query.shape[1] // x.shape[1], axis=1) for x in (key, value))
-        return by_device(_tpu, (HEADS, HEADS, HEADS, ("batch", None)), HEADS)(query, key, value, segments)
+        return axes.by_device(_tpu, (HEADS, KEY_HEADS, KEY_HEADS, ROWS), HEADS)(query, key, value, segments)
     if query.shape[2] > LONG:
         return _attend_in_blocks(query, key, value, segments, rate, dropout_keys)
     causal = jnp.tril(jnp.ones((query.shape[2],) * 2, bool))
@@ -78,7 +79,7 @@ def attend_in_rows(query, key, value, segments, *, kind: str = "auto", dropout_r
 def choose(query, dropout_rate: float) -> str:
     """The fastest kind that there is for queries [B, H, T, K] on the devices at hand."""
     length, size = query.shape[-2:]
-    device = jax.devices()[0]
+    device = axes.device()
     if device.platform == "gpu" and query.dtype == jnp.bfloat16 and _has_fused_attention(device):
         if size in TRITON_SIZES and length % TRITON_BLOCK == 0 and (dropout_rate or size <= 64) and _has_triton():
             return "triton"
@@ -190,16 +191,22 @@ def _triton(query, key, value, segments, rate, dropout_keys):
         places = flash_attention.Places(starts, ends, seeds, heads)
         return flash_attention.attention(query, key, value, places, rate).swapaxes(1, 2)
 
-    keys, rows = ("batch", "kv_heads", None, None), ("batch", None)
-    return by_device(attend, (HEADS, keys, keys, rows, rows, rows, ("num_heads",)), HEADS)(
+    return axes.by_device(attend, (HEADS, KEY_HEADS, KEY_HEADS, ROWS, ROWS, ROWS, ("num_heads",)), HEADS)(
         query, key, value, *flash_attention.bounds(segments), seeds, heads
     )
 
 
 def _tpu(query, key, value, segments):
-    """The flash attention that JAX has for TPUs."""
-    from jax.experimental.pallas.ops.tpu import flash_attention
+    """The flash attention that JAX has for TPUs, in blocks as large as its memory holds."""
+    from jax.experimental.pallas.ops.tpu import splash_attention
 
-    return flash_attention.flash_attention(
-        query, key, value, segment_ids=flash_attention.SegmentIds(segments, segments), causal=True, sm_scale=1.0
+    _, heads, length, _ = query.shape
+    block = math.gcd(length, LARGEST_TPU_BLOCK)
+    kernel = splash_attention.make_splash_mha(
+        splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * heads),
+        block_sizes=splash_attention.BlockSizes(*[block] * 8),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=loops.KEPT,
     )
+    return jax.vmap(kernel)(query, key, value, splash_attention.SegmentIds(segments, segments))

@@ -1,4 +1,4 @@
-"""Names of arrays' axes: the network says them, and whoever runs it says where on the devices they lie.
+"""Names of arrays' axes: the network says them, and whoever runs it says where on which devices they lie.
 
 The names are those of the configuration's fields ("emb_dim", "num_heads", ...) and "batch". Nothing is laid out, and
 nothing named here has an effect, unless a function is traced within `laid_out`.
@@ -9,11 +9,17 @@ import contextvars
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import jax
+
 Names = tuple[str | None, ...]  # of an array's axes, from the first on; None for one that is never cut
 
 
 class Layout(Protocol):
     """Where arrays lie; `transformer_lm.training.sharding` has one."""
+
+    @property
+    def device(self) -> jax.Device:
+        """One of the devices, which are all alike."""
 
     def place(self, x: Any, names: Names) -> Any:
         """x, laid out by the names of its axes."""
@@ -36,6 +42,12 @@ def laid_out(layout: Layout | None) -> Iterator[None]:
         yield
     finally:
         _LAYOUT.reset(token)
+
+
+def device() -> jax.Device:
+    """A device like those that a function is traced for, which need not be at hand: a compiler is enough."""
+    layout = _LAYOUT.get()
+    return jax.devices()[0] if layout is None else layout.device
 
 
 def named(x: Any, *names: str | None) -> Any:

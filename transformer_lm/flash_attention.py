@@ -22,8 +22,10 @@ import numpy as np
 from jax.experimental import pallas
 from jax.experimental.pallas import triton
 
+from transformer_lm import axes
 from transformer_lm.dropout import falls_out
 from transformer_lm.errors import UserError
+from transformer_lm.loops import keep
 
 INTERPRET = False  # whether kernels are run by JAX, on any device; for tests
 BLOCK, LARGE, BLOCK_OF_LARGE = 64, 128, 32  # tokens of a block; of large heads, that shared memory holds it
@@ -67,10 +69,9 @@ def block_of(length: int, size: int) -> int:
     block = math.gcd(length, BLOCK if size < LARGE else BLOCK_OF_LARGE)
     if INTERPRET:
         return block
-    if jax.default_backend() != "gpu":
-        raise UserError(
-            f"attention='triton' runs on GPUs, not on {jax.default_backend().upper()}; set attention='auto'."
-        )
+    platform = axes.device().platform
+    if platform != "gpu":
+        raise UserError(f"attention='triton' runs on GPUs, not on {platform.upper()}; set attention='auto'.")
     if block < SMALLEST or size not in (16, 32, 64, LARGE):
         raise UserError(
             f"attention='triton' takes heads of 16, 32, 64 or 128 and rows of a multiple of 16, not heads of {size} "
@@ -94,6 +95,7 @@ def _forward(query, key, value, places, rate):
         [(query, part), (key, _whole(key, heads)), (value, _whole(value, heads))],
         [(query, part), (jax.ShapeDtypeStruct((batch, heads, length), jnp.float32), _row_part(block))],
     )  # fmt: skip
+    out, log_sums = keep(out), keep(log_sums)
     return out, (query, key, value, places, out, log_sums)
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from transformer_lm import axes
+
 AT_ONCE = 2**26  # logits that a device makes at a time: 256 MB in float32
 MOST, BYTES = 2**30, 64  # on a GPU with room for more: how many at most, and bytes of its memory for each of them
 
@@ -37,10 +39,11 @@ pick.defvjp(lambda logits, targets: (pick(logits, targets), (targets, logits)), 
 def at_once() -> int:
     """How many logits a device makes at a time: on a GPU with room for more, many, which costs fewer turns.
 
-    Of several processes each sees its own memory, and all have to make as many turns.
+    Of several processes each sees its own memory, and all have to make as many turns; of devices that are compiled
+    for, and are not at hand, nobody sees it.
     """
-    [device, *_] = jax.local_devices()
-    if device.platform != "gpu" or jax.process_count() > 1:
+    device = axes.device()
+    if device.platform != "gpu" or jax.process_count() > 1 or device not in jax.local_devices():
         return AT_ONCE
     memory = (device.memory_stats() or {}).get("bytes_limit", 0)
     return max(AT_ONCE, min(MOST, memory // BYTES))

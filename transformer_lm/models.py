@@ -274,11 +274,8 @@ class TransformerLM(nnx.Module):
             params, keys = layer
             return nnx.merge(graphdef, params)(x, attend, rotation=rotation, dropout_keys=keys)[0], None
 
-        recomputed = self.config.remat == "block"
-        if recomputed:
-            run_layer = jax.checkpoint(run_layer, prevent_cse=False)
         keys = None if blocks_keys is None else split(blocks_keys, self.config.num_layers)  # [L, B]
-        return over_layers(run_layer, x, (stacked, keys), for_gradient=for_gradient and not recomputed)[0]
+        return over_layers(run_layer, x, (stacked, keys), for_gradient=for_gradient, remat=self.config.remat)[0]
 
     def extend(self, inputs, positions, valid, cache: Cache) -> tuple[jax.Array, Cache]:
         """As `read_on`, but logits [B, V] float32 for the token after the last."""

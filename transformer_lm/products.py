@@ -7,6 +7,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from transformer_lm import axes
+
 
 def dot_general(inputs, kernel, dimension_numbers, **options):
     """As jax.lax.dot_general of inputs [..., *in] and a kernel [*in, *out] of one type: [..., *out].
@@ -38,7 +40,7 @@ def _backward(multiply, num_in, residuals, grad):
     rows = inputs.ndim - num_in  # number of their axes
     out = tuple(range(rows, grad.ndim)), tuple(range(num_in, kernel.ndim))
     inputs_grad = jax.lax.dot_general(grad, kernel, (out, ((), ())))
-    if jax.default_backend() == "cpu" and inputs.dtype == jnp.float32:
+    if axes.device().platform == "cpu" and inputs.dtype == jnp.float32:
         inputs = jax.lax.optimization_barrier(jnp.moveaxis(inputs, range(rows), range(-rows, 0)))  # [*in, ...]
         rows_of_inputs = tuple(range(num_in, inputs.ndim))
     else:
@@ -51,7 +53,7 @@ _product.defvjp(_forward, _backward)
 
 def add_bias(x, bias):
     """x [..., F] + bias [F], whose gradient XLA for CPUs (jax 0.10) adds up at a thirtieth of a product's speed."""
-    if jax.default_backend() == "cpu" and x.dtype == bias.dtype == jnp.float32:
+    if axes.device().platform == "cpu" and x.dtype == bias.dtype == jnp.float32:
         return _add_bias(x, bias)
     return x + bias
 

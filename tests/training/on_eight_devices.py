@@ -8,13 +8,14 @@ import dataclasses
 import json
 import re
 import sys
+import types
 from pathlib import Path
 from unittest import mock
 
 import jax
 import numpy as np
 
-from transformer_lm import flash_attention, models, recipe
+from transformer_lm import axes, flash_attention, models, recipe
 from transformer_lm.checkpoints import store
 from transformer_lm.configs import base
 from transformer_lm.training import batching, optimizers, sharding
@@ -160,7 +161,7 @@ def kernels_for_tpus() -> int:
 
 def kernels_for_gpus() -> int | None:
     """As for TPUs, of this project's kernels in a step of japanese_0.1b_v1, with dropout; None if JAX needs a GPU."""
-    with mock.patch.object(jax, "default_backend", return_value="gpu"):
+    with mock.patch.object(axes, "device", return_value=types.SimpleNamespace(platform="gpu")):
         step = step_of("japanese_0.1b_v1", mesh_fsdp=2, mesh_tensor=2, attention="triton")
         try:
             return step.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @__gpu$xla.gpu.triton")

@@ -35,6 +35,11 @@ class Layout:
 
     mesh: Mesh
 
+    @property
+    def device(self) -> jax.Device:
+        """One of the devices, which are all alike."""
+        return self.mesh.devices.flat[0]
+
     def sharding(self, *names: str | None) -> NamedSharding:
         """Of an array whose axes have these names; without names a whole copy on every device."""
         return NamedSharding(self.mesh, PartitionSpec(*(RULES.get(name) for name in names)))
@@ -124,7 +129,7 @@ def arrange(devices: Sequence[jax.Device], shape: tuple[int, int, int]) -> np.nd
 
     GPUs lie in their order, so that nodes are parts of "data"; so are the slices of a TPU run over several.
     """
-    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if slices > 1:
         data, *others = shape
         if data % slices:
