@@ -3,6 +3,7 @@
 # make chat   teach the demo's model (trained if it is not there) to follow instructions, and talk to it
 # make test   all tests that need no PyTorch (of thousands of alike inputs a tenth; all: pytest --exhaustive)
 # make test-interop  the exported models in PyTorch: installs it (the extra interop), and tests against it
+# make test-tpu  the steps of training, compiled by TPUs' own compiler, which runs here, too (Linux on x86-64; 700 MB)
 # make faults real faults on real processes (kills, a full disk, damaged files): half an hour at the most
 # make lint   formatting and linting
 # make bench  the benchmarks, with what they are measured against
@@ -13,7 +14,7 @@ VENV ?= .venv
 export PIP_USER = 0
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo play chat test test-interop faults lint bench clean
+.PHONY: demo play chat test test-interop test-tpu faults lint bench clean
 demo: $(VENV)/core
 	$(VENV)/bin/python -m transformer_lm.demo
 
@@ -29,6 +30,9 @@ test: $(VENV)/dev
 
 test-interop: $(VENV)/interop
 	$(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile tests/interop
+
+test-tpu: $(VENV)/libtpu
+	PYTHONPATH=$< $(VENV)/bin/python -m pytest tests/training/test_ahead.py
 
 faults: $(VENV)/dev
 	$(VENV)/bin/python tests/faults/faults.py
@@ -56,4 +60,9 @@ $(VENV)/core: pyproject.toml constraints.txt
 
 $(VENV)/dev $(VENV)/interop $(VENV)/serve: $(VENV)/core
 	$(PIP) --editable ".[$(notdir $@)]"
+	touch $@
+
+# Beside the others: where JAX finds it, it looks for TPUs whenever it starts.
+$(VENV)/libtpu: $(VENV)/dev
+	$(PIP) --no-deps --upgrade --target $@ libtpu
 	touch $@

@@ -42,6 +42,7 @@ FLOORS = [
     {
         "main",
         "prepare_data",
+        "train_compile",
         "generate_text",
         "evaluate",
         "serve",

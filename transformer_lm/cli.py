@@ -112,20 +112,21 @@ flags.FLAGS["config"].parser = _RecipeParser()
 _DEBUG = flags.DEFINE_bool("debug", False, "Show stack traces.")
 
 
-def run(main: Callable[[ConfigDict, str], None], *, needs_config: bool = True) -> NoReturn:
+def run(main: Callable[[ConfigDict, str], None], *, needs_config: bool = True, needs_workdir: bool = True) -> NoReturn:
     """Parses the command line, calls main(config, workdir) and ends the process, as `run_to_exit` does.
 
     Args:
       main: the command; `recipe` makes dataclasses of its config.
       needs_config: whether --config must be given. Where it need not, the workdir's own recipe takes its place.
+      needs_workdir: whether --workdir must be; without one it is "".
     """
 
     def start(_):
-        if not _WORKDIR.value:
+        if needs_workdir and not _WORKDIR.value:
             raise UserError("--workdir is missing: name a folder for the run, like --workdir=logs/my_model.")
         if needs_config and not flags.FLAGS["config"].present:
             raise UserError("--config is missing: name a recipe, like --config=configs/japanese_0.1b_v1.py.")
-        workdir = os.path.expanduser(_WORKDIR.value)
+        workdir = os.path.expanduser(_WORKDIR.value or "")
         if needs_config and hub.is_address(workdir):
             raise UserError(f"--workdir={workdir}: a run cannot be written to the hub; name a folder.")
         main(_config(workdir), workdir)

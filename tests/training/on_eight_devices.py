@@ -18,10 +18,10 @@ import numpy as np
 from transformer_lm import axes, flash_attention, models, recipe
 from transformer_lm.checkpoints import store
 from transformer_lm.configs import base
-from transformer_lm.training import batching, optimizers, sharding
+from transformer_lm.training import ahead, batching, optimizers, sharding
+from transformer_lm.training.config import Recipe
 from transformer_lm.training.state import TrainState, abstract_state, state_of
-from transformer_lm.training.step import ROWS as ROW_ARRAYS
-from transformer_lm.training.step import make_eval_step, make_train_step
+from transformer_lm.training.step import jit_train_step, make_eval_step
 
 ROWS, LENGTH = 16, 12
 NETWORK = {"vocab_size": 64, "emb_dim": 16, "num_heads": 4, "num_layers": 2, "qkv_dim": 16, "mlp_dim": 96}
@@ -76,10 +76,9 @@ class Run:
         self._layout.check(self._network)
         self.abstract = abstract_state(self._network, self._optimizer, self._layout)
         self._key = jax.device_put(jax.random.key(1), self._layout.sharding())
-        self._compiled = compiled_step(
-            self._network, self._optimizer, self._layout, self.abstract, self._batch(0), self._key,
-            smoothing=0.1, accumulation=accumulation,
-        )  # fmt: skip
+        placement = jax.tree.map(lambda x: x.sharding, self.abstract)
+        step = jit_train_step(self._network, self._optimizer, 0.1, placement, self._layout, accumulation)
+        self._compiled = step.lower(self.abstract, self._batch(0), self._key).compile()
 
     def _batch(self, step: int) -> dict[str, jax.Array]:
         return batching.place(self._layout, ROWS, batch_of(step))
@@ -118,39 +117,24 @@ class Run:
         return {"same bits": jax.tree.all(same), "losses": self.steps(state)[1]}
 
 
-def traced_step(network, optimizer, layout, state, batch, key, *, smoothing: float, accumulation: int):
-    """A step of training, for arrays like these."""
-    step = make_train_step(network, optimizer, smoothing, layout=layout, accumulation=accumulation)
-    results = jax.tree.map(lambda x: x.sharding, state), layout.sharding()
-    return jax.jit(step, donate_argnums=0, out_shardings=results).trace(state, batch, key)
-
-
-def compiled_step(*arguments, **options):
-    """As `traced_step`, compiled."""
-    return traced_step(*arguments, **options).lower().compile()
-
-
-def step_of(name: str, **fields):
-    """The step of a recipe with some fields changed, of abstract arrays."""
+def recipe_of(name: str, **fields) -> Recipe:
+    """A recipe with some fields changed."""
     config = recipe.load(str(Path(base.__file__).with_name(f"{name}.py"))).unlock()
     config.update(fields)
-    chosen = recipe.read(config)
+    return recipe.read(config)
+
+
+def step_of(name: str, **fields) -> jax.stages.Traced:
+    """The step of a recipe with some fields changed, of abstract arrays."""
+    chosen = recipe_of(name, **fields)
     layout = sharding.make_layout(chosen.train.mesh_fsdp, chosen.train.mesh_tensor)
-    batches = batching.plan(chosen.train, layout)
-    optimizer = optimizers.make_optimizer(chosen.optimizer)
-    state = abstract_state(chosen.network, optimizer, layout)
-    shape = (batches.rows, chosen.data.max_target_length)
-    batch = {name: jax.ShapeDtypeStruct(shape, np.int32, sharding=layout.sharding("batch")) for name in ROW_ARRAYS}
-    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=layout.sharding())
-    return traced_step(
-        chosen.network, optimizer, layout, state, batch, key, smoothing=0.0, accumulation=batches.accumulation
-    )
+    return ahead.trace_step(chosen, layout, batching.plan(chosen.train, layout))
 
 
 def bytes_of_the_largest_recipe() -> int:
     """What a step of japanese_1.0b_v1 takes on each of eight devices in fsdp; compiled, not run."""
-    memory = step_of("japanese_1.0b_v1", mesh_fsdp=8, remat="block").lower().compile().memory_analysis()
-    return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    needs = ahead.compile_step(recipe_of("japanese_1.0b_v1", mesh_fsdp=8, remat="block"), jax.devices())
+    return needs.state + needs.work
 
 
 def kernels_for_tpus() -> int:

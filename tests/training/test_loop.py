@@ -23,6 +23,7 @@ from transformer_lm.configs import base
 from transformer_lm.data import input_pipeline, preparation
 from transformer_lm.errors import UserError, one_line
 from transformer_lm.training import loop, optimizers
+from transformer_lm.training import step as training_step
 from transformer_lm.training.config import Recipe
 from transformer_lm.training.reporter import SPEEDS
 
@@ -44,8 +45,8 @@ def traced_once():
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(optimizers, "make_optimizer", make_optimizer)
-        for name in ("make_train_step", "make_eval_step"):
-            patched.setattr(loop, name, functools.cache(getattr(loop, name)))
+        for module, name in ((training_step, "make_train_step"), (loop, "make_eval_step")):
+            patched.setattr(module, name, functools.cache(getattr(module, name)))
         yield
 
 
@@ -143,7 +144,7 @@ def test_told_to_stop_while_it_compiles(tmp_path, prepared, monkeypatch):
 
         return step
 
-    monkeypatch.setattr(loop, "make_train_step", slow_step)
+    monkeypatch.setattr(training_step, "make_train_step", slow_step)
     train(tmp_path, prepared)
     assert steps_in(tmp_path) == []
 

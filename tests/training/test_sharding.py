@@ -95,7 +95,7 @@ def test_gpus_take_theirs(results):
         pytest.skip(
             "this JAX translates kernels for GPUs on a mesh where there are some; test_attention.py has one GPU's"
         )
-    assert results["kernels"]["gpu"] == 3
+    assert results["kernels"]["gpu"] >= 3
 
 
 def test_impossible_mesh():

@@ -34,7 +34,7 @@ from transformer_lm.training.reporter import Reporter
 from transformer_lm.training.signals import Signals, Stopped, signals_caught
 from transformer_lm.training.start import find_initial, restore_or_init
 from transformer_lm.training.state import TrainState, zero_totals
-from transformer_lm.training.step import make_eval_step, make_train_step
+from transformer_lm.training.step import jit_train_step, make_eval_step
 from transformer_lm.training.stop import Stop
 
 
@@ -173,14 +173,11 @@ class _Loop:
         self._config = run.recipe.train
         self._saved_step = run.step
         self._saved_at = time.monotonic()
-        train_step = make_train_step(
+        self._train_step = jit_train_step(
             run.network, run.optimizer, self._config.label_smoothing,
-            layout=run.layout, accumulation=run.batching.accumulation,
+            run.layout.of_state(run.state), run.layout, run.batching.accumulation,
         )  # fmt: skip
-        everywhere = run.layout.sharding()
-        placement = run.layout.of_state(run.state), everywhere
-        self._train_step = jax.jit(train_step, donate_argnums=0, out_shardings=placement)
-        self._eval_step = jax.jit(make_eval_step(run.network, run.layout), out_shardings=everywhere)
+        self._eval_step = jax.jit(make_eval_step(run.network, run.layout), out_shardings=run.layout.sharding())
         self._stop = Stop(signals, run.layout)
         self._save_is_due = AnyProcess(self._is_old, run.layout)
         self._reporter = Reporter(

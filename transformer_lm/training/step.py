@@ -106,6 +106,20 @@ def _laid_out(params: models.Params, layout: Layout | None) -> models.Params:
     return params if layout is None else jax.lax.with_sharding_constraint(params, layout.of_state(params))
 
 
+def jit_train_step(
+    network, optimizer, label_smoothing: float, placement: TrainState, layout: Layout, accumulation: int
+):
+    """As `make_train_step`, to be compiled for the layout: takes the state over, and leaves the next where it lay.
+
+    Args:
+      network, optimizer, label_smoothing, accumulation: as to `make_train_step`.
+      placement: the shardings of a state.
+      layout: where all lies.
+    """
+    step = make_train_step(network, optimizer, label_smoothing, layout=layout, accumulation=accumulation)
+    return jax.jit(step, donate_argnums=0, out_shardings=(placement, layout.sharding()))
+
+
 def make_eval_step(network: models.TransformerConfig, layout: Layout | None = None) -> Callable:
     """(params, batch) -> the sums of `loss_and_totals`, and of the characters and bytes of the batch's rows."""
 

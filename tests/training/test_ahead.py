@@ -1,0 +1,113 @@
+"""Steps compiled for devices that are not at hand: CPU devices, and where libtpu is installed (make test-tpu) TPUs."""
+
+import importlib.util
+import re
+import sys
+
+import pytest
+from conftest import one_line_error
+from processes import run_fork
+
+TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: make test-tpu")
+
+
+def compiled_for(topology: str, config: str, *options: str):
+    """What the command says, in a process of its own: JAX is asked for other devices there."""
+    arguments = [sys.executable, "-m", "transformer_lm.train_compile", f"--config=configs/{config}.py"]
+    return run_fork([*arguments, f"--topology={topology}", *options])
+
+
+def needs(topology: str, config: str, *options: str) -> dict[str, str]:
+    """The lines that it prints."""
+    done = compiled_for(topology, config, *options)
+    assert done.returncode == 0, done.stderr
+    return dict(line.split(": ", 1) for line in done.stdout.splitlines())
+
+
+def gibibytes(found: dict[str, str]) -> float:
+    """Memory of a device, state and work."""
+    return float(re.search(r"= ([\d.]+) GiB", found["memory of a device"])[1])
+
+
+SMALL = [f"--config.{field}" for field in ("num_layers=2", "emb_dim=64", "qkv_dim=64", "mlp_dim=128", "num_heads=4",
+                                           "vocab_size=512", "max_target_length=64", "num_train_steps=10")]  # fmt: skip
+
+
+def test_on_cpu_devices():
+    found = needs("cpu:8", "japanese_0.1b_v1", *SMALL, "--config.mesh_fsdp=4", "--config.mesh_tensor=2")
+    assert found["devices"] == "8 device(s) (fsdp 4, tensor 2) of kind cpu"
+    assert found["batch"] == "256 rows a step"
+    assert "all-gather" in found["collectives in the program"]
+    assert found["model"].endswith("10 steps")
+    assert "time, if 40% of the makers' peak is reached" not in found  # which CPUs do not have
+
+
+def test_memory_of_a_device():
+    """Parameters and their two moments, of four bytes each: 12 for each of 36 million, or an eighth of that."""
+    options = [*SMALL, "--config.vocab_size=32000", "--config.emb_dim=512"]
+    for mesh, expected in (("", 0.38), ("--config.mesh_fsdp=8", 0.05)):
+        found = needs("cpu:8", "japanese_0.1b_v1", *options, *filter(None, [mesh]))
+        assert float(found["memory of a device"].split()[0]) == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize(("topology", "options", "words"), [
+    ("v5e", (), "--topology=v5e must be like v5e:2x4 or cpu:8"),
+    ("cpu:2x2", (), "--topology=cpu:2x2 must be like"),
+    ("cpu:0", (), "--topology=cpu:0 must be like"),
+    ("cpu:2", ("--config.mesh_fsdp=4",), "2 device(s) do not divide by mesh_fsdp=4 x mesh_tensor=1"),
+    ("cpu:2", ("--config.global_batch_size=3",), "A step of 3 rows does not divide by 2 device(s)"),
+])  # fmt: skip
+def test_what_cannot_be(topology, options, words):
+    assert words in one_line_error(compiled_for(topology, "japanese_0.1b_v1", *SMALL, *options))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_without_tpus_compiler():
+    assert "needs the package libtpu" in one_line_error(compiled_for("v5e:2x4", "japanese_0.1b_v1"))
+
+
+@TPU
+@pytest.mark.parametrize(
+    ("topology", "config", "options", "memory", "kernels"),
+    [
+        ("v3:2x2", "japanese_0.1b_v1", (), 15.48, 0),
+        ("v3:2x2", "japanese_0.1b_v2", (), 15.48, 0),
+        ("v3:2x2", "japanese_1.0b_v1", ("--config.mesh_fsdp=8", "--config.remat=block"), 15.48, 0),
+        ("v5e:2x4", "japanese_0.1b_v2", (), 15.75, 3),
+        ("v5e:2x4", "japanese_0.1b_v2", ("--config.mesh_fsdp=2", "--config.mesh_tensor=2"), 15.75, 3),
+    ],
+)
+def test_recipes_fit_tpus_of_16_gb(topology, config, options, memory, kernels):
+    """With all their rows; forward, and backward for queries and for keys and values, each layer's kernel runs once."""
+    found = needs(topology, config, *options)
+    assert gibibytes(found) < memory
+    assert int(found["fused kernels in the program"]) == kernels
+    assert ("all-gather" in found["collectives in the program"]) == bool(options)
+
+
+@TPU
+def test_what_does_not_fit_a_tpu():
+    line = one_line_error(compiled_for("v5e:2x4", "japanese_0.1b_v2", "--config.per_device_batch_size=64"))
+    assert "memory is exhausted while compiling; lower per_device_batch_size" in line
+
+
+@TPU
+def test_no_such_tpu():
+    assert "--topology=v9:2x2: libtpu has no such" in one_line_error(compiled_for("v9:2x2", "japanese_0.1b_v1"))
+
+
+@TPU
+@pytest.mark.parametrize(("topology", "options", "fsdp", "tensor"), [
+    ("v2:2x2", {}, 1, 1), ("v3:4x4", {}, 8, 1), ("v4:4x4x4", {"chip_config_name": "megacore"}, 8, 1),
+    ("v5p:2x2x4", {}, 2, 4), ("v5e:8x16", {}, 8, 4), ("v5e:4x4", {"num_slices": 2}, 8, 2), ("v6e:16x16", {}, 16, 1),
+])  # fmt: skip
+def test_meshes_of_real_topologies(topology, options, fsdp, tensor):
+    from jax.experimental import topologies
+
+    from transformer_lm.training import ahead, sharding
+
+    ahead.leave_the_network_alone()
+    devices = topologies.get_topology_desc(topology, "tpu", **options).devices
+    layout = sharding.make_layout(fsdp, tensor, devices)
+    assert (layout.ways("emb_dim"), layout.ways("num_heads")) == (fsdp, tensor)
+    assert set(layout.mesh.devices.flat) == set(devices)

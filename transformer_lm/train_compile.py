@@ -1,0 +1,30 @@
+"""Compile a recipe's step of training for devices that need not be at hand, and say what it takes there.
+
+python3 train_compile.py --config=configs/japanese_0.1b_v2.py --topology=v5e:2x4 [--config.field=value ...]
+
+Whether a recipe fits, and which mesh is best, before a TPU is paid for: libtpu, TPUs' compiler (extra tpu), runs on any
+Linux machine. Topologies of TPUs are called as libtpu calls them: v3:2x2 (a v3-8), v5e:2x4 (eight chips), v4:2x2x4.
+cpu:8 is eight CPU devices. Without --topology the devices at hand are compiled for. Nothing is run, no data are read.
+"""
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from transformer_lm import cli, recipe
+from transformer_lm.errors import stage
+from transformer_lm.training import ahead
+
+_TOPOLOGY = flags.DEFINE_string("topology", "", "Devices to compile for, like v5e:2x4 or cpu:8; unset: those at hand.")
+
+
+def main(config: ConfigDict, _: str):
+    """Prints what a step needs."""
+    devices = ahead.devices_of(_TOPOLOGY.value)
+    with stage(
+        "compiling", lower="per_device_batch_size or max_target_length, or set remat=block or a larger mesh_fsdp"
+    ):
+        print(ahead.compile_step(recipe.read(config), devices))
+
+
+if __name__ == "__main__":
+    cli.run(main, needs_workdir=False)

@@ -1,0 +1,148 @@
+"""A recipe's step of training, compiled for devices that need not be at hand, and what it takes there."""
+
+import collections
+import dataclasses
+import math
+import os
+import re
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from transformer_lm.errors import UserError
+from transformer_lm.extras import optional_import
+from transformer_lm.training import batching, optimizers, sharding
+from transformer_lm.training.config import Recipe
+from transformer_lm.training.flops import PEAK_FLOPS, flops_per_token
+from transformer_lm.training.state import abstract_state
+from transformer_lm.training.step import ROWS, jit_train_step
+
+GIB = 2**30
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+NOWHERE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-8"}
+SHARE = 0.4  # of the makers' peak, that a run's time is reckoned with
+
+
+def devices_of(topology: str) -> list[jax.Device]:
+    """The devices of a topology, as far as a compiler needs them; to be called before JAX is asked for any other.
+
+    Args:
+      topology: of TPUs, as libtpu calls it, like "v3:2x2" (a v3-8) or "v5e:4x4"; "cpu:8" for so many CPU devices; ""
+        for the devices at hand.
+
+    Raises:
+      UserError: there is no such, or libtpu is not installed.
+    """
+    if not topology:
+        return jax.devices()
+    kind, _, sides = topology.partition(":")
+    if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){0,2}", sides) or (kind == "cpu" and "x" in sides):
+        raise UserError(f"--topology={topology} must be like v5e:2x4 or cpu:8: a kind of device, and how many.")
+    jax.config.update("jax_platforms", "cpu")  # what is at hand is left alone
+    if kind == "cpu":
+        jax.config.update("jax_num_cpu_devices", int(sides))
+        return jax.devices()
+    return _tpus(topology, kind, math.prod(map(int, sides.split("x"))))
+
+
+def leave_the_network_alone():
+    """Tells libtpu what it would else ask of Google Cloud, and complain of not finding: it is only to compile."""
+    for name, value in NOWHERE.items():
+        os.environ.setdefault(name, value)
+
+
+def _tpus(topology: str, kind: str, chips: int) -> list[jax.Device]:
+    optional_import("libtpu", "tpu", f"--topology={topology}")
+    leave_the_network_alone()
+    options = {"chip_config_name": "megacore"} if kind == "v4" else {}  # two cores as one device, as JAX takes them
+    if chips == 1:
+        options["chips_per_host_bounds"] = [1, 1, 1]
+    try:
+        return list(topologies.get_topology_desc(topology, "tpu", **options).devices)
+    except Exception as error:
+        raise UserError(f"--topology={topology}: libtpu has no such ({str(error).splitlines()[0]}).") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What a step takes.
+
+    Attributes:
+      layout: the devices.
+      batching: rows.
+      state: bytes of a device for parameters, optimizer and batch.
+      work: bytes of a device for all that is made on the way.
+      collectives: {kind: how many are in the program}, in which a loop's are counted once.
+      kernels: fused kernels in it.
+      flops: of the model a step, over all devices.
+      steps: of the run.
+    """
+
+    layout: sharding.Layout
+    batching: batching.Batching
+    state: int
+    work: int
+    collectives: dict[str, int]
+    kernels: int
+    flops: float
+    steps: int
+
+    def __str__(self) -> str:
+        """A few lines for people."""
+        talk = ", ".join(f"{number} {kind}" for kind, number in self.collectives.items()) or "none"
+        lines = [
+            f"devices: {self.layout} of kind {self.layout.device.device_kind}",
+            f"batch: {self.batching}",
+            f"memory of a device: {self.state / GIB:.2f} GiB of state + {self.work / GIB:.2f} GiB of work "
+            f"= {(self.state + self.work) / GIB:.2f} GiB",
+            f"collectives in the program: {talk}",
+            f"fused kernels in the program: {self.kernels}",
+            f"model: {self.flops:.3g} FLOP a step, {self.steps} steps",
+        ]
+        if peak := PEAK_FLOPS.get(self.layout.device.device_kind):
+            seconds = self.flops / (SHARE * peak * self.layout.mesh.size)
+            lines.append(
+                f"time, if {SHARE:.0%} of the makers' peak is reached: {seconds:.3g} s a step, "
+                f"{seconds * self.steps / 3600:.3g} hours"
+            )
+        return "\n".join(lines)
+
+
+def trace_step(recipe: Recipe, layout: sharding.Layout, batches: batching.Batching) -> jax.stages.Traced:
+    """The recipe's step, of abstract arrays."""
+    optimizer = optimizers.make_optimizer(recipe.optimizer)
+    state = abstract_state(recipe.network, optimizer, layout)
+    placement = jax.tree.map(lambda x: x.sharding, state)
+    step = jit_train_step(
+        recipe.network, optimizer, recipe.train.label_smoothing, placement, layout, batches.accumulation
+    )
+    shape = (batches.rows, recipe.data.max_target_length)
+    batch = {name: jax.ShapeDtypeStruct(shape, np.int32, sharding=layout.sharding("batch")) for name in ROWS}
+    key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=layout.sharding())
+    return step.trace(state, batch, key)
+
+
+def compile_step(recipe: Recipe, devices: list[jax.Device]) -> Needs:
+    """Compiles a recipe's step for devices; the tokenizer is taken to be as large as the recipe wants it.
+
+    Raises:
+      UserError: the devices cannot be the recipe's mesh, or share its step.
+    """
+    layout = sharding.make_layout(recipe.train.mesh_fsdp, recipe.train.mesh_tensor, devices)
+    layout.check(recipe.network)
+    batches = batching.plan(recipe.train, layout)
+    compiled = trace_step(recipe, layout, batches).lower().compile()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    found = collections.Counter(re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", text))
+    length = recipe.data.max_target_length
+    return Needs(
+        layout=layout,
+        batching=batches,
+        state=memory.argument_size_in_bytes,
+        work=memory.temp_size_in_bytes,
+        collectives={kind: found[kind] for kind in COLLECTIVES if found[kind]},
+        kernels=len(re.findall(r'custom_call_target="(?:tpu_custom_call|__gpu\$xla\.gpu\.triton|__cudnn\$fmha)', text)),
+        flops=flops_per_token(recipe.network, length) * batches.rows * length,
+        steps=recipe.train.num_train_steps,
+    )
