@@ -106,7 +106,7 @@ def test_meshes_of_real_topologies(topology, options, fsdp, tensor):
 
     from transformer_lm.training import ahead, sharding
 
-    ahead.leave_the_network_alone()
+    ahead.set_up_libtpu()
     devices = topologies.get_topology_desc(topology, "tpu", **options).devices
     layout = sharding.make_layout(fsdp, tensor, devices)
     assert (layout.ways("emb_dim"), layout.ways("num_heads")) == (fsdp, tensor)

@@ -20,7 +20,12 @@ from transformer_lm.training.step import ROWS, jit_train_step
 
 GIB = 2**30
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-NOWHERE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-8"}
+ONLY_TO_COMPILE = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it takes no TPU from another process
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 SHARE = 0.4  # of the makers' peak, that a run's time is reckoned with
 
 
@@ -46,15 +51,15 @@ def devices_of(topology: str) -> list[jax.Device]:
     return _tpus(topology, kind, math.prod(map(int, sides.split("x"))))
 
 
-def leave_the_network_alone():
+def set_up_libtpu():
     """Tells libtpu what it would else ask of Google Cloud, and complain of not finding: it is only to compile."""
-    for name, value in NOWHERE.items():
+    for name, value in ONLY_TO_COMPILE.items():
         os.environ.setdefault(name, value)
 
 
 def _tpus(topology: str, kind: str, chips: int) -> list[jax.Device]:
     optional_import("libtpu", "tpu", f"--topology={topology}")
-    leave_the_network_alone()
+    set_up_libtpu()
     options = {"chip_config_name": "megacore"} if kind == "v4" else {}  # two cores as one device, as JAX takes them
     if chips == 1:
         options["chips_per_host_bounds"] = [1, 1, 1]
