@@ -31,7 +31,9 @@ def main(config: ConfigDict, workdir: str):
         distributed.share_compilations(workdir)
         loop.check_devices(chosen, workdir)
         data = _prepare(chosen, workdir)
-        with stage("training", lower="per_device_batch_size, max_target_length or the size of the network"):
+        with stage(
+            "training", lower="per_device_batch_size, max_target_length or the size of the network, or set remat=block"
+        ):
             loop.train_and_evaluate(chosen, data, workdir, profiled=profiled)
     distributed.leave()
 

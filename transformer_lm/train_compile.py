@@ -19,11 +19,12 @@ _TOPOLOGY = flags.DEFINE_string("topology", "", "Devices to compile for, like v5
 
 def main(config: ConfigDict, _: str):
     """Prints what a step needs."""
+    chosen = recipe.read(config)
     devices = ahead.devices_of(_TOPOLOGY.value)
-    with stage(
-        "compiling", lower="per_device_batch_size or max_target_length, or set remat=block or a larger mesh_fsdp"
-    ):
-        print(ahead.compile_step(recipe.read(config), devices))
+    with stage("compiling", lower=ahead.LESS):
+        needs = ahead.compile_step(chosen, devices)
+    needs.check()
+    print(needs)
 
 
 if __name__ == "__main__":

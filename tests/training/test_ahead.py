@@ -1,12 +1,17 @@
 """Steps compiled for devices that are not at hand: CPU devices, and where libtpu is installed (make test-tpu) TPUs."""
 
+import dataclasses
 import importlib.util
 import re
 import sys
+import types
 
 import pytest
 from conftest import one_line_error
 from processes import run_fork
+
+from transformer_lm.errors import UserError
+from transformer_lm.training import ahead, sharding
 
 TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: make test-tpu")
 
@@ -87,8 +92,23 @@ def test_recipes_fit_tpus_of_16_gb(topology, config, options, memory, kernels):
 
 @TPU
 def test_what_does_not_fit_a_tpu():
+    """The compiler refuses it, or finds room for the work alone."""
     line = one_line_error(compiled_for("v5e:2x4", "japanese_0.1b_v2", "--config.per_device_batch_size=64"))
     assert "memory is exhausted while compiling; lower per_device_batch_size" in line
+
+
+def test_state_takes_room_besides_work():
+    device = types.SimpleNamespace(device_kind="TPU v5 lite")
+    layout = types.SimpleNamespace(device=device)
+    needs = ahead.Needs(layout, None, 4 * ahead.GIB, 12 * ahead.GIB, {}, 0, 1.0, 1)
+    needs.check()
+    more = dataclasses.replace(needs, work=13 * ahead.GIB)
+    with pytest.raises(
+        UserError, match=r"4.00 GiB of state \+ 13.00 GiB of work = 17.00 GiB of each device, and a TPU"
+    ):
+        more.check()
+    device.device_kind = "cpu"
+    more.check()
 
 
 @TPU
@@ -103,8 +123,6 @@ def test_no_such_tpu():
 ])  # fmt: skip
 def test_meshes_of_real_topologies(topology, options, fsdp, tensor):
     from jax.experimental import topologies
-
-    from transformer_lm.training import ahead, sharding
 
     ahead.set_up_libtpu()
     devices = topologies.get_topology_desc(topology, "tpu", **options).devices

@@ -4,9 +4,8 @@ python3 main.py --workdir=logs/japanese_1.0b_v2 --config=configs/japanese_1.0b_v
 
 Needs the extra `hf`. A step is half a million tokens, which devices that hold fewer rows work through in parts; 8
 devices of 16 GB take --config.mesh_fsdp=8. Not trained to its end yet. What it costs, reckoned from 6.8 GFLOP a token:
-on one H100 at 41 % of its peak, which llm.c and nanochat reach, 4 days; on a TPU v3-8 at 35 % (not measured) 9.5 days;
-a third more with remat, which computes each layer once again (--config.remat=none does without, where memory is
-enough). The rates come from v2.set_size.
+on one H100 at 41 % of its peak, which llm.c and nanochat reach, 4 days; on a TPU v3-8 at 35 % (not measured) 9.5 days.
+The rates come from v2.set_size.
 """
 
 from transformer_lm.configs import v2
@@ -18,6 +17,5 @@ def get_config():
     config.train_split = "train[:30000000]"
     config.per_device_batch_size = 4
     config.eval_per_device_batch_size = 4
-    config.remat = "block"
     v2.set_size(config, layers=18, width=2048, row_length=2048, rows=256)
     return config

@@ -26,6 +26,9 @@ ONLY_TO_COMPILE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
+# GiB of one device's memory, from the maker's data sheets; by jax.Device.device_kind.
+MEMORY = {"TPU v2": 8, "TPU v3": 16, "TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32, "TPU7x": 96}
+LESS = "per_device_batch_size or max_target_length, or set remat=block or a larger mesh_fsdp"
 SHARE = 0.4  # of the makers' peak, that a run's time is reckoned with
 
 
@@ -93,14 +96,26 @@ class Needs:
     flops: float
     steps: int
 
+    @property
+    def _memory(self) -> str:
+        state, work = self.state / GIB, self.work / GIB
+        return f"{state:.2f} GiB of state + {work:.2f} GiB of work = {state + work:.2f} GiB"
+
+    def check(self):
+        """Raises UserError where a device has less memory than the step takes: compilers look at the work alone."""
+        kind = self.layout.device.device_kind
+        if self.state + self.work > MEMORY.get(kind, math.inf) * GIB:
+            raise UserError(
+                f"A step takes {self._memory} of each device, and a {kind} has {MEMORY[kind]}; lower {LESS}."
+            )
+
     def __str__(self) -> str:
         """A few lines for people."""
         talk = ", ".join(f"{number} {kind}" for kind, number in self.collectives.items()) or "none"
         lines = [
             f"devices: {self.layout} of kind {self.layout.device.device_kind}",
             f"batch: {self.batching}",
-            f"memory of a device: {self.state / GIB:.2f} GiB of state + {self.work / GIB:.2f} GiB of work "
-            f"= {(self.state + self.work) / GIB:.2f} GiB",
+            f"memory of a device: {self._memory}",
             f"collectives in the program: {talk}",
             f"fused kernels in the program: {self.kernels}",
             f"model: {self.flops:.3g} FLOP a step, {self.steps} steps",
