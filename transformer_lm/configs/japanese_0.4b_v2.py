@@ -4,7 +4,7 @@ python3 main.py --workdir=logs/japanese_0.4b_v2 --config=configs/japanese_0.4b_v
 
 Needs the extra `hf`. A step is half a million tokens, which devices that hold fewer rows work through in parts; 8
 devices of 16 GB take --config.mesh_fsdp=8. Not trained to its end yet. What it costs, reckoned from 2.3 GFLOP a token:
-on one H100 at 41 % of its peak, which llm.c and nanochat reach, 12 hours; on a TPU v3-8 at 35 % (not measured) 28 hours.
+on one H100 at 41 % of its peak, which llm.c and nanochat reach, 12 hours; on a TPU v3-8 at 35 % (not measured) 28.
 The rates come from v2.set_size.
 """
 
