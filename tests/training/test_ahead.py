@@ -58,6 +58,7 @@ def test_memory_of_a_device():
 @pytest.mark.parametrize(("topology", "options", "words"), [
     ("v5e", (), "--topology=v5e must be like v5e:2x4 or cpu:8"),
     ("cpu:2x2", (), "--topology=cpu:2x2 must be like"),
+    ("h100:8", (), "--topology=h100:8 must be like v5e:2x4 or cpu:8: a kind of TPU"),
     ("cpu:0", (), "--topology=cpu:0 must be like"),
     ("cpu:2", ("--config.mesh_fsdp=4",), "2 device(s) do not divide by mesh_fsdp=4 x mesh_tensor=1"),
     ("cpu:2", ("--config.global_batch_size=3",), "A step of 3 rows does not divide by 2 device(s)"),

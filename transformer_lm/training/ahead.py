@@ -44,9 +44,9 @@ def devices_of(topology: str) -> list[jax.Device]:
     """
     if not topology:
         return jax.devices()
+    if not re.fullmatch(r"cpu:[1-9]\d{0,3}|(v|tpu)\d\w*:[1-9]\d{0,3}(x[1-9]\d{0,3}){0,2}", topology):
+        raise UserError(f"--topology={topology} must be like v5e:2x4 or cpu:8: a kind of TPU, or cpu, and how many.")
     kind, _, sides = topology.partition(":")
-    if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){0,2}", sides) or (kind == "cpu" and "x" in sides):
-        raise UserError(f"--topology={topology} must be like v5e:2x4 or cpu:8: a kind of device, and how many.")
     jax.config.update("jax_platforms", "cpu")  # what is at hand is left alone
     if kind == "cpu":
         jax.config.update("jax_num_cpu_devices", int(sides))
