@@ -6,10 +6,14 @@ import re
 import sys
 import types
 
+import jax
+import numpy as np
 import pytest
 from conftest import one_line_error
+from jax.experimental import topologies
 from processes import run_fork
 
+from transformer_lm import attention, axes
 from transformer_lm.errors import UserError
 from transformer_lm.training import ahead, sharding
 
@@ -123,10 +127,32 @@ def test_no_such_tpu():
     ("v5p:2x2x4", {}, 2, 4), ("v5e:8x16", {}, 8, 4), ("v5e:4x4", {"num_slices": 2}, 8, 2), ("v6e:16x16", {}, 16, 1),
 ])  # fmt: skip
 def test_meshes_of_real_topologies(topology, options, fsdp, tensor):
-    from jax.experimental import topologies
-
     ahead.set_up_libtpu()
     devices = topologies.get_topology_desc(topology, "tpu", **options).devices
     layout = sharding.make_layout(fsdp, tensor, devices)
     assert (layout.ways("emb_dim"), layout.ways("num_heads")) == (fsdp, tensor)
     assert set(layout.mesh.devices.flat) == set(devices)
+
+
+@TPU
+@pytest.mark.parametrize(("dtype", "length", "heads", "size"), [
+    ("float32", 128, 4, 64), ("bfloat16", 384, 2, 32), ("bfloat16", 640, 1, 96), ("bfloat16", 8192, 4, 128),
+    ("float32", 2048, 4, 256),
+])  # fmt: skip
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2"])
+def test_the_kernel_that_is_chosen_compiles(topology, dtype, length, heads, size):
+    """Forward and backward, of other types, heads and rows than the recipes'."""
+    ahead.set_up_libtpu()
+    layout = sharding.make_layout(1, 1, topologies.get_topology_desc(topology, "tpu").devices[:1])
+    query, key = (
+        jax.ShapeDtypeStruct((2, number, length, size), dtype, sharding=layout.sharding()) for number in (4, heads)
+    )
+    segments = jax.ShapeDtypeStruct((2, length), np.int32, sharding=layout.sharding())
+
+    def loss(*arrays):
+        return attention.attend_in_rows(*arrays).astype(np.float32).sum()
+
+    with axes.laid_out(layout):
+        assert attention.choose(query, 0.0) == "tpu"
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(query, key, key, segments).compile()
+    assert compiled.as_text().count("tpu_custom_call") == 3
