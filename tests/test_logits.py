@@ -41,6 +41,9 @@ def test_a_gpu_makes_more_at_a_time(monkeypatch):
         have(memory)
         assert logits.at_once() == expected
     have(64 * gib)
+    with monkeypatch.context() as patched:
+        patched.setattr(jax, "local_devices", lambda: [])  # it is compiled for, and not at hand
+        assert logits.at_once() == logits.AT_ONCE
     assert logits.chunks_of(32, 1024, 32_000) == 1
     assert logits.chunks_of(128, 1024, 32_000) == 4
     monkeypatch.setattr(jax, "process_count", lambda: 2)  # whose memory may differ

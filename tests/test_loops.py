@@ -24,10 +24,10 @@ def test_on_gpus_layers_are_written_out_for_a_gradient(monkeypatch, tiny, remat)
         compiled = jax.jit(jax.grad(lambda params: models.bind(network, params).read(*arrays, for_gradient=True).var()))
         return compiled(params), "while" in compiled.lower(params).as_text()
 
-    expected, loops = gradient("cpu")
-    assert loops
-    found, loops = gradient("gpu")
-    assert loops == (remat == "block")
+    expected, is_loop = gradient("cpu")
+    assert is_loop
+    found, is_loop = gradient("gpu")
+    assert is_loop == (remat == "block")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
 
 

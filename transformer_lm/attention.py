@@ -37,7 +37,16 @@ def check_kind(kind: str):
 
 
 def check_rows(kind: str, size: int, lengths: Iterable[int]):
-    """Raises UserError for heads of a size, or rows of lengths, that a kind is not made for."""
+    """Raises UserError for devices, heads of a size, or rows of lengths, that a kind is not made for."""
+    platform = axes.device().platform
+    if kind in ("cudnn", "tpu") and platform != {"cudnn": "gpu", "tpu": "tpu"}[kind]:
+        raise UserError(f"attention={kind!r} does not run on {platform.upper()}; set attention='auto'.")
+    if kind == "tpu":
+        for length in lengths:
+            if length % TPU_BLOCK:
+                raise UserError(
+                    f"attention='tpu' takes rows of a multiple of {TPU_BLOCK}, not of {length}; set attention='auto'."
+                )
     if kind == "triton":
         from transformer_lm import flash_attention
 
@@ -77,7 +86,7 @@ def attend_in_rows(query, key, value, segments, *, kind: str = "auto", dropout_r
 
 
 def choose(query, dropout_rate: float) -> str:
-    """The fastest kind that there is for queries [B, H, T, K] on the devices at hand."""
+    """The fastest kind that there is for queries [B, H, T, K] on the devices that are compiled for."""
     length, size = query.shape[-2:]
     device = axes.device()
     if device.platform == "gpu" and query.dtype == jnp.bfloat16 and _has_fused_attention(device):
@@ -197,7 +206,7 @@ def _triton(query, key, value, segments, rate, dropout_keys):
 
 
 def _tpu(query, key, value, segments):
-    """The flash attention that JAX has for TPUs, in blocks as large as its memory holds."""
+    """The flash attention that JAX has for TPUs, in blocks of up to 512 tokens."""
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     _, heads, length, _ = query.shape

@@ -7,10 +7,15 @@ from transformer_lm import axes
 
 AT_ONCE = 32  # layers that are written out, at most: more only take longer to compile
 KEPT = "kept"  # name of what is kept besides products
+CUDNN = "dot_product_attention_fwd_wrapper"  # JAX's own primitive, whose results have no name
 
-_PRODUCTS_AND_NAMED = jax.checkpoint_policies.save_from_both_policies(
+_products_and_named = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(KEPT)
 )
+
+
+def _is_kept(primitive, *arrays, **options) -> bool:
+    return primitive.name == CUDNN or _products_and_named(primitive, *arrays, **options)
 
 
 def keep(x):
@@ -21,8 +26,9 @@ def keep(x):
 def over_layers(run_layer, x, layers, *, for_gradient: bool, remat: str):
     """As jax.lax.scan.
 
-    For the gradient a layer keeps its products with weights, and what is named by `keep`; the elementwise rest is made
-    again: that takes less time than writing it to memory and reading it, and a third to two thirds of the memory.
+    For the gradient a layer keeps its products with weights, and what is named by `keep` or made by cuDNN. The rest,
+    elementwise but for attention written out for XLA, is made again: that takes less time than writing it to memory and
+    reading it, and a third to two thirds of the memory.
 
     On GPUs layers of which a gradient is taken are written out, and keep all: in a loop XLA copies all that is kept
     into arrays of all layers, and out of them again, a sixth of a step. Not where a device has only a part of the
@@ -36,9 +42,9 @@ def over_layers(run_layer, x, layers, *, for_gradient: bool, remat: str):
       remat: "block" keeps the input of each layer alone.
     """
     number = len(jax.tree.leaves(layers)[0])
-    alone = axes.device().platform == "gpu" and axes.ways("emb_dim") == 1
-    if for_gradient and alone and remat == "none":
+    whole_on_gpu = axes.device().platform == "gpu" and axes.ways("emb_dim") == 1
+    if for_gradient and whole_on_gpu and remat == "none":
         turns = -(-number // AT_ONCE)
         return jax.lax.scan(run_layer, x, layers, unroll=-(-number // turns))
-    policy = None if remat == "block" else _PRODUCTS_AND_NAMED
+    policy = None if remat == "block" else _is_kept
     return jax.lax.scan(jax.checkpoint(run_layer, prevent_cse=False, policy=policy), x, layers)

@@ -3,8 +3,9 @@
 python3 train_compile.py --config=configs/japanese_0.1b_v2.py --topology=v5e:2x4 [--config.field=value ...]
 
 Whether a recipe fits, and which mesh is best, before a TPU is paid for: libtpu, TPUs' compiler (extra tpu), runs on any
-Linux machine. Topologies of TPUs are called as libtpu calls them: v3:2x2 (a v3-8), v5e:2x4 (eight chips), v4:2x2x4.
-cpu:8 is eight CPU devices. Without --topology the devices at hand are compiled for. Nothing is run, no data are read.
+Linux machine (x86-64). Topologies of TPUs are called as libtpu calls them: v3:2x2 (a v3-8), v5e:2x4 (eight chips),
+v4:2x2x4. cpu:8 is eight CPU devices. Without --topology the devices at hand are compiled for. Nothing is run, and
+neither data nor a workdir are read: a run that goes on elsewhere needs its --config.global_batch_size.
 """
 
 from absl import flags

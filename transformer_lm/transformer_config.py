@@ -65,7 +65,8 @@ class TransformerConfig:
     logits_via_embedding: bool = False  # logits by the transposed embedding, divided by sqrt(D)
     dtype: str = "float32"  # what the blocks compute in; parameters, logits and softmax are always float32
     attention: str = "auto"  # a kind of attention in attention.py; "auto" for the fastest that there is
-    remat: str = "none"  # "block" keeps of each layer its input alone and computes the rest again going backwards
+    # What each layer keeps for the way back: "none", what `loops.over_layers` finds best; "block", its input alone.
+    remat: str = "none"
 
     def __post_init__(self):
         check(self)

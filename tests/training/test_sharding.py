@@ -95,7 +95,7 @@ def test_gpus_take_theirs(results):
         pytest.skip(
             "this JAX translates kernels for GPUs on a mesh where there are some; test_attention.py has one GPU's"
         )
-    assert results["kernels"]["gpu"] >= 3
+    assert results["kernels"]["gpu"] >= 3  # JAX 0.10 has a fourth, whose results nobody reads; XLA leaves it out
 
 
 def test_impossible_mesh():
@@ -125,11 +125,18 @@ def gpus(nodes: int) -> list:
     return [types.SimpleNamespace(id=i, platform="gpu", device_kind="H100", slice_index=i // 8) for i in numbers]
 
 
+def of_one_slice(devices: list) -> list:
+    """As libtpu has them: those of a single slice need not say its number."""
+    for device in devices:
+        del device.slice_index
+    return devices
+
+
 @pytest.mark.parametrize(
     ("devices", "shape"),
     [
         (tpus("TPU v3", 2, 2, 1, cores=2), (8, 1, 1)),
-        (tpus("TPU v4", 4, 4, 4), (8, 8, 1)),
+        (of_one_slice(tpus("TPU v4", 4, 4, 4)), (8, 8, 1)),
         (tpus("TPU v4", 2, 2, 4), (2, 2, 4)),
         (tpus("TPU v5 lite", 4, 4, 1), (2, 8, 1)),
         (tpus("TPU v6 lite", 4, 4, 1), (2, 8, 1)),
@@ -144,7 +151,7 @@ def test_devices_of_pods_and_nodes(devices, shape):
     assert arranged.shape == shape
     assert sorted(device.id for device in arranged.flat) == list(range(len(devices)))
     for part in arranged:
-        assert len({device.slice_index for device in part.flat}) == 1
+        assert len({getattr(device, "slice_index", 0) for device in part.flat}) == 1
 
 
 def test_a_mesh_that_slices_do_not_allow():

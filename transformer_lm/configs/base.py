@@ -102,7 +102,8 @@ def _set_network(config: ml_collections.ConfigDict):
     config.attention_dropout_rate = 0.1
     # "auto", or "xla", "triton", "cudnn", "tpu": which attention is computed with.
     config.attention = "auto"
-    # "block": keep less of each layer for the way back and compute it again, for longer rows and larger networks.
+    # "block": keep of each layer its input alone for the way back, for longer rows and larger networks; "none" keeps
+    # what takes time to make again.
     config.remat = "none"
     # Compute in bfloat16 rather than float32; parameters, logits and loss are float32 either way.
     config.use_bfloat16 = True

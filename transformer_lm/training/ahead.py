@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
+from transformer_lm import attention, axes
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
 from transformer_lm.training import batching, optimizers, sharding
@@ -26,8 +27,11 @@ ONLY_TO_COMPILE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-# GiB of one device's memory, from the maker's data sheets; by jax.Device.device_kind.
-MEMORY = {"TPU v2": 8, "TPU v3": 16, "TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32, "TPU7x": 96}
+# GiB of one device's memory that libtpu gives to programs; by jax.Device.device_kind.
+MEMORY = {
+    "TPU v2": 7.48, "TPU v3": 15.48, "TPU v4": 30.75, "TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25,
+    "TPU7x": 94.75,
+}  # fmt: skip
 LESS = "per_device_batch_size or max_target_length, or set remat=block or a larger mesh_fsdp"
 SHARE = 0.4  # of the makers' peak, that a run's time is reckoned with
 
@@ -51,7 +55,7 @@ def devices_of(topology: str) -> list[jax.Device]:
     if kind == "cpu":
         jax.config.update("jax_num_cpu_devices", int(sides))
         return jax.devices()
-    return _tpus(topology, kind, math.prod(map(int, sides.split("x"))))
+    return _tpus(topology, kind, [int(side) for side in sides.split("x")])
 
 
 def set_up_libtpu():
@@ -60,16 +64,18 @@ def set_up_libtpu():
         os.environ.setdefault(name, value)
 
 
-def _tpus(topology: str, kind: str, chips: int) -> list[jax.Device]:
+def _tpus(topology: str, kind: str, sides: list[int]) -> list[jax.Device]:
     optional_import("libtpu", "tpu", f"--topology={topology}")
     set_up_libtpu()
     options = {"chip_config_name": "megacore"} if kind == "v4" else {}  # two cores as one device, as JAX takes them
-    if chips == 1:
-        options["chips_per_host_bounds"] = [1, 1, 1]
+    if math.prod(sides) < 4:  # less than a whole host
+        options["chips_per_host_bounds"] = [*sides, 1, 1][:3]
     try:
         return list(topologies.get_topology_desc(topology, "tpu", **options).devices)
     except Exception as error:
-        raise UserError(f"--topology={topology}: libtpu has no such ({str(error).splitlines()[0]}).") from error
+        raise UserError(
+            f"--topology={topology}: libtpu does not compile for it ({' '.join(str(error).split())})."
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,11 +157,13 @@ def compile_step(recipe: Recipe, devices: list[jax.Device]) -> Needs:
     """
     layout = sharding.make_layout(recipe.train.mesh_fsdp, recipe.train.mesh_tensor, devices)
     layout.check(recipe.network)
+    length = recipe.data.max_target_length
+    with axes.laid_out(layout):
+        attention.check_rows(recipe.network.attention, recipe.network.head_size, [length])
     batches = batching.plan(recipe.train, layout)
     compiled = trace_step(recipe, layout, batches).lower().compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     found = collections.Counter(re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", text))
-    length = recipe.data.max_target_length
     return Needs(
         layout=layout,
         batching=batches,
