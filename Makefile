@@ -3,7 +3,7 @@
 # make chat   teach the demo's model (trained if it is not there) to follow instructions, and talk to it
 # make test   all tests that need no PyTorch (of thousands of alike inputs a tenth; all: pytest --exhaustive)
 # make test-interop  the exported models in PyTorch: installs it (the extra interop), and tests against it
-# make test-tpu  the steps of training, compiled by TPUs' own compiler, which runs here, too (Linux on x86-64; 700 MB)
+# make test-tpu  training steps, compiled by TPUs' own compiler (Linux on x86-64; 700 MB, seven minutes on 2 cores)
 # make faults real faults on real processes (kills, a full disk, damaged files): half an hour at the most
 # make lint   formatting and linting
 # make bench  the benchmarks, with what they are measured against
