@@ -18,6 +18,7 @@ from transformer_lm.fields import check_value
 
 KINDS = ("xla", "cudnn", "triton", "tpu")  # for any device, NVIDIA GPUs, GPUs, TPUs
 WITH_DROPOUT = ("xla", "triton")
+RUNS_ON = {"cudnn": "gpu", "tpu": "tpu"}  # platforms; flash_attention.py, which JAX can interpret, checks its own
 LONG = 1024  # attention of more queries is computed in blocks
 QUERY_BLOCK = 256  # of so many
 SLOT_BLOCK = 128  # slots of a cache that are attended to at a time, where rows begin at different times
@@ -39,7 +40,7 @@ def check_kind(kind: str):
 def check_rows(kind: str, size: int, lengths: Iterable[int]):
     """Raises UserError for devices, heads of a size, or rows of lengths, that a kind is not made for."""
     platform = axes.device().platform
-    if kind in ("cudnn", "tpu") and platform != {"cudnn": "gpu", "tpu": "tpu"}[kind]:
+    if platform != RUNS_ON.get(kind, platform):
         raise UserError(f"attention={kind!r} does not run on {platform.upper()}; set attention='auto'.")
     if kind == "tpu":
         for length in lengths:

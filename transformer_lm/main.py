@@ -13,11 +13,8 @@ from transformer_lm.checkpoints import workdir as run_folder
 from transformer_lm.data import preparation
 from transformer_lm.errors import stage
 from transformer_lm.training import distributed, loop
-from transformer_lm.training.config import Recipe
+from transformer_lm.training.config import LESS_MEMORY, Recipe
 from transformer_lm.training.profile import parse_span
-
-# What takes less memory when it is lower, or what else helps.
-LESS = "per_device_batch_size, max_target_length or the network's size, or set remat=block or a larger mesh_fsdp"
 
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of the run's first process, if not found.")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run, if not found.", lower_bound=1)
@@ -34,7 +31,7 @@ def main(config: ConfigDict, workdir: str):
         distributed.share_compilations(workdir)
         loop.check_devices(chosen, workdir)
         data = _prepare(chosen, workdir)
-        with stage("training", lower=LESS):
+        with stage("training", lower=LESS_MEMORY):
             loop.train_and_evaluate(chosen, data, workdir, profiled=profiled)
     distributed.leave()
 

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from transformer_lm import cli, recipe
 from transformer_lm.errors import stage
 from transformer_lm.training import ahead
+from transformer_lm.training.config import LESS_MEMORY
 
 _TOPOLOGY = flags.DEFINE_string("topology", "", "Devices to compile for, like v5e:2x4 or cpu:8; unset: those at hand.")
 
@@ -22,7 +23,7 @@ def main(config: ConfigDict, _: str):
     """Prints what a step needs."""
     chosen = recipe.read(config)
     devices = ahead.devices_of(_TOPOLOGY.value)
-    with stage("compiling", lower=ahead.LESS):
+    with stage("compiling", lower=LESS_MEMORY):
         needs = ahead.compile_step(chosen, devices)
     needs.check()
     print(needs)

@@ -76,8 +76,9 @@ class Run:
         self._layout.check(self._network)
         self.abstract = abstract_state(self._network, self._optimizer, self._layout)
         self._key = jax.device_put(jax.random.key(1), self._layout.sharding())
-        placement = jax.tree.map(lambda x: x.sharding, self.abstract)
-        step = jit_train_step(self._network, self._optimizer, 0.1, placement, self._layout, accumulation)
+        step = jit_train_step(
+            self._network, self._optimizer, 0.1, self.abstract, layout=self._layout, accumulation=accumulation
+        )
         self._compiled = step.lower(self.abstract, self._batch(0), self._key).compile()
 
     def _batch(self, step: int) -> dict[str, jax.Array]:

@@ -14,7 +14,7 @@ from transformer_lm import attention, axes
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
 from transformer_lm.training import batching, optimizers, sharding
-from transformer_lm.training.config import Recipe
+from transformer_lm.training.config import LESS_MEMORY, Recipe
 from transformer_lm.training.flops import PEAK_FLOPS, flops_per_token
 from transformer_lm.training.state import abstract_state
 from transformer_lm.training.step import ROWS, jit_train_step
@@ -32,7 +32,6 @@ MEMORY = {
     "TPU v2": 7.48, "TPU v3": 15.48, "TPU v4": 30.75, "TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25,
     "TPU7x": 94.75,
 }  # fmt: skip
-LESS = "per_device_batch_size or max_target_length, or set remat=block or a larger mesh_fsdp"
 SHARE = 0.4  # of the makers' peak, that a run's time is reckoned with
 
 
@@ -112,7 +111,7 @@ class Needs:
         kind = self.layout.device.device_kind
         if self.state + self.work > MEMORY.get(kind, math.inf) * GIB:
             raise UserError(
-                f"A step takes {self._memory} of each device, and a {kind} has {MEMORY[kind]}; lower {LESS}."
+                f"A step takes {self._memory} of each device, and a {kind} has {MEMORY[kind]}; lower {LESS_MEMORY}."
             )
 
     def __str__(self) -> str:
@@ -139,10 +138,10 @@ def trace_step(recipe: Recipe, layout: sharding.Layout, batches: batching.Batchi
     """The recipe's step, of abstract arrays."""
     optimizer = optimizers.make_optimizer(recipe.optimizer)
     state = abstract_state(recipe.network, optimizer, layout)
-    placement = jax.tree.map(lambda x: x.sharding, state)
     step = jit_train_step(
-        recipe.network, optimizer, recipe.train.label_smoothing, placement, layout, batches.accumulation
-    )
+        recipe.network, optimizer, recipe.train.label_smoothing, state,
+        layout=layout, accumulation=batches.accumulation,
+    )  # fmt: skip
     shape = (batches.rows, recipe.data.max_target_length)
     batch = {name: jax.ShapeDtypeStruct(shape, np.int32, sharding=layout.sharding("batch")) for name in ROWS}
     key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=layout.sharding())

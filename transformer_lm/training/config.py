@@ -21,6 +21,9 @@ from transformer_lm.generation.sampler import SamplingConfig
 from transformer_lm.training.optimizers import OptimizerConfig
 from transformer_lm.transformer_config import TransformerConfig
 
+# What makes a step take less memory: what may be lower, and what else helps.
+LESS_MEMORY = "per_device_batch_size, max_target_length or the network's size, or set remat=block or a larger mesh_fsdp"
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:

@@ -174,8 +174,8 @@ class _Loop:
         self._saved_step = run.step
         self._saved_at = time.monotonic()
         self._train_step = jit_train_step(
-            run.network, run.optimizer, self._config.label_smoothing,
-            run.layout.of_state(run.state), run.layout, run.batching.accumulation,
+            run.network, run.optimizer, self._config.label_smoothing, run.state,
+            layout=run.layout, accumulation=run.batching.accumulation,
         )  # fmt: skip
         self._eval_step = jax.jit(make_eval_step(run.network, run.layout), out_shardings=run.layout.sharding())
         self._stop = Stop(signals, run.layout)

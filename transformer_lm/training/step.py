@@ -107,17 +107,20 @@ def _laid_out(params: models.Params, layout: Layout | None) -> models.Params:
 
 
 def jit_train_step(
-    network, optimizer, label_smoothing: float, placement: TrainState, layout: Layout, accumulation: int
+    network: models.TransformerConfig,
+    optimizer: optax.GradientTransformation,
+    label_smoothing: float,
+    state: TrainState,
+    *,
+    layout: Layout,
+    accumulation: int,
 ):
-    """As `make_train_step`, to be compiled for the layout: takes the state over, and leaves the next where it lay.
+    """As `make_train_step`, to be compiled for the layout: takes a state over, and leaves the next where that lay.
 
-    Args:
-      network, optimizer, label_smoothing, accumulation: as to `make_train_step`.
-      placement: the shardings of a state.
-      layout: where all lies.
+    `state` is one like those that it will be given; an abstract one will do.
     """
     step = make_train_step(network, optimizer, label_smoothing, layout=layout, accumulation=accumulation)
-    return jax.jit(step, donate_argnums=0, out_shardings=(placement, layout.sharding()))
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout.of_state(state), layout.sharding()))
 
 
 def make_eval_step(network: models.TransformerConfig, layout: Layout | None = None) -> Callable:
