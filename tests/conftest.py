@@ -198,6 +198,18 @@ def command(name: str, workdir, *arguments: str, **fields) -> list[str]:
     ]  # fmt: skip
 
 
+def events_in(content: bytes) -> list:
+    """The events of a file of TensorBoard's, read from its records: length, CRC, content, CRC."""
+    from transformer_lm.training.board import Event  # here: few tests need TensorBoard's
+
+    found, at = [], 0
+    while at < len(content):
+        length = int.from_bytes(content[at : at + 8], "little")
+        found.append(Event.FromString(content[at + 12 : at + 12 + length]))
+        at += length + 16
+    return found
+
+
 def one_line_error(done: subprocess.CompletedProcess) -> str:
     """The error of a command that failed as it should: exit status 1, and one such line, perhaps after others."""
     assert done.returncode == 1, done.stderr

@@ -11,7 +11,7 @@ import urllib.parse
 import urllib.request
 
 import pytest
-from conftest import command, run
+from conftest import command, events_in, run
 from real_datasets import make_tfds, wiki40b_document
 
 from transformer_lm.data.corpora import mukashi
@@ -102,8 +102,11 @@ def test_from_data_to_generation(gcs):
     lines = [json.loads(line) for line in ask(f"{objects}/run%2Fmetrics.jsonl?alt=media").splitlines() if line]
     assert [line["step"] for line in lines if "train_loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4]
-    for name in ("run/config.json", "run/sentencepiece_model", "run/checkpoints/4/", "manifest.json", "tfevents"):
+    for name in ("run/config.json", "run/sentencepiece_model", "run/checkpoints/4/", "manifest.json"):
         assert any(name in path for path in names)
+    boards = [ask(f"{objects}/{urllib.parse.quote(name, safe='')}?alt=media") for name in names if "tfevents" in name]
+    found = [(event.step, value.tag) for board in boards for event in events_in(board) for value in event.summary.value]
+    assert {(step, "train/loss") for step in (1, 2, 3, 4)} | {(4, "eval/loss")} <= set(found)
     written = run(
         [sys.executable, "-m", "transformer_lm.generate_text", f"--workdir={workdir}", "--num_generated_texts=2",
          "--output=jsonl"], env=gcs,

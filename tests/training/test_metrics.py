@@ -2,10 +2,13 @@
 
 import json
 import math
+import subprocess
+import sys
 import types
 
 import pytest
-from tensorboardX.proto import event_pb2, plugin_hparams_pb2
+from conftest import events_in
+from tensorboardX.proto import plugin_hparams_pb2
 
 from transformer_lm.errors import UserError
 from transformer_lm.training import metrics
@@ -17,15 +20,15 @@ def lines(workdir):
 
 
 def events(workdir):
-    """The events of all TensorBoard files, read from their records: length, CRC, content, CRC."""
-    found = []
-    for path in sorted(workdir.glob("events.out.tfevents.*")):
-        content, at = path.read_bytes(), 0
-        while at < len(content):
-            length = int.from_bytes(content[at : at + 8], "little")
-            found.append(event_pb2.Event.FromString(content[at + 12 : at + 12 + length]))
-            at += length + 16
-    return found
+    """The events of all TensorBoard files."""
+    return [event for path in sorted(workdir.glob("events.out.tfevents.*")) for event in events_in(path.read_bytes())]
+
+
+def test_the_board_takes_no_libraries_along():
+    """That tensorboardX would import where they are installed, as google-cloud-storage is with gcsfs."""
+    code = "import sys, transformer_lm.training.board; print(*sys.modules)"
+    imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "boto3", "google.cloud.storage"} & set(imported)
 
 
 def test_lines_scalars_texts_and_recipe(tmp_path):

@@ -1,26 +1,30 @@
 """TensorBoard's event file, written when the caller flushes it: a full disk is the caller's error, and no thread's.
 
 tensorboardX makes the records; its SummaryWriter would write them in a thread, which dies of a full disk unnoticed.
+To an object store they go by the same way as all other files of a run.
 """
 
 import os
 import sys
 import time
+import types
 import uuid
 from collections.abc import Mapping
 from typing import Any
 
-_HIDDEN = "torch" not in sys.modules
-if _HIDDEN:
-    sys.modules["torch"] = None  # tensorboardX would import it where it is installed: seconds, for nothing used here
+# What tensorboardX would import where it is installed, which takes a while, for nothing used here.
+_HIDDEN = [name for name in ("torch", "boto3", "google.cloud.storage") if name not in sys.modules]
+sys.modules.update(dict.fromkeys(_HIDDEN))
 
-from tensorboardX import summary  # noqa: E402
+from tensorboardX import record_writer, summary  # noqa: E402
 from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: E402
 from tensorboardX.proto.summary_pb2 import Summary  # noqa: E402
 
-if _HIDDEN:
-    del sys.modules["torch"]
+for _name in _HIDDEN:
+    del sys.modules[_name]
+
+from transformer_lm.files import is_remote, write_atomically  # noqa: E402
 
 HPARAM_METRICS = {"eval/loss": 0.0, "eval/bits_per_char": 0.0}  # what the HParams tab compares runs by
 
@@ -30,8 +34,10 @@ class Board:
 
     def __init__(self, folder: os.PathLike | str, start_step: int):
         """Begins a file; of earlier files TensorBoard shows the steps up to `start_step` alone."""
-        suffix = f".{uuid.uuid4().hex[:8]}"
-        self._writer = EventsWriter(os.path.join(os.fspath(folder), "events"), suffix)
+        place, suffix = os.path.join(os.fspath(folder), "events"), f".{uuid.uuid4().hex[:8]}"
+        if is_remote(place):
+            record_writer.register_writer_factory(place.partition(":")[0], types.SimpleNamespace(open=_WholeFile))
+        self._writer = EventsWriter(place, suffix)
         if start_step:
             self._write(Event(session_log=SessionLog(status=SessionLog.START)), start_step + 1)
 
@@ -65,6 +71,23 @@ class Board:
     def close(self):
         """Closes the file."""
         self._writer.close()
+
+
+class _WholeFile:
+    """A file of an object store, which takes whole files alone."""
+
+    def __init__(self, path: str):
+        self._path, self._content = path, bytearray()
+
+    def write(self, content: bytes):
+        """Adds to the file, which is not written yet."""
+        self._content += content
+
+    def flush(self):
+        """Writes all of it."""
+        write_atomically(self._path, bytes(self._content))
+
+    close = flush
 
 
 def _text(value: Any) -> str:
