@@ -36,7 +36,8 @@ def test_data_wait_is_what_the_devices_waited(monkeypatch, kind, share):
     clock = SimpleNamespace(now=0)
     monkeypatch.setattr(reporter, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     writer = Writer()
-    told = reporter.Reporter(writer, schedule=lambda step: 0.1, flops=1.0, peak=1.0, tokens=8)
+    told = reporter.Reporter(writer, schedule=lambda step: 0.1, flops=1.0, tokens=8)
+    told.peak = 1.0
     for step in range(1, 4):
         with told.waiting_for_data():
             clock.now += 3

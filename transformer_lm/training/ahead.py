@@ -7,7 +7,6 @@ import os
 import re
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 
 from transformer_lm import attention, axes
@@ -17,7 +16,7 @@ from transformer_lm.training import batching, optimizers, sharding
 from transformer_lm.training.config import LESS_MEMORY, Recipe
 from transformer_lm.training.flops import PEAK_FLOPS, flops_per_token
 from transformer_lm.training.state import abstract_state
-from transformer_lm.training.step import ROWS, jit_train_step
+from transformer_lm.training.step import trace_train_step
 
 GIB = 2**30
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -136,16 +135,11 @@ class Needs:
 
 def trace_step(recipe: Recipe, layout: sharding.Layout, batches: batching.Batching) -> jax.stages.Traced:
     """The recipe's step, of abstract arrays."""
-    optimizer = optimizers.make_optimizer(recipe.optimizer)
-    state = abstract_state(recipe.network, optimizer, layout)
-    step = jit_train_step(
-        recipe.network, optimizer, recipe.train.label_smoothing, state,
-        layout=layout, accumulation=batches.accumulation,
+    network, optimizer = recipe.network, optimizers.make_optimizer(recipe.optimizer)
+    return trace_train_step(
+        network, optimizer, recipe.train.label_smoothing, abstract_state(network, optimizer, layout),
+        layout=layout, batches=batches, length=recipe.data.max_target_length,
     )  # fmt: skip
-    shape = (batches.rows, recipe.data.max_target_length)
-    batch = {name: jax.ShapeDtypeStruct(shape, np.int32, sharding=layout.sharding("batch")) for name in ROWS}
-    key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=layout.sharding())
-    return step.trace(state, batch, key)
 
 
 def compile_step(recipe: Recipe, devices: list[jax.Device]) -> Needs:

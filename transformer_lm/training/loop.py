@@ -5,10 +5,12 @@ the metrics of step n - 1, so that the device never waits for Python. What is de
 that may fail or take long, and what takes long is given up when the run is told to stop.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
-import math
+import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,10 +33,10 @@ from transformer_lm.training.flops import flops_per_token, peak_flops
 from transformer_lm.training.preemption import preemption_watched
 from transformer_lm.training.profile import Profile
 from transformer_lm.training.reporter import Reporter
-from transformer_lm.training.signals import Signals, Stopped, signals_caught
+from transformer_lm.training.signals import Signals, Stopped, begun, signals_caught
 from transformer_lm.training.start import find_initial, restore_or_init
-from transformer_lm.training.state import TrainState, zero_totals
-from transformer_lm.training.step import jit_train_step, make_eval_step
+from transformer_lm.training.state import TrainState, abstract_state, zero_totals
+from transformer_lm.training.step import ROWS, make_eval_step, trace_train_step
 from transformer_lm.training.stop import Stop
 
 
@@ -62,11 +64,15 @@ def train_and_evaluate(
         if distributed.is_first():
             lock = epath.Path(workdir) / run_folder.LOCK_FILE
             stack.enter_context(locks.exclusive(lock, f"--workdir={workdir}"))
-        run = _prepare_run(recipe, data, workdir, turns)
-        stack.enter_context(contextlib.closing(run.saved))
-        writer = stack.enter_context(contextlib.closing(_make_writer(stack, workdir, run)))
         signals = stack.enter_context(signals_caught())
         stack.enter_context(preemption_watched(signals.tell))
+        try:
+            run = signals.listening(lambda: _prepare_run(recipe, data, workdir, turns))
+        except Stopped:
+            logging.info("Stopped by %s before the first step; run the same command to go on.", signals.caught)
+            return False
+        stack.enter_context(contextlib.closing(run.saved))
+        writer = stack.enter_context(contextlib.closing(_make_writer(stack, workdir, run)))
         profile = stack.enter_context(contextlib.closing(Profile(workdir, profiled)))
         _Loop(run, writer, signals, profile).run()
     return run.step >= recipe.train.num_train_steps
@@ -105,7 +111,7 @@ class _Run:
       layout: what lies where on the devices.
       batching: rows of a step.
       saved: the workdir's checkpoints.
-      optimizer: what makes updates of gradients.
+      compiling: begins to compile the step when it is first called; what it returns will have it.
       key: of dropout.
       state: parameters and all else that a step changes.
       step: steps done.
@@ -119,7 +125,7 @@ class _Run:
     layout: sharding.Layout
     batching: batching.Batching
     saved: store.Checkpoints
-    optimizer: Any
+    compiling: Callable[[], concurrent.futures.Future[jax.stages.Compiled]]
     key: jax.Array
     state: TrainState
     step: int
@@ -147,15 +153,26 @@ def _prepare_run(recipe: Recipe, data: preparation.PreparedData, workdir: str, t
 
     batches = batching.Batching(**distributed.agree("claim", claim))
     optimizer = optimizers.make_optimizer(recipe.optimizer)
-    init_key, dropout_key = _keys(recipe.seed, layout)
+    target = abstract_state(network, optimizer, layout)
     saved = store.Checkpoints(workdir, recipe.train.keep_checkpoints)
+
+    def compile_step() -> jax.stages.Compiled:
+        return trace_train_step(
+            network, optimizer, recipe.train.label_smoothing, target,
+            layout=layout, batches=batches, length=data.train.row_length,
+        ).lower().compile()  # fmt: skip
+
+    compiling = functools.cache(lambda: begun(compile_step))
+    if layout.device.platform != "gpu" and max(saved.steps, default=0) < recipe.train.num_train_steps:
+        compiling()  # while the state is read or made; a GPU's compiler times kernels, and is better left alone
+    init_key, dropout_key = _keys(recipe.seed, layout)
     state, rows_read = restore_or_init(
-        saved, recipe, network, optimizer, layout,
+        saved, recipe, network, optimizer, layout, target,
         initial=find_initial(recipe, network, data.tokenizer, workdir), key=init_key, batch_size=batches.rows,
     )  # fmt: skip
     if distributed.is_first():  # now that what the workdir holds was found to be this run's
         run_folder.write_config(place, *described, {"rows": batches.rows, "eval_rows": batches.counted_eval_rows})
-    return _Run(recipe, network, data, turns, layout, batches, saved, optimizer, dropout_key, state,
+    return _Run(recipe, network, data, turns, layout, batches, saved, compiling, dropout_key, state,
                 step=int(state.step), rows_read=rows_read)  # fmt: skip
 
 
@@ -173,10 +190,6 @@ class _Loop:
         self._config = run.recipe.train
         self._saved_step = run.step
         self._saved_at = time.monotonic()
-        self._train_step = jit_train_step(
-            run.network, run.optimizer, self._config.label_smoothing, run.state,
-            layout=run.layout, accumulation=run.batching.accumulation,
-        )  # fmt: skip
         self._eval_step = jax.jit(make_eval_step(run.network, run.layout), out_shardings=run.layout.sharding())
         self._stop = Stop(signals, run.layout)
         self._save_is_due = AnyProcess(self._is_old, run.layout)
@@ -184,7 +197,6 @@ class _Loop:
             writer,
             optimizers.learning_rate_schedule(run.recipe.optimizer),
             flops_per_token(run.network, run.data.train.row_length),
-            peak_flops(jax.devices()[0], run.layout.mesh.size) if self._tells() else math.inf,
             run.batching.rows * run.data.train.row_length,
         )
 
@@ -220,19 +232,20 @@ class _Loop:
 
     def _steps(self):
         run, config = self._run, self._config
+        if run.step >= config.num_train_steps:
+            return
         rows = run.batching.rows
         batches = input_pipeline.train_batches(
             run.data.train, batch_size=rows, seed=run.recipe.seed, first_row=run.rows_read,
             only=batching.rows_here(run.layout, rows),
         )  # fmt: skip
-        first = True
+        train_step = self._compiled()
         while run.step < config.num_train_steps and not self._stop():
             with self._profile.step(run.step):
                 with self._reporter.waiting_for_data():
-                    batch = batching.place(run.layout, rows, next(batches))
-                step = self._compiling_step if first else self._train_step
-                run.state, step_metrics = step(run.state, batch, run.key)
-            first = False
+                    batch = next(batches)
+                    batch = batching.place(run.layout, rows, {name: batch[name] for name in ROWS})
+                run.state, step_metrics = train_step(run.state, batch, run.key)
             run.step, run.rows_read = run.step + 1, run.rows_read + rows
             self._profile.after(run.step, step_metrics)
             self._reporter.flush()
@@ -246,9 +259,12 @@ class _Loop:
                     self._evaluate()
                 self._reporter.restart_clock()
 
-    def _compiling_step(self, *arguments: Any) -> Any:
-        """The first step, which compiles: nothing is lost when it is given up."""
-        return self._signals.listening(lambda: self._train_step(*arguments))
+    def _compiled(self) -> Callable:
+        """The step, when it is compiled; nothing is lost where that is given up."""
+        step = self._signals.listening(self._run.compiling().result)
+        if self._tells():  # now that nothing else is computed
+            self._reporter.peak = peak_flops(jax.devices()[0], self._run.layout.mesh.size)
+        return step
 
     def _totals_to_log(self) -> dict[str, jax.Array] | None:
         """The sums since they were last logged, when they are due; they begin anew."""

@@ -19,16 +19,17 @@ class Reporter:
     """Reads the metrics of finished steps, stops on a loss that is not finite, and hands lines to the writer.
 
     Attributes:
+      peak: FLOP/s that the devices could reach.
       pending: of the step that was dispatched last its number, its metrics, and the totals to log or None; None when
         it has been reported.
     """
 
-    def __init__(self, writer: metrics.MetricWriter, schedule: optax.Schedule, flops: float, peak: float, tokens: int):
-        """`flops`: of a token; `peak`: FLOP/s, at the most; `tokens`: of a step, those that are not scored included."""
+    def __init__(self, writer: metrics.MetricWriter, schedule: optax.Schedule, flops: float, tokens: int):
+        """`flops`: of a token; `tokens`: of a step, those that are not scored included."""
         self._writer = writer
         self._tokens = tokens
         self._learning_rate = jax.jit(schedule)  # one program, not one for each operation
-        self._flops, self._peak = flops, peak
+        self._flops, self.peak = flops, math.inf
         self.pending: tuple | None = None
         self._began: float | None = time.perf_counter()  # None when the first step has been told of
         self._waited = 0.0  # seconds that the devices waited for data, in the steps now counted
@@ -95,7 +96,7 @@ class Reporter:
                 "tokens_per_second": self._tokens_per_second,
                 "step_seconds": seconds / self._timed_steps,
                 "data_wait": self._waited / seconds,
-                "mfu": self._tokens_per_second * self._flops / self._peak,
+                "mfu": self._tokens_per_second * self._flops / self.peak,
             }
             self._clock, self._timed_steps, self._waited = now, 0, 0.0
         if memory := jax.local_devices()[0].memory_stats():  # a CPU has none

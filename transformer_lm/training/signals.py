@@ -48,20 +48,26 @@ class Signals:
         For what takes long and may be given up, such as compiling and evaluating: a handler in Python runs only when
         the main thread is not inside a library.
         """
-        future: concurrent.futures.Future[Result] = concurrent.futures.Future()
-
-        def run():
-            try:
-                future.set_result(work())
-            except BaseException as error:
-                future.set_exception(error)
-
-        threading.Thread(target=run, daemon=True).start()
+        future = begun(work)
         while not future.done():
             if self.caught:
                 raise Stopped
             concurrent.futures.wait([future], timeout=LISTEN_SECONDS)
         return future.result()
+
+
+def begun(work: Callable[[], Result]) -> concurrent.futures.Future[Result]:
+    """What `work` will return or raise, in a thread of its own, which does not hold up the process's end."""
+    future: concurrent.futures.Future[Result] = concurrent.futures.Future()
+
+    def run():
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 HANDLED = (signal.SIGTERM, signal.SIGINT)

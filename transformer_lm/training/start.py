@@ -10,7 +10,7 @@ from transformer_lm.errors import UserError
 from transformer_lm.tokenizer import Tokenizer
 from transformer_lm.training.config import Recipe, TrainConfig
 from transformer_lm.training.sharding import Layout
-from transformer_lm.training.state import TrainState, abstract_state, init_state, state_of
+from transformer_lm.training.state import TrainState, init_state, state_of
 
 
 def restore_or_init(
@@ -19,6 +19,7 @@ def restore_or_init(
     network: models.TransformerConfig,
     optimizer: optax.GradientTransformation,
     layout: Layout,
+    target: TrainState,
     *,
     initial: loading.FoundModel | None,
     key: jax.Array,
@@ -31,7 +32,8 @@ def restore_or_init(
       recipe: what is trained.
       network: the network as it is.
       optimizer: its optimizer.
-      layout: where the state's arrays lie.
+      layout: the devices.
+      target: an abstract state, which says where the state's arrays lie.
       initial: the model whose parameters a fresh state takes; None for random ones.
       key: of random parameters.
       batch_size: rows a step, to reckon with where a checkpoint does not say how many rows were read.
@@ -40,7 +42,6 @@ def restore_or_init(
       the state, and how many training rows were read until then.
     """
     _check_wanted(saved, recipe.train)
-    target = abstract_state(network, optimizer, layout)
     if recipe.train.restore_checkpoints:
         progress = {"step": target.step, "totals": target.totals, "rows": np.zeros((), np.int64)}
         restored = saved.restore(target.params, target.opt_state, progress)

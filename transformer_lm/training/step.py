@@ -5,15 +5,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from transformer_lm import axes, dropout, models
 from transformer_lm.logits import chunks_of
+from transformer_lm.training.batching import Batching
 from transformer_lm.training.loss import chunked_loss_and_totals
 from transformer_lm.training.sharding import Layout
 from transformer_lm.training.state import TrainState, zero_totals
 
-ROWS = ("inputs", "targets", "positions", "segments", "scored")
+# What a training step takes of a batch: arrays [B, T].
+ROWS = {
+    "inputs": np.int32,
+    "targets": np.int32,
+    "positions": np.int32,
+    "segments": np.int32,
+    "scored": np.bool_,
+}
 
 
 def summed_loss(
@@ -83,7 +92,7 @@ def make_train_step(
 
     def train_step(state, batch, key):
         with axes.laid_out(layout):
-            batch = {name: batch[name] for name in ROWS} | {"rows": jnp.arange(batch["targets"].shape[0])}
+            batch = batch | {"rows": jnp.arange(batch["targets"].shape[0])}
             key = jax.random.fold_in(key, state.step)
             grads, totals = (accumulated_gradient if accumulation > 1 else gradient)(state.params, batch, key)
             tokens = jnp.maximum(totals["tokens"], 1.0)
@@ -121,6 +130,24 @@ def jit_train_step(
     """
     step = make_train_step(network, optimizer, label_smoothing, layout=layout, accumulation=accumulation)
     return jax.jit(step, donate_argnums=0, out_shardings=(layout.of_state(state), layout.sharding()))
+
+
+def trace_train_step(
+    network: models.TransformerConfig,
+    optimizer: optax.GradientTransformation,
+    label_smoothing: float,
+    state: TrainState,
+    *,
+    layout: Layout,
+    batches: Batching,
+    length: int,
+) -> jax.stages.Traced:
+    """As `jit_train_step`, of abstract arrays, ready to be lowered and compiled; rows have `length` tokens."""
+    step = jit_train_step(network, optimizer, label_smoothing, state, layout=layout, accumulation=batches.accumulation)
+    shape, place = (batches.rows, length), layout.sharding("batch")
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in ROWS.items()}
+    key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=layout.sharding())
+    return step.trace(state, batch, key)
 
 
 def make_eval_step(network: models.TransformerConfig, layout: Layout | None = None) -> Callable:
