@@ -1,10 +1,9 @@
 """The command that evaluates: what training recorded, and on other corpora what scores add up to."""
 
-import dataclasses
-import errno
 import json
 import math
 import os
+import shutil
 import sys
 
 import pytest
@@ -13,7 +12,7 @@ from conftest import run
 from real_datasets import write_jsonl
 
 import transformer_lm
-from transformer_lm import cli, errors, recipe
+from transformer_lm import cli, errors
 from transformer_lm import evaluate as command
 from transformer_lm.configs import base
 from transformer_lm.data.corpora import mukashi
@@ -96,21 +95,24 @@ def test_what_json_has_no_number_for():
     assert command._without_nan(values) == {"a": None, "b": {"c": None, "d": 1.5, "e": "N/A", "f": None}}
 
 
-def test_rows_are_made_in_the_cache_where_the_workdir_may_only_be_read(tmp_path, monkeypatch):
-    """Whatever says so first; permission is not tried, since tests may run as root."""
-    (tmp_path / "prepared").mkdir()
-    monkeypatch.setenv("TRANSFORMER_LM_CACHE", str(tmp_path / "cache"))
-    asked = []
-
-    def prepare(data, tokenizer, root):
-        asked.append(str(root))
-        if str(root) == str(tmp_path / "prepared"):
-            raise OSError(errno.EROFS, "Read-only file system")
-        return "rows"
-
-    monkeypatch.setattr(command.preparation, "prepare_evaluation", prepare)
-    data = recipe.read_data(base.get_config())
-    assert command._rows(None, data, str(tmp_path)) == "rows"
-    assert asked == [str(tmp_path / "prepared"), str(tmp_path / "cache" / "prepared")]
-    with pytest.raises(OSError, match="Read-only"):  # a folder that was named is not replaced
-        command._rows(None, dataclasses.replace(data, prepared_dir=str(tmp_path / "prepared")), str(tmp_path))
+def test_where_rows_are_made(workdir, tmp_path):
+    """Where the command line says, or in the cache; what a workdir, which may be a stranger's, says is only read."""
+    config = json.loads((workdir / "config.json").read_text())
+    write_jsonl(tmp_path / "private.jsonl", [mukashi.tale(number) for number in range(9_000, 9_010)])
+    config["recipe"] |= {
+        "eval_dataset_name": f"jsonl:{tmp_path}/private.jsonl",
+        "eval_split": "train",
+        "prepared_dir": str(tmp_path / "said"),
+    }
+    theirs = tmp_path / "theirs"
+    shutil.copytree(workdir, theirs)
+    (theirs / "config.json").write_text(json.dumps(config))
+    before = sorted(theirs.rglob("*"))
+    found = evaluate(theirs, tmp_path / "cache")
+    assert sorted(theirs.rglob("*")) == before
+    assert not (tmp_path / "said").exists()
+    assert [*(tmp_path / "cache" / "prepared").glob("*/manifest.json")]
+    assert evaluate(theirs, tmp_path / "cache2", f"--config.prepared_dir={tmp_path}/said") == found
+    assert [*(tmp_path / "said").glob("*/manifest.json")]
+    assert evaluate(theirs, tmp_path / "cache2") == found
+    assert not (tmp_path / "cache2" / "prepared").exists()

@@ -144,6 +144,11 @@ def _config(workdir: str) -> ConfigDict:
     return config
 
 
+def is_said(field: str) -> bool:
+    """Whether the command line says a field of the recipe, which is else the workdir's own, perhaps a stranger's."""
+    return bool(flags.FLAGS["config"].present) or field in flags.FLAGS["config"].override_values
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
     console.set_up(_debug())  # again, since absl has put its own handler in place
     for argument in argv:

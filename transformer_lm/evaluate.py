@@ -9,7 +9,8 @@ python3 evaluate.py --workdir=logs/japanese_0.1b_v1 --tasks=jglue --tasks_data=$
 On a corpus: loss, perplexity, accuracy, bits a character and a byte. Of the recipe (without --config the workdir's own)
 what counts is the evaluation corpus and how it is read, max_eval_target_length, eval_per_device_batch_size,
 num_eval_steps, use_bfloat16, and mesh_fsdp and mesh_tensor where the devices at hand can be such a mesh. Rows are
-looked for, and made, in prepared_dir, the workdir's prepared/ or the user's cache.
+looked for in prepared_dir and the workdir's prepared/, and made in the user's cache, or in the prepared_dir that the
+command line gives.
 
 With --tasks, what each task measures; of the recipe only use_bfloat16 counts. The project's own tasks are in tasks/.
 With --chat_template, each question is asked in a conversation, which the model must have been trained on.
@@ -32,7 +33,8 @@ from ml_collections import ConfigDict
 from transformer_lm import cli, files, recipe
 from transformer_lm.checkpoints import hub
 from transformer_lm.data import preparation
-from transformer_lm.errors import UserError, may_not_be_written, stage
+from transformer_lm.data.rows import PreparedRows
+from transformer_lm.errors import UserError, stage
 from transformer_lm.extras import optional_import
 from transformer_lm.fields import LARGEST
 from transformer_lm.generation import language_model
@@ -116,16 +118,18 @@ def _layout(train: TrainConfig, network: TransformerConfig) -> sharding.Layout:
     return sharding.make_layout(1, 1)
 
 
-def _rows(tokenizer: Tokenizer, data: preparation.DataConfig, workdir: str):
-    """The evaluation rows: in prepared_dir, in the workdir where it has some and may be written to, in the cache."""
-    beside = epath.Path(workdir) / "prepared"
-    if data.prepared_dir or (not hub.is_address(workdir) and beside.exists()):
-        try:
-            return preparation.prepare_evaluation(data, tokenizer, files.absolute(data.prepared_dir or beside))
-        except OSError as error:
-            if data.prepared_dir or not may_not_be_written(error):
-                raise
-            logging.info("%s cannot be written to: rows are made in the cache.", beside)
+def _rows(tokenizer: Tokenizer, data: preparation.DataConfig, workdir: str) -> PreparedRows:
+    """The evaluation rows.
+
+    A workdir's own recipe, which may be a stranger's, says where they may lie already, but not where they are made: to
+    its corpus, which could be any file here, it could else add a place that others read.
+    """
+    if data.prepared_dir and cli.is_said("prepared_dir"):
+        return preparation.prepare_evaluation(data, tokenizer, files.absolute(data.prepared_dir))
+    beside = None if hub.is_address(workdir) else epath.Path(workdir) / "prepared"
+    for place in filter(None, (data.prepared_dir, beside)):
+        if found := preparation.find_evaluation(data, tokenizer, files.absolute(place)):
+            return found
     return preparation.prepare_evaluation(data, tokenizer, files.absolute(files.cache_folder() / "prepared"))
 
 

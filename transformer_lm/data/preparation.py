@@ -154,6 +154,20 @@ def prepare_evaluation(config: DataConfig, spm: Tokenizer, root: epath.Path) -> 
     return work.complete(work.find(evaluation, spm, config.max_eval_target_length), evaluation)
 
 
+def find_evaluation(config: DataConfig, spm: Tokenizer, root: epath.Path) -> PreparedRows | None:
+    """As `prepare_evaluation`, where all of it is there already; else None. Nothing is written."""
+    evaluation = _open_evaluation(config)
+    work = _Preparation(config, root, makes=False)
+    try:
+        return work.complete(work.find(evaluation, spm, config.max_eval_target_length), evaluation)
+    except _Missing:
+        return None
+
+
+class _Missing(Exception):  # noqa: N818  (no error)
+    """Something would have to be made."""
+
+
 def _root(config: DataConfig, workdir: str) -> epath.Path:
     """The folder below which everything is found or made."""
     return absolute(config.prepared_dir or epath.Path(workdir) / "prepared")
@@ -240,12 +254,14 @@ class _Preparation:
       root: the folder below which everything is found or made.
       launcher: see `prepare`.
       kept: rows that a run began with.
+      makes: whether what is not there is made; if not, _Missing is raised.
     """
 
     config: DataConfig
     root: epath.Path
     launcher: Launcher | None = None
     kept: tuple[PreparedCorpus, ...] = ()
+    makes: bool = True
 
     def cleaned(self, corpus: Corpus) -> Corpus:
         """The corpus as it is, or where the recipe has rules the texts that they keep, which are written to disk."""
@@ -254,6 +270,7 @@ class _Preparation:
         identity = self._identity(corpus)
         directory = self.root / f"cleaned-{rows.digest(identity)}"
         if (report := cleaning.find(directory)) is None:
+            self._check_makes()
             with locks.waiting_for(f"{directory}.lock", f"The cleaned corpus {directory}"):
                 report = cleaning.find(directory) or self._clean(corpus, directory)
         documents = cleaning.open_texts(directory / report["texts"])
@@ -294,9 +311,14 @@ class _Preparation:
         return _mixed(made, [corpus.weight for corpus in mixture])
 
     def _make(self, plan: RowsPlan) -> PreparedCorpus:
+        self._check_makes()
         with locks.waiting_for(f"{plan.directory}.lock", f"The folder of rows {plan.directory}"):
             found = PreparedCorpus.find(plan.directory)
             return found or prepare_rows(plan, self.config.prepare_processes, self.launcher)
+
+    def _check_makes(self):
+        if not self.makes:
+            raise _Missing
 
 
 def prepare_rows(plan: RowsPlan, processes: int = 0, launcher: Launcher | None = None) -> PreparedCorpus:
