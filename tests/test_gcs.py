@@ -113,3 +113,17 @@ def test_from_data_to_generation(gcs):
     )  # fmt: skip
     assert written.returncode == 0, written.stderr[-3000:]
     assert len([json.loads(line) for line in written.stdout.splitlines()]) == 2
+
+
+def test_a_first_save_that_was_broken_off(gcs):
+    """As Orbax leaves it in a bucket: under its final name, without its mark. The run begins as it began before."""
+    url = gcs["STORAGE_EMULATOR_HOST"]
+    name = urllib.parse.quote("broken/checkpoints/2/params/manifest.ocdbt", safe="")
+    ask(f"{url}/upload/storage/v1/b/bucket/o?uploadType=media&name={name}", b"half")
+    code = (
+        "from etils import epath\n"
+        "from transformer_lm.checkpoints import workdir\n"
+        "print([workdir.has_checkpoints(epath.Path('gs://bucket') / name) for name in ('broken', 'run')])"
+    )
+    done = run([sys.executable, "-c", code], env=gcs)
+    assert done.stdout == "[False, True]\n", done.stderr

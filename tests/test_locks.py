@@ -61,6 +61,20 @@ def test_nobody_reads_a_half_of_it(tmp_path, monkeypatch):
     assert len(beats) > 3
 
 
+def test_who_was_silent_too_long_ends(tmp_path):
+    """Another process has rightly taken the lock meanwhile, and keeps it."""
+    path = tmp_path / "run.lock"
+    code = HOLD.format(kind="exclusive").replace("import locks\n", "import locks\nlocks.is_remote = lambda _: True\n")
+    process = subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    others = json.dumps({"host": "b", "process": 7, "since": "now", "token": "other"})
+    (tmp_path / "temporary").write_text(others)
+    (tmp_path / "temporary").replace(path)
+    assert process.wait(timeout=20) == 1
+    assert process.stderr.read().decode().startswith("error: process 7 on b (since now) has taken the lock")
+    assert path.read_text() == others
+
+
 def test_second_waits(lock_path):
     process = hold(lock_path)
     threading.Timer(0.3, process.send_signal, [signal.SIGKILL]).start()

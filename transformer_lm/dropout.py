@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+KEYS = "threefry2x32"  # the kind of keys that dropout takes the two numbers out of, whatever JAX's default is
+
 Keys = jax.Array | None  # one PRNG key a row, [B]; None for no dropout
 
 

@@ -165,12 +165,20 @@ class _HeartbeatLock:
         while not self._ended.wait(BEAT_SECONDS):
             beat += 1
             try:
+                if (now := self._read()) and self._token not in now:
+                    self._lose(now)
                 self._write(beat)
             except Exception as error:  # a network that is away for a moment
                 logging.warning("The lock %s could not be written again: %s", self._path, error)
+
+    def _lose(self, now: str):
+        """Ends the process: it was silent for so long that another, rightly, goes on with what it was at."""
+        os.write(2, f"error: {_describe(now)} has taken the lock {self._path}, since this one was silent.\n".encode())
+        os._exit(1)
 
     def release(self):
         """Lets others in."""
         self._ended.set()
         self._thread.join()
-        self._path.unlink(missing_ok=True)
+        if self._token in self._read():
+            self._path.unlink(missing_ok=True)

@@ -105,6 +105,14 @@ def test_damaged_newest_is_reported_and_the_one_before_used(tmp_path, damage, ca
     assert steps_in(tmp_path) == [3, 4]
 
 
+@pytest.mark.parametrize("name", ["long_memory", "昔 denied/connection reset"])
+def test_a_folder_may_have_any_name(tmp_path, name):
+    """Errors name it, and its words are not what they say."""
+    save(tmp_path / name, 3, 4)
+    truncate_arrays(tmp_path / name / "checkpoints" / "4")
+    assert int(restore(tmp_path / name)[2]["step"]) == 3
+
+
 def test_all_damaged_stay_where_they_are(tmp_path):
     save(tmp_path, 3, 4)
     for step in (3, 4):

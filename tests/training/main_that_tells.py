@@ -3,12 +3,14 @@
 python main_that_tells.py --workdir=WORKDIR ...: in WORKDIR/told/PROCESS/ "state", a pickle of {path of an array: its
 parts on the devices of the process, as (index, values)}, and "rows", a line of JSON a step, {number of a row: tokens}.
 The clock by which a process saves goes twice as fast as that of the process before it. One that has gone is missed
-sooner.
+sooner. The process whose number TOLD_TO_STOP is gets a signal before it restores.
 """
 
 import json
+import os
 import pickle
 import runpy
+import signal
 import sys
 import time
 import types
@@ -32,6 +34,8 @@ def folder() -> Path:
 
 
 def restore_and_tell(*arguments, **options):
+    if os.environ.get("TOLD_TO_STOP") == str(jax.process_index()):
+        os.kill(os.getpid(), signal.SIGTERM)
     state, rows = restore(*arguments, **options)
     arrays = ocp.tree.to_flat_dict({"params": state.params, "opt_state": state.opt_state}, sep="/")
     parts = {

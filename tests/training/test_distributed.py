@@ -33,8 +33,8 @@ FIELDS = {
 ENDLESS = {"num_train_steps": 10_000, "eval_every_steps": 10_000, "checkpoint_every_steps": 2}
 
 
-def start(workdir, *, processes: int, devices: int, **fields) -> list[Fork]:
-    """Starts a run of so many processes, of so many devices each."""
+def start(workdir, *, processes: int, devices: int, told: int | None = None, **fields) -> list[Fork]:
+    """Starts a run of so many processes, of so many devices each; one may be told to stop before it restores."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -45,7 +45,8 @@ def start(workdir, *, processes: int, devices: int, **fields) -> list[Fork]:
         own = [f"--coordinator_address=localhost:{port}", f"--num_processes={processes}", f"--process_id={number}"]
         arguments = command("main", place, *own * (processes > 1), **FIELDS | fields)[3:]
         line = [sys.executable, "-m", "main_that_tells", *arguments]
-        started.append(Fork(line, env=os.environ | {"XLA_FLAGS": flags}, cwd=Path(__file__).parent))
+        environment = os.environ | {"XLA_FLAGS": flags, "TOLD_TO_STOP": str(told)}
+        started.append(Fork(line, env=environment, cwd=Path(__file__).parent))
     return started
 
 
@@ -196,6 +197,13 @@ def test_stopped_together(unbroken, tmp_path):
     ours, theirs = ([line for line in metrics_of(run) if "train_loss" in line] for run in (tmp_path, unbroken))
     assert len(ours) == int(step)
     assert_same(ours[:20], theirs[: len(ours[:20])], rtol=1e-6)
+
+
+def test_stopped_together_before_the_first_step(tmp_path):
+    """A signal to one of two, while they begin, does not part them."""
+    done = finish(start(tmp_path, processes=2, devices=1, told=1, mesh_fsdp=2, num_train_steps=1000))
+    assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert "Stopped by another process at step 0: nothing is saved" in done[0].stderr
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import metadata_server
 import numpy as np
 import orbax.checkpoint as ocp
@@ -134,7 +135,7 @@ def test_preempted(tmp_path, prepared, monkeypatch, caplog):
     assert steps_in(tmp_path) == [4]
 
 
-def test_told_to_stop_while_it_compiles(tmp_path, prepared, monkeypatch):
+def test_told_to_stop_while_it_compiles(tmp_path, prepared, monkeypatch, caplog):
     """Nothing has been done yet, and nothing is saved."""
 
     def slow_step(*_, **__):
@@ -146,8 +147,10 @@ def test_told_to_stop_while_it_compiles(tmp_path, prepared, monkeypatch):
         return step
 
     monkeypatch.setattr(training_step, "make_train_step", slow_step)
-    train(tmp_path, prepared)
+    with caplog.at_level("INFO", logger="absl"):
+        train(tmp_path, prepared)
     assert steps_in(tmp_path) == []
+    assert "a checkpoint is saved" not in caplog.text
 
 
 def test_told_to_stop_while_it_restores(tmp_path, prepared, monkeypatch, caplog):
@@ -162,19 +165,43 @@ def test_told_to_stop_while_it_restores(tmp_path, prepared, monkeypatch, caplog)
 
 
 def test_the_step_is_compiled_while_the_state_is_read(tmp_path, prepared, monkeypatch):
-    begun, trace, restore = threading.Event(), loop.trace_train_step, loop.restore_or_init
+    begun, jit, restore = threading.Event(), loop.jit_train_step, loop.restore_or_init
 
     def tell(*arguments, **options):
         begun.set()
-        return trace(*arguments, **options)
+        return jit(*arguments, **options)
 
     def wait(*arguments, **options):
         assert begun.wait(60)
         return restore(*arguments, **options)
 
-    monkeypatch.setattr(loop, "trace_train_step", tell)
+    monkeypatch.setattr(loop, "jit_train_step", tell)
     monkeypatch.setattr(loop, "restore_or_init", wait)
     assert train(tmp_path, prepared, num_train_steps=1)
+
+
+def test_what_makes_a_nan_is_named(tmp_path, prepared, monkeypatch):
+    """With JAX's own flag for it, as without a step that is compiled ahead."""
+
+    def broken_step(*_, **__):
+        return lambda state, batch, key: (state, {"loss": jnp.log(-1.0 - state.step), "grad_norm": jnp.ones(())})
+
+    monkeypatch.setattr(training_step, "make_train_step", broken_step)
+    jax.config.update("jax_debug_nans", True)
+    try:
+        with pytest.raises(FloatingPointError, match=r"invalid value \(nan\) encountered in"):
+            train(tmp_path, prepared)
+    finally:
+        jax.config.update("jax_debug_nans", False)
+
+
+def test_any_kind_of_random_numbers(tmp_path, prepared):
+    """JAX's default may be another, as on TPUs it often is; dropout takes keys of its own kind."""
+    jax.config.update("jax_default_prng_impl", "rbg")
+    try:
+        assert train(tmp_path, prepared, num_train_steps=1, dropout_rate=0.1, attention_dropout_rate=0.1)
+    finally:
+        jax.config.update("jax_default_prng_impl", "threefry2x32")
 
 
 def test_checkpoints_by_the_clock(tmp_path, prepared):
@@ -184,7 +211,7 @@ def test_checkpoints_by_the_clock(tmp_path, prepared):
 
 def test_a_run_that_is_done(tmp_path, prepared, caplog, monkeypatch):
     train(tmp_path, prepared, num_train_steps=1)
-    monkeypatch.setattr(loop, "trace_train_step", fail)  # it compiles nothing
+    monkeypatch.setattr(loop, "jit_train_step", fail)  # it compiles nothing
     with caplog.at_level("INFO", logger="absl"):
         train(tmp_path, prepared, num_train_steps=1)
     assert "Already trained to step 1 of num_train_steps=1" in caplog.text

@@ -1,4 +1,4 @@
-"""What is said of steps: how long the devices had to wait for data."""
+"""What is said of steps: how long they took, and how long the devices had to wait for data."""
 
 from types import SimpleNamespace
 
@@ -36,7 +36,7 @@ def test_data_wait_is_what_the_devices_waited(monkeypatch, kind, share):
     clock = SimpleNamespace(now=0)
     monkeypatch.setattr(reporter, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     writer = Writer()
-    told = reporter.Reporter(writer, schedule=lambda step: 0.1, flops=1.0, tokens=8)
+    told = reporter.Reporter(writer, schedule=lambda step: 0.1, flops=1.0, tokens=8, seconds=0)
     told.peak = 1.0
     for step in range(1, 4):
         with told.waiting_for_data():
@@ -49,3 +49,19 @@ def test_data_wait_is_what_the_devices_waited(monkeypatch, kind, share):
     assert writer.values["tokens_per_second"] == 2  # whatever share of them is scored
     assert writer.values["mfu"] == 2
     assert writer.values["data_wait"] == share
+
+
+def test_the_first_step_and_no_other(monkeypatch):
+    """However late it is told of; a window of conversations without a scored token is no error."""
+    clock = SimpleNamespace(now=0)
+    monkeypatch.setattr(reporter, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    writer = Writer()
+    told = reporter.Reporter(writer, schedule=lambda step: 0.1, flops=1.0, tokens=8, seconds=20)
+    for step in range(1, 101):
+        clock.now += 10 if step == 1 else 1
+        totals = {"loss": 0.0, "correct": 0.0, "tokens": 0.0} if step == 100 else None
+        told.pending = step, {"loss": Metric(0.5), "grad_norm": Metric(1)}, totals
+        told.flush()
+    assert writer.values["first_step_seconds"] == 30
+    assert writer.values["step_seconds"] == 1
+    assert writer.values["train_loss"] == 0

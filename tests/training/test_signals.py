@@ -42,6 +42,21 @@ def test_the_same_signal_from_two_sides_is_one():
     assert signals.caught == "SIGINT"
 
 
+def test_a_signal_within_the_handler_of_another():
+    """A few microseconds apart the second is handled within the first, before that has changed the handlers."""
+    with signals_caught() as signals:
+        begin = signals.ending.start
+
+        def start():
+            signals.ending.start = begin
+            signals.catch(signal.SIGINT, None)  # comes here
+            begin()
+
+        signals.ending.start = start
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signals.caught == "SIGTERM"
+
+
 def test_a_later_signal_ends_the_process_at_once():
     """Even where no Python runs in the main thread: the handler is the system's own again."""
     code = (

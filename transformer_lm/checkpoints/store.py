@@ -33,6 +33,9 @@ NOT_DAMAGE = re.compile(
     r"|UNAVAILABLE|DEADLINE|timed? ?out|UNAUTHENTICATED|connection|input/output error|stale file handle",
     re.IGNORECASE,
 )
+PATHS = re.compile(
+    r"""\[tensorstore_spec=.*|"[^"]*"|'/[^']*'|\S*/\S*/\S*""", re.DOTALL
+)  # in errors, as far as they show
 REMOTE_DAMAGE = re.compile(r"DATA_LOSS|OUT_OF_RANGE|NOT_FOUND|FileNotFound|JSON|no attribute")
 
 
@@ -179,6 +182,7 @@ class Checkpoints:
     def _is_damage(self, step: int, error: Exception) -> bool:
         """Whether the files of a checkpoint are to blame for an error. Where they lie elsewhere, only if it says so."""
         said = f"{type(error).__name__} {error}"
+        said = PATHS.sub("", said)  # a folder's name may be any word
         if NOT_DAMAGE.search(said):
             return False
         return bool(REMOTE_DAMAGE.search(said)) if is_remote(self._directory) else self._is_readable(step)

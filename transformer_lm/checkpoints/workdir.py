@@ -7,7 +7,7 @@ from absl import logging
 from etils import epath
 
 from transformer_lm.errors import UserError
-from transformer_lm.files import children, json_bytes, read_json, write_atomically
+from transformer_lm.files import children, is_remote, json_bytes, read_json, write_atomically
 from transformer_lm.tokenizer import Tokenizer
 from transformer_lm.transformer_config import MANNER, TransformerConfig
 
@@ -17,6 +17,7 @@ CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "sentencepiece_model"
 METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = "run.lock"
+COMMITTED = "commit_success.txt"  # Orbax writes it last into a checkpoint in an object store
 # The network's fields that may change between two starts of a run, since its parameters are the same. All others may
 # not, those included that are added to the network later.
 FREE_FIELDS = {"max_len", "dropout_rate", "attention_dropout_rate", "dtype", *MANNER}
@@ -83,7 +84,8 @@ def write_config(
 
 def has_checkpoints(workdir: epath.Path) -> bool:
     """Whether a run has saved something here; what an interrupted first save left does not count."""
-    return any(child.name.isdigit() for child in children(workdir / CHECKPOINTS_DIR))
+    found = [child for child in children(workdir / CHECKPOINTS_DIR) if child.name.isdigit()]
+    return any(not is_remote(child) or (child / COMMITTED).exists() for child in found)
 
 
 def _read_run(workdir: epath.Path) -> dict:

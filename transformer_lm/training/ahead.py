@@ -16,7 +16,7 @@ from transformer_lm.training import batching, optimizers, sharding
 from transformer_lm.training.config import LESS_MEMORY, Recipe
 from transformer_lm.training.flops import PEAK_FLOPS, flops_per_token
 from transformer_lm.training.state import abstract_state
-from transformer_lm.training.step import trace_train_step
+from transformer_lm.training.step import abstract_arguments, jit_train_step
 
 GIB = 2**30
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -135,11 +135,13 @@ class Needs:
 
 def trace_step(recipe: Recipe, layout: sharding.Layout, batches: batching.Batching) -> jax.stages.Traced:
     """The recipe's step, of abstract arrays."""
-    network, optimizer = recipe.network, optimizers.make_optimizer(recipe.optimizer)
-    return trace_train_step(
-        network, optimizer, recipe.train.label_smoothing, abstract_state(network, optimizer, layout),
-        layout=layout, batches=batches, length=recipe.data.max_target_length,
+    optimizer = optimizers.make_optimizer(recipe.optimizer)
+    state = abstract_state(recipe.network, optimizer, layout)
+    step = jit_train_step(
+        recipe.network, optimizer, recipe.train.label_smoothing, state,
+        layout=layout, accumulation=batches.accumulation,
     )  # fmt: skip
+    return step.trace(*abstract_arguments(state, layout, batches.rows, recipe.data.max_target_length))
 
 
 def compile_step(recipe: Recipe, devices: list[jax.Device]) -> Needs:

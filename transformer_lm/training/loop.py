@@ -22,6 +22,7 @@ from transformer_lm import attention, console, locks, models
 from transformer_lm.checkpoints import store
 from transformer_lm.checkpoints import workdir as run_folder
 from transformer_lm.data import input_pipeline, preparation
+from transformer_lm.dropout import KEYS
 from transformer_lm.errors import stage
 from transformer_lm.generation import language_model
 from transformer_lm.tokenizer.turns import Turns
@@ -36,7 +37,7 @@ from transformer_lm.training.reporter import Reporter
 from transformer_lm.training.signals import Signals, Stopped, begun, signals_caught
 from transformer_lm.training.start import find_initial, restore_or_init
 from transformer_lm.training.state import TrainState, abstract_state, zero_totals
-from transformer_lm.training.step import ROWS, make_eval_step, trace_train_step
+from transformer_lm.training.step import ROWS, abstract_arguments, jit_train_step, make_eval_step
 from transformer_lm.training.stop import Stop
 
 
@@ -66,8 +67,9 @@ def train_and_evaluate(
             stack.enter_context(locks.exclusive(lock, f"--workdir={workdir}"))
         signals = stack.enter_context(signals_caught())
         stack.enter_context(preemption_watched(signals.tell))
-        try:
-            run = signals.listening(lambda: _prepare_run(recipe, data, workdir, turns))
+        prepare = functools.partial(_prepare_run, recipe, data, workdir, turns)
+        try:  # where there are several processes none leaves the others alone
+            run = signals.listening(prepare) if jax.process_count() == 1 else prepare()
         except Stopped:
             logging.info("Stopped by %s before the first step; run the same command to go on.", signals.caught)
             return False
@@ -116,6 +118,7 @@ class _Run:
       state: parameters and all else that a step changes.
       step: steps done.
       rows_read: training rows that were read in them.
+      seconds: that it took to make all this.
     """
 
     recipe: Recipe
@@ -125,11 +128,12 @@ class _Run:
     layout: sharding.Layout
     batching: batching.Batching
     saved: store.Checkpoints
-    compiling: Callable[[], concurrent.futures.Future[jax.stages.Compiled]]
+    compiling: Callable[[], concurrent.futures.Future[Callable]]
     key: jax.Array
     state: TrainState
     step: int
     rows_read: int
+    seconds: float
 
     @property
     def progress(self) -> dict[str, Any]:
@@ -139,6 +143,7 @@ class _Run:
 
 def _prepare_run(recipe: Recipe, data: preparation.PreparedData, workdir: str, turns: Turns | None) -> _Run:
     """Finds everything in order, or raises UserError."""
+    began = time.monotonic()
     network = dataclasses.replace(recipe.network, vocab_size=data.tokenizer.vocab_size)
     layout = sharding.make_layout(recipe.train.mesh_fsdp, recipe.train.mesh_tensor)
     layout.check(network)
@@ -156,11 +161,13 @@ def _prepare_run(recipe: Recipe, data: preparation.PreparedData, workdir: str, t
     target = abstract_state(network, optimizer, layout)
     saved = store.Checkpoints(workdir, recipe.train.keep_checkpoints)
 
-    def compile_step() -> jax.stages.Compiled:
-        return trace_train_step(
-            network, optimizer, recipe.train.label_smoothing, target,
-            layout=layout, batches=batches, length=data.train.row_length,
-        ).lower().compile()  # fmt: skip
+    def compile_step() -> Callable:
+        step = jit_train_step(
+            network, optimizer, recipe.train.label_smoothing, target, layout=layout, accumulation=batches.accumulation
+        )
+        if jax.config.jax_debug_nans or jax.config.jax_debug_infs:
+            return step  # which looks for what makes one, as a compiled one does not
+        return step.lower(*abstract_arguments(target, layout, batches.rows, data.train.row_length)).compile()
 
     compiling = functools.cache(lambda: begun(compile_step))
     if layout.device.platform != "gpu" and max(saved.steps, default=0) < recipe.train.num_train_steps:
@@ -173,12 +180,12 @@ def _prepare_run(recipe: Recipe, data: preparation.PreparedData, workdir: str, t
     if distributed.is_first():  # now that what the workdir holds was found to be this run's
         run_folder.write_config(place, *described, {"rows": batches.rows, "eval_rows": batches.counted_eval_rows})
     return _Run(recipe, network, data, turns, layout, batches, saved, compiling, dropout_key, state,
-                step=int(state.step), rows_read=rows_read)  # fmt: skip
+                step=int(state.step), rows_read=rows_read, seconds=time.monotonic() - began)  # fmt: skip
 
 
 def _keys(seed: int, layout: sharding.Layout) -> tuple[jax.Array, jax.Array]:
     """Of the parameters, and of dropout; on every device."""
-    make = jax.jit(lambda: tuple(jax.random.split(jax.random.key(seed))), out_shardings=layout.sharding())
+    make = jax.jit(lambda: tuple(jax.random.split(jax.random.key(seed, impl=KEYS))), out_shardings=layout.sharding())
     return make()
 
 
@@ -198,6 +205,7 @@ class _Loop:
             optimizers.learning_rate_schedule(run.recipe.optimizer),
             flops_per_token(run.network, run.data.train.row_length),
             run.batching.rows * run.data.train.row_length,
+            seconds=run.seconds,
         )
 
     def _tells(self) -> bool:
@@ -226,7 +234,7 @@ class _Loop:
         if self._stop.agreed or self._signals.caught:
             if self._stop.agreed and config.save_checkpoints and run.step > self._saved_step:
                 self._save()
-            kept = "a checkpoint is saved" if config.save_checkpoints else "nothing is saved"
+            kept = "a checkpoint is saved" if config.save_checkpoints and run.step else "nothing is saved"
             logging.info("Stopped by %s at step %d: %s; run the same command to go on.",
                          self._signals.caught or "another process", run.step, kept)  # fmt: skip
 
@@ -261,7 +269,7 @@ class _Loop:
 
     def _compiled(self) -> Callable:
         """The step, when it is compiled; nothing is lost where that is given up."""
-        step = self._signals.listening(self._run.compiling().result)
+        step = self._stop.unless(self._run.compiling().result)
         if self._tells():  # now that nothing else is computed
             self._reporter.peak = peak_flops(jax.devices()[0], self._run.layout.mesh.size)
         return step

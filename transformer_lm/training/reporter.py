@@ -24,14 +24,18 @@ class Reporter:
         it has been reported.
     """
 
-    def __init__(self, writer: metrics.MetricWriter, schedule: optax.Schedule, flops: float, tokens: int):
-        """`flops`: of a token; `tokens`: of a step, those that are not scored included."""
+    def __init__(
+        self, writer: metrics.MetricWriter, schedule: optax.Schedule, flops: float, tokens: int, *, seconds: float
+    ):
+        """`flops`: of a token; `tokens`: of a step, scored or not; `seconds`: of the run so far."""
         self._writer = writer
         self._tokens = tokens
         self._learning_rate = jax.jit(schedule)  # one program, not one for each operation
         self._flops, self.peak = flops, math.inf
         self.pending: tuple | None = None
-        self._began: float | None = time.perf_counter()  # None when the first step has been told of
+        self._began = time.perf_counter() - seconds
+        self._first_step: float | None = None  # seconds until it was done
+        self._told_first = False
         self._waited = 0.0  # seconds that the devices waited for data, in the steps now counted
         self._clock: float | None = None  # when the steps now counted began; None before the first is done
         self._timed_steps = 0
@@ -49,6 +53,8 @@ class Reporter:
                 f"{step_metrics['grad_norm']}. The last good checkpoint is kept; start again with a lower "
                 "learning_rate or more warmup_steps."
             )
+        if self._first_step is None:
+            self._first_step = time.perf_counter() - self._began
         if self._clock is None:
             self._clock, self._waited = time.perf_counter(), 0.0
         else:
@@ -74,10 +80,11 @@ class Reporter:
 
     def _write(self, step: int, totals: dict):
         totals = {name: float(total) for name, total in totals.items()}
-        loss = totals["loss"] / totals["tokens"]
+        tokens = max(totals["tokens"], 1.0)  # of conversations none may be scored
+        loss = totals["loss"] / tokens
         values = {
             "train_loss": loss,
-            "train_accuracy": totals["correct"] / totals["tokens"],
+            "train_accuracy": totals["correct"] / tokens,
             "train_perplexity": perplexity(loss),
             "learning_rate": float(self._learning_rate(step - 1)),
         }
@@ -87,8 +94,8 @@ class Reporter:
         """How fast the steps since the last report were."""
         values: dict[str, float] = {}
         now = time.perf_counter()
-        if self._began is not None:
-            values["first_step_seconds"], self._began = now - self._began, None
+        if not self._told_first:
+            values["first_step_seconds"], self._told_first = self._first_step, True
         if self._timed_steps:
             seconds = now - self._clock
             self._tokens_per_second = self._tokens * self._timed_steps / seconds

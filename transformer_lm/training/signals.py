@@ -33,10 +33,11 @@ class Signals:
     def catch(self, number: int, frame: object):
         """The handler of the first signal."""
         del frame
-        self.tell(signal.Signals(number).name)
         for handled in HANDLED:
             signal.signal(handled, signal.SIG_IGN)
-        self.ending.start()
+        self.tell(signal.Signals(number).name)
+        with contextlib.suppress(RuntimeError):  # another came within microseconds, and has started it
+            self.ending.start()
 
     def tell(self, reason: str):
         """There is a reason to stop, the first of which is remembered. A signal may still come."""

@@ -10,7 +10,6 @@ import optax
 
 from transformer_lm import axes, dropout, models
 from transformer_lm.logits import chunks_of
-from transformer_lm.training.batching import Batching
 from transformer_lm.training.loss import chunked_loss_and_totals
 from transformer_lm.training.sharding import Layout
 from transformer_lm.training.state import TrainState, zero_totals
@@ -132,22 +131,12 @@ def jit_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(layout.of_state(state), layout.sharding()))
 
 
-def trace_train_step(
-    network: models.TransformerConfig,
-    optimizer: optax.GradientTransformation,
-    label_smoothing: float,
-    state: TrainState,
-    *,
-    layout: Layout,
-    batches: Batching,
-    length: int,
-) -> jax.stages.Traced:
-    """As `jit_train_step`, of abstract arrays, ready to be lowered and compiled; rows have `length` tokens."""
-    step = jit_train_step(network, optimizer, label_smoothing, state, layout=layout, accumulation=batches.accumulation)
-    shape, place = (batches.rows, length), layout.sharding("batch")
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in ROWS.items()}
-    key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=layout.sharding())
-    return step.trace(state, batch, key)
+def abstract_arguments(state: TrainState, layout: Layout, rows: int, length: int) -> tuple:
+    """What a step is lowered with: an abstract state, so many rows of `length` tokens, the key of dropout."""
+    place = layout.sharding("batch")
+    batch = {name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=place) for name, dtype in ROWS.items()}
+    key = jax.eval_shape(lambda: jax.random.key(0, impl=dropout.KEYS))
+    return state, batch, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=layout.sharding())
 
 
 def make_eval_step(network: models.TransformerConfig, layout: Layout | None = None) -> Callable:
