@@ -115,6 +115,35 @@ def test_from_data_to_generation(gcs):
     assert len([json.loads(line) for line in written.stdout.splitlines()]) == 2
 
 
+def test_tasks_that_were_broken_off(gcs, tmp_path):
+    """What is made is counted by name: a listing that a client keeps does not have what others have written."""
+    url = f"{gcs['STORAGE_EMULATOR_HOST']}/storage/v1/b/bucket/o"
+    for file in range(3):
+        tales = [mukashi.tale(60 * file + number) for number in range(60)]
+        (tmp_path / f"{file}.txt").write_text("\n\n".join(tales), encoding="utf-8")
+    fields = {"dataset_name": f"text:{tmp_path}/*.txt", "eval_dataset_name": "mukashi", "train_split": "train"}
+    prepare = command("prepare_data", "gs://bucket/tasks", "--executor=local", "--tasks=3", **fields)
+
+    def rows() -> dict[str, str]:
+        names = [item["name"] for item in json.loads(ask(f"{url}?prefix=tasks/prepared/"))["items"]]
+        return {name: f"{url}/{urllib.parse.quote(name, safe='')}" for name in names if "/logs" not in name}
+
+    def manifests() -> dict[str, dict]:
+        found = {name: json.loads(ask(f"{at}?alt=media")) for name, at in rows().items() if "manifest" in name}
+        return {name: manifest for name, manifest in found.items() if manifest["split"] == "train"}
+
+    first = run(prepare, env=gcs)
+    assert first.returncode == 0, first.stderr[-3000:]
+    [(name, manifest)] = before = list(manifests().items())
+    assert len(manifest["files"]) == 3
+    for path, at in rows().items():
+        if path == name or path.startswith(name.replace("manifest.json", "rows-00003-00001")):
+            urllib.request.urlopen(urllib.request.Request(at, method="DELETE"), timeout=60)
+    again = run(prepare, env=gcs)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert list(manifests().items()) == before
+
+
 def test_a_first_save_that_was_broken_off(gcs):
     """As Orbax leaves it in a bucket: under its final name, without its mark. The run begins as it began before."""
     url = gcs["STORAGE_EMULATOR_HOST"]

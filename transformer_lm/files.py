@@ -229,6 +229,8 @@ def remove(path: epath.Path):
 
 def children(folder: epath.Path) -> list[epath.Path]:
     """What lies in a folder; nothing where there is none, as in an object store before its first object."""
+    if is_remote(folder):
+        return [folder / name for name in sizes_in(folder)]  # as it is now
     return list(folder.iterdir()) if folder.exists() else []
 
 

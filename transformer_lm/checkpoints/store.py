@@ -33,9 +33,8 @@ NOT_DAMAGE = re.compile(
     r"|UNAVAILABLE|DEADLINE|timed? ?out|UNAUTHENTICATED|connection|input/output error|stale file handle",
     re.IGNORECASE,
 )
-PATHS = re.compile(
-    r"""\[tensorstore_spec=.*|"[^"]*"|'/[^']*'|\S*/\S*/\S*""", re.DOTALL
-)  # in errors, as far as they show
+# What names files in an error, as far as it can be told.
+PATHS = re.compile(r"""\[tensorstore_spec=.*|"[^"]*"|'/[^']*'|\S*/\S*/\S*""", re.DOTALL)
 REMOTE_DAMAGE = re.compile(r"DATA_LOSS|OUT_OF_RANGE|NOT_FOUND|FileNotFound|JSON|no attribute")
 
 

@@ -1,7 +1,9 @@
 """This package's functions as steps of datatrove pipelines. Needs the extra `prep`; imported where it is used."""
 
+import contextlib
 import functools
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator
 
 import hojichar
@@ -14,10 +16,12 @@ from transformer_lm.data import corpora, dataset_preprocessor
 from transformer_lm.data.dataset_preprocessor import Preprocessing
 from transformer_lm.data.launcher import Launcher
 from transformer_lm.data.rows import RowsPlan, blocks_of, read_block
+from transformer_lm.errors import UserError
 from transformer_lm.files import children, write_atomically
 
 EXAMPLES = 3  # removed texts that each task keeps of each rule, for the report
 EXAMPLE_CHARS = 200
+PATIENCE_SECONDS = 120  # until this machine sees what another one has written
 
 
 class ReadDocuments(PipelineStep):
@@ -54,32 +58,62 @@ class ToTexts(PipelineStep):
 
 
 def pack_rows(directory: str, write_block: Callable, data: Iterable[Document], rank: int, world_size: int):
-    """Tokenizes and packs a task's documents, block by block; blocks that are there already are left as they are."""
-    for number, block in enumerate(blocks_of(document.text for document in data)):
-        name = f"{_rows_prefix(world_size)}{rank:05d}-{number:06d}"
-        if read_block(epath.Path(directory), name) is None:
+    """Tokenizes and packs a task's documents, block by block; blocks that are there already are left as they are.
+
+    At last it writes how many they are, since a listing of the folder, which another machine may have cached, need not
+    have them all.
+    """
+    folder, count = epath.Path(directory), 0
+    for block in blocks_of(document.text for document in data):
+        name = _block_name(world_size, rank, count)
+        if read_block(folder, name) is None:
             write_block(name, block)
+        count += 1
+    write_atomically(_count_file(folder, world_size, rank), str(count).encode())
 
 
 def make_blocks(plan: RowsPlan, launcher: Launcher) -> list[str]:
     """Has a launcher's tasks do the blocks of rows that are not done yet; returns the names of all, in order."""
-
-    def names():
-        pattern = f"{_rows_prefix(launcher.tasks)}*.json"
-        return sorted(path.stem for path in children(plan.directory) if path.match(pattern))
-
     documents, logs = plan.corpus.documents, plan.directory / f"logs-{launcher.tasks}"
     documents.count()  # once here, not in every task
-    if not all(read_block(plan.directory, name) for name in names()) and logs.exists():
+
+    def names(rank: int) -> list[str]:
+        count = int(_count_file(plan.directory, launcher.tasks, rank).read_text())
+        return [_block_name(launcher.tasks, rank, number) for number in range(count)]
+
+    def is_whole(rank: int) -> bool:
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return all(read_block(plan.directory, name) for name in names(rank))
+        return False
+
+    if not all(is_whole(int(mark.name)) for mark in children(logs / "completions")):
         logs.rmtree()  # a task that is marked as done is done again; its whole blocks are left as they are
     pack = functools.partial(pack_rows, str(plan.directory), plan.write_block)
     launcher.run("pack", [ReadDocuments(documents), pack], logs)
-    return names()
+    _wait_for(_count_file(plan.directory, launcher.tasks, rank) for rank in range(launcher.tasks))
+    return [name for rank in range(launcher.tasks) for name in names(rank)]
 
 
-def _rows_prefix(tasks: int) -> str:
-    """What the names of all blocks begin with that are made by so many tasks."""
-    return f"rows-{tasks:05d}-"
+def _block_name(tasks: int, rank: int, number: int) -> str:
+    return f"rows-{tasks:05d}-{rank:05d}-{number:06d}"
+
+
+def _count_file(folder: epath.Path, tasks: int, rank: int) -> epath.Path:
+    """Holds how many blocks a task has made."""
+    return folder / f"rows-{tasks:05d}-{rank:05d}.count"
+
+
+def _wait_for(files: Iterable[epath.Path]):
+    """Returns when this machine sees files that others have written: a network file system may take a while."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    for file in files:
+        while not file.exists():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{file} was written by a task, but is not to be seen here: the folder has to be on a file system "
+                    "or in a bucket that all machines share. The same command goes on from what is there."
+                )
+            time.sleep(1)
 
 
 def kept_by(filters: list[hojichar.Filter], document: Document) -> bool:
