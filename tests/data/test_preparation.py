@@ -372,6 +372,22 @@ def test_a_run_keeps_the_rows_that_it_began_with(tmp_path, caplog, rules):
     assert preparation.prepare(changed, str(tmp_path / "w"), kept=names["train"]).train.row_length == 32
 
 
+@pytest.mark.parametrize("rules", ["", "language"])
+def test_a_run_needs_its_sources_no_more(tmp_path, caplog, rules):
+    """Once its rows are there: whoever has no room deletes the texts, and a hub may be down."""
+    write_jsonl(tmp_path / "a.jsonl", [mukashi.tale(number) for number in range(60)])
+    splits = {"train_split": "train[:40]", "eval_split": "train[40:]", "cleaning_rules": rules}
+    config = data_config(dataset_name=f"jsonl:{tmp_path}/a.jsonl", **splits)
+    names = preparation.rows_named(preparation.prepare(config, str(tmp_path / "w")))
+    kept = [*names["train"], *names["eval"]]
+    (tmp_path / "a.jsonl").unlink()
+    assert preparation.rows_named(preparation.prepare(config, str(tmp_path / "w"), kept=kept)) == names
+    assert caplog.text.count("The run goes on with the rows of") == 2
+    for wanted, names in ((config, []), (dataclasses.replace(config, max_target_length=32), kept)):
+        with pytest.raises(UserError, match="No file matches"):
+            preparation.prepare(wanted, str(tmp_path / "w"), kept=names)
+
+
 def test_an_error_names_the_field(tmp_path):
     for field in ("dataset_name", "eval_dataset_name"):
         with pytest.raises(UserError, match=rf"^{field}='nosuch:x' must be"):

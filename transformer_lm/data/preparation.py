@@ -15,6 +15,7 @@ from etils import epath
 
 from transformer_lm import locks
 from transformer_lm.data import cleaning, corpora, dataset_preprocessor, rows, tokenizer_training
+from transformer_lm.data.corpora.base import Gone
 from transformer_lm.data.dataset_preprocessor import Preprocessing, texts_of
 from transformer_lm.data.launcher import Launcher
 from transformer_lm.data.rows import Corpus, PreparedCorpus, PreparedMixture, PreparedRows, RowsPlan
@@ -99,8 +100,9 @@ def prepare(
     kept_rows = tuple(found for name in kept if (found := PreparedCorpus.find(root / name)))
     work = _Preparation(config, root, launcher, kept_rows)
     opened: dict[str, corpora.Source] = {}
-    train = open_corpora(config.dataset_name, config.train_split, config, opened)
-    evaluation = _open_evaluation(config, opened)
+    may_be_gone = bool(kept_rows)
+    train = open_corpora(config.dataset_name, config.train_split, config, opened, may_be_gone)
+    evaluation = _open_evaluation(config, opened, may_be_gone)
     spm_path = _spm_path(config, workdir)
     if tokenizer_source is None and not spm_path.exists():
         tokenizer_training.check_options(config.spm_train_options, config.vocab_size)  # before the corpus is read
@@ -133,7 +135,7 @@ def find_named(config: DataConfig, workdir: str, names: dict[str, list[str]]) ->
         Tokenizer.load(_spm_path(config, workdir)),
         read(config.dataset_name, names["train"]),
         read(config.eval_dataset_name or config.dataset_name, names["eval"]),
-        _judged(_open_evaluation(config) if config.conversations else []),
+        _judged(_open_evaluation(config, may_be_gone=True) if config.conversations else []),
     )
 
 
@@ -177,10 +179,11 @@ def _spm_path(config: DataConfig, workdir: str) -> epath.Path:
     return absolute(config.vocab_path or epath.Path(workdir) / "sentencepiece_model")
 
 
-def _open_evaluation(config: DataConfig, opened: dict | None = None) -> list[Corpus]:
+def _open_evaluation(config: DataConfig, opened: dict | None = None, may_be_gone: bool = False) -> list[Corpus]:
     """What a recipe evaluates on; an error names the field that has it."""
     try:
-        return open_corpora(config.eval_dataset_name or config.dataset_name, config.eval_split, config, opened)
+        name = config.eval_dataset_name or config.dataset_name
+        return open_corpora(name, config.eval_split, config, opened, may_be_gone)
     except UserError as error:
         if config.eval_dataset_name and str(error).startswith("dataset_name="):
             raise UserError(f"eval_{error}") from error
@@ -231,18 +234,31 @@ def _parts_of(name: str | list) -> list[tuple[str, float]]:
     return [(part, weight / total) for part, weight in parts]
 
 
-def open_corpora(name: str | list, split: str, config: DataConfig, opened: dict | None = None) -> list[Corpus]:
-    """The corpora of a dataset name or a mixture, their weights summing to 1; sources in `opened` are shared."""
+def open_corpora(
+    name: str | list, split: str, config: DataConfig, opened: dict | None = None, may_be_gone: bool = False
+) -> list[Corpus]:
+    """The corpora of a dataset name or a mixture, their weights summing to 1.
+
+    Args:
+      name: what a recipe's dataset_name may be.
+      split: of each.
+      config: how they are read.
+      opened: sources by name, which are shared.
+      may_be_gone: whether a corpus whose source cannot be opened gets `Gone` for one.
+    """
     options = corpora.Options(config.text_field, config.streaming, config.conversations)
     preprocessor = dataset_preprocessor.CONVERSATIONS if config.conversations else config.preprocessor
-    return [
-        Corpus.open(
-            corpora.open_documents(part, split, options, opened),
-            dataset_preprocessor.for_dataset(part, preprocessor, config.unicode_normalization),
-            weight,
-        )
-        for part, weight in _parts_of(name)
-    ]
+
+    def open_one(part: str, weight: float) -> Corpus:
+        preprocessing = dataset_preprocessor.for_dataset(part, preprocessor, config.unicode_normalization)
+        try:
+            return Corpus.open(corpora.open_documents(part, split, options, opened), preprocessing, weight)
+        except UserError as error:
+            if not may_be_gone:
+                raise
+            return Corpus.open(corpora.Documents(part, split, Gone(error), ()), preprocessing, weight)
+
+    return [open_one(part, weight) for part, weight in _parts_of(name)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,15 +309,21 @@ class _Preparation:
 
     def _find(self, corpus: Corpus, spm: Tokenizer, row_length: int) -> PreparedCorpus | RowsPlan:
         plan = RowsPlan(dataclasses.replace(corpus, identity=self._identity(corpus)), spm, row_length, self.root)
+        source = corpus.documents.source
+        gone = source.error if isinstance(source, Gone) else None
         for found in self.kept:
             differs = {field for field, value in plan.identity.items() if found.manifest.get(field) != value}
             if differs <= {"source_fingerprint"}:
-                if differs:
+                if gone:
+                    logging.warning("The run goes on with the rows of %s that it has: %s", corpus.title, gone)
+                elif differs:
                     logging.warning(
                         "%s is not what it was when this run began, which goes on with the rows that it has; use "
                         "another --workdir for what is there now.", corpus.title,
                     )  # fmt: skip
                 return found
+        if gone:
+            raise gone
         plan = dataclasses.replace(plan, corpus=self.cleaned(corpus))
         return PreparedCorpus.find(plan.directory) or plan
 

@@ -143,3 +143,26 @@ class Source(abc.ABC):
                     yield document
                 number += 1
             first = number
+
+
+class Gone(Source):
+    """Stands for a source that cannot be opened any more, where what was made of it is still there.
+
+    Attributes:
+      error: why it cannot be.
+    """
+
+    splits = ()
+    fingerprint = ""  # nobody's
+
+    def __init__(self, error: UserError):
+        super().__init__()
+        self.error = error
+
+    def num_shards(self, split: str) -> int:
+        """Raises why."""
+        raise self.error
+
+    def read_shard(self, split: str, shard: int, start: int = 0) -> Iterator[str]:
+        """Raises why."""
+        raise self.error
