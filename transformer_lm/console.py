@@ -93,6 +93,17 @@ def training_progress(first_step: int, last_step: int) -> Iterator[Callable[[int
         yield lambda step, text: bar.update(task, completed=step, description=text)
 
 
+@contextlib.contextmanager
+def only_our_lines() -> Iterator[None]:
+    """What libraries write to standard error themselves goes nowhere."""
+    CONSOLE.file = sys.stderr
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
+            yield
+    finally:
+        CONSOLE.file = None  # whatever standard error is
+
+
 def quiet_datatrove():
     """Leaves datatrove's log lines to the files of its tasks, but for warnings."""
     from loguru import logger

@@ -4,8 +4,10 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
+import resource
 import stat
 import time
 import uuid
@@ -19,6 +21,7 @@ from transformer_lm.errors import UserError
 
 CACHE_GB = 100.0  # of copies of remote files, unless TRANSFORMER_LM_CACHE_GB says otherwise
 CACHE_SECONDS = 24 * 3600  # a copy that was used since then is not removed
+MAX_FILES = 10_240  # open at once, where the system names no limit but has one, as macOS
 MAX_JSON_BYTES = 64 << 20  # the longest that is written here, an index of a hundred thousand tensors, has 10 MB
 
 
@@ -196,6 +199,14 @@ def cache_place() -> Path:
     """As `cache_folder`, which may not be there yet."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "transformer-lm-japanese"
     return Path(os.environ.get("TRANSFORMER_LM_CACHE") or default).expanduser()
+
+
+def allow_open_files() -> float:
+    """Lets this process have as many files and connections open as it may at all; returns how many."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_FILES if most == resource.RLIM_INFINITY else most, most))
+    return math.inf if most == resource.RLIM_INFINITY else most
 
 
 def utf8_name(folder: os.PathLike | str) -> str:

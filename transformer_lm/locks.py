@@ -128,14 +128,16 @@ class _HeartbeatLock:
     def __init__(self, path: epath.Path):
         self._path = path
         self._token = uuid.uuid4().hex
+        self._told = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def acquire(self) -> str | None:
         """None when the lock is held now, else who holds it; takes DEAD_SECONDS where a lock was left behind."""
         before = self._read()
-        if before:
-            logging.info("%s was left by %s: seeing whether that still runs.", self._path, _describe(before))
+        if before and not self._told:
+            logging.info("%s names %s: seeing whether that still runs.", self._path, _describe(before))
+            self._told = True
         deadline = time.monotonic() + DEAD_SECONDS
         while before and time.monotonic() < deadline:
             time.sleep(min(RETRY_SECONDS, BEAT_SECONDS))

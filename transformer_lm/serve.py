@@ -10,10 +10,8 @@ Of the recipe only use_bfloat16 counts; how a text is written each request says 
 On SIGTERM what has begun is finished, for --grace_seconds at most, and the exit status is 0.
 """
 
-import contextlib
 import ipaddress
 import os
-import resource
 import signal
 import socket
 
@@ -25,6 +23,7 @@ from transformer_lm.checkpoints import hub
 from transformer_lm.errors import UserError, stage
 from transformer_lm.extras import optional_import
 from transformer_lm.fields import LARGEST
+from transformer_lm.files import allow_open_files
 from transformer_lm.generation import language_model
 from transformer_lm.generation.choosing import Settings
 from transformer_lm.generation.engine import CHUNK_SIZES, Engine
@@ -40,7 +39,6 @@ KEEP_ALIVE = (
     (socket.IPPROTO_TCP, "TCP_KEEPCNT", 4),
     (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 120_000),  # milliseconds
 )
-MAX_FILES = 10_240  # open at once, where the system names no limit but has one, as macOS
 
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for all of this machine's.")
 _PORT = flags.DEFINE_integer("port", 8000, "Port to listen on; 0 for any that is free.", 0, 65535)
@@ -65,7 +63,7 @@ def main(config: ConfigDict, workdir: str):
     for name in ("starlette", "uvicorn", "pydantic", "prometheus_client"):
         optional_import(name, "serve", "serve.py")
     chosen = recipe.read(config)
-    _allow_connections()
+    allow_open_files()
     with stage(f"listening on {_HOST.value}:{_PORT.value}"):
         listener = _listen(_HOST.value, _PORT.value)
     model = language_model.load(workdir, dtype=chosen.network.dtype)
@@ -96,13 +94,6 @@ def _listen(host: str, port: int) -> socket.socket:
         return listener
     except (OSError, OverflowError) as error:
         raise UserError(f"Cannot listen on {host}:{port} ({error}); choose others by --host and --port.") from error
-
-
-def _allow_connections():
-    """Lets this process have as many files and connections open as it may at all."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_FILES if most == resource.RLIM_INFINITY else most, most))
 
 
 def _name(workdir: str) -> str:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import command, one_line_error, run
 from etils import epath
 from real_datasets import write_jsonl
 from test_preparation import data_config
@@ -196,6 +197,31 @@ def test_folders_of_any_name(corpus, tmp_path):
     for name in ("a[1]", "run*", "a?", "a::b", "\udc83"):
         with pytest.raises(UserError, match="prepared_dir"):
             clean(corpus, "length,minhash", tmp_path / name)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_is_shown(tmp_path, processes):
+    """Lines of our own, none of datatrove's; an error in a task is one line."""
+    write_jsonl(tmp_path / "a.jsonl", TALES)
+    fields = {"dataset_name": f"jsonl:{tmp_path}/*.jsonl", "eval_dataset_name": "mukashi", "vocab_size": 800,
+              "cleaning_rules": "length,minhash", "prepare_processes": processes}  # fmt: skip
+    (tmp_path / "b.jsonl").write_text("{")
+    failed = run(command("prepare_data", tmp_path / "w", **fields))
+    assert one_line_error(failed).startswith("error: ")
+    assert "b.jsonl, line 1: not a JSON object" in one_line_error(failed)
+    assert len(failed.stderr.splitlines()) < 10
+    (tmp_path / "b.jsonl").unlink()
+    done = run(command("prepare_data", tmp_path / "w", **fields))
+    assert done.returncode == 0, done.stderr
+    assert "datatrove" not in done.stderr
+    assert "length removed" in done.stderr
+
+
+def test_more_tasks_than_files_may_be_open(corpus, tmp_path, monkeypatch):
+    """Said before the first stage, not after it."""
+    monkeypatch.setattr(cleaning, "allow_open_files", lambda: 256)
+    with pytest.raises(UserError, match=r"--tasks=300: minhash opens a file of each task at once, .* 156 open here"):
+        clean(corpus, "length,minhash", tmp_path, tasks=300)
 
 
 CLEAN = """

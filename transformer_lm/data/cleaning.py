@@ -24,6 +24,7 @@ from transformer_lm.data.workers import cores
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
 from transformer_lm.files import (
+    allow_open_files,
     children,
     is_remote,
     json_bytes,
@@ -42,6 +43,7 @@ NGRAM = 5  # characters
 NUM_BUCKETS, HASHES_PER_BUCKET = 14, 8  # near 0.75 similarity of 5-grams is found (datatrove's and FineWeb's values)
 
 MINHASH = "minhash"
+OTHER_FILES = 100  # that a process has open besides those of minhash, at most
 # Rule: the filters of HojiChar's that a text must pass, and their arguments.
 RULES = {
     "language": {"AcceptJapanese": {"lookup_size": 200}},  # Japanese: kana among the first characters
@@ -103,6 +105,11 @@ def clean(
 
     from transformer_lm.data.datatrove_steps import ReadDocuments, ToTexts
 
+    if MINHASH in rules and launcher.tasks > (most := allow_open_files() - OTHER_FILES):
+        raise UserError(
+            f"--tasks={launcher.tasks}: minhash opens a file of each task at once, and a process may have {most:.0f} "
+            "open here (ulimit -Hn); use fewer tasks."
+        )
     make_own_folder(folder)
     _discard_finished(folder)
     work = _Work(folder, launcher)
@@ -196,7 +203,7 @@ def _deduplicate(filtered: epath.Path, target: epath.Path, work: _Work):
     from datatrove.pipeline import dedup
     from datatrove.pipeline.writers import JsonlWriter
 
-    from transformer_lm.data.datatrove_steps import Characters, KeepExamples, ReadDocuments, named
+    from transformer_lm.data.datatrove_steps import Characters, KeepExamples, ReadDocuments, named, opening_many_files
 
     config = dedup.MinhashConfig(n_grams=NGRAM, num_buckets=NUM_BUCKETS, hashes_per_bucket=HASHES_PER_BUCKET)
     signatures, pairs, clusters = (str(work.folder("minhash") / name) for name in ("signatures", "pairs", "clusters"))
@@ -204,7 +211,8 @@ def _deduplicate(filtered: epath.Path, target: epath.Path, work: _Work):
     keep = named(MINHASH, dedup.MinhashDedupFilter(clusters, exclusion_writer=examples))
     read = ReadDocuments(open_texts(filtered), "filtered")  # datatrove's reader decodes as the locale says
     work.run("signatures", [read, dedup.MinhashDedupSignature(signatures, config, language=Characters())])
-    work.run("pairs", [dedup.MinhashDedupBuckets(signatures, pairs, config=config)], tasks=NUM_BUCKETS)
+    buckets = dedup.MinhashDedupBuckets(signatures, pairs, config=config)
+    work.run("pairs", [opening_many_files, buckets], tasks=NUM_BUCKETS)
     work.run("clusters", [dedup.MinhashDedupCluster(pairs, clusters, config)], tasks=1)
     work.run("deduplicate", [read, keep, JsonlWriter(str(target))])
 

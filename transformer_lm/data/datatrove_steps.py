@@ -5,6 +5,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import hojichar
 from datatrove.data import Document
@@ -17,7 +18,7 @@ from transformer_lm.data.dataset_preprocessor import Preprocessing
 from transformer_lm.data.launcher import Launcher
 from transformer_lm.data.rows import RowsPlan, blocks_of, read_block
 from transformer_lm.errors import UserError
-from transformer_lm.files import children, write_atomically
+from transformer_lm.files import allow_open_files, children, write_atomically
 
 EXAMPLES = 3  # removed texts that each task keeps of each rule, for the report
 EXAMPLE_CHARS = 200
@@ -114,6 +115,13 @@ def _wait_for(files: Iterable[epath.Path]):
                     "or in a bucket that all machines share. The same command goes on from what is there."
                 )
             time.sleep(1)
+
+
+def opening_many_files(data: Any, rank: int, world_size: int) -> Any:
+    """A step that lets its process have as many files open as there are tasks."""
+    del rank, world_size
+    allow_open_files()
+    return data
 
 
 def kept_by(filters: list[hojichar.Filter], document: Document) -> bool:

@@ -83,7 +83,8 @@ class Launcher:
             if self.executor == "slurm":
                 _run_on_slurm(executor, folder / "slurm_job")
             else:
-                executor.run()
+                with console.only_our_lines():
+                    executor.run()
         except UserError:
             raise
         except Exception as error:  # whatever a task raises; the others' marks stay
@@ -103,7 +104,8 @@ class Launcher:
             import multiprocess
             from datatrove.executor import LocalPipelineExecutor
 
-            multiprocess.set_forkserver_preload(["transformer_lm.data.datatrove_steps"])  # once, not for each task
+            first, once = "transformer_lm.data.task_process", "transformer_lm.data.datatrove_steps"
+            multiprocess.set_forkserver_preload([first, once])  # once, not for each task
             _end_forks_with(os.getpid())
             steps = [functools.partial(_end_with_executor, os.getpid()), *steps]
             at_once = tasks if self.workers == -1 else min(tasks, self.workers)

@@ -106,7 +106,8 @@ class Tokenizer:
         """Token ids of each text, closed by EOS: int32 arrays [n].
 
         A text of more than ENCODE_CHARS characters is encoded in parts that end with lines. Its ids are those of the
-        whole, since pieces do not cross white space, unless a single line is that long and must be cut elsewhere.
+        whole, since pieces do not cross white space, unless a single line is that long and must be cut elsewhere; or
+        unless SentencePiece keeps all white space and adds some before a text, when each part begins with it.
         """
         if any(len(text) > ENCODE_CHARS for text in texts):
             return [self._encode_long(text) for text in texts]

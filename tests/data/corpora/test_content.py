@@ -12,7 +12,7 @@ import zipfile
 import pytest
 
 from transformer_lm.data import corpora
-from transformer_lm.data.corpora import content, files
+from transformer_lm.data.corpora import base, content, files
 from transformer_lm.errors import UserError
 
 LINES = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in ("春の海", "朝顔に")).encode()
@@ -103,7 +103,8 @@ def test_damaged_in_the_middle(tmp_path, ending):
 
 def test_documents_without_end(tmp_path, monkeypatch):
     """A small file that a single line of it would fill the memory with."""
-    monkeypatch.setattr(files, "MAX_DOCUMENT_BYTES", 1 << 20)
+    monkeypatch.setattr(base, "MAX_DOCUMENT_BYTES", 1 << 20)
+    monkeypatch.setattr(files, "MAX_ARRAY_BYTES", 5 << 20)
     bomb = gzip.compress(b"a" * (3 << 20))
     for kind in ("text", "jsonl"):
         assert "a document of more than 1 MB" in error(tmp_path / "x.gz", bomb, kind=kind)
@@ -111,6 +112,8 @@ def test_documents_without_end(tmp_path, monkeypatch):
     assert "a document of more than 1 MB" in error(tmp_path / "x.gz", lines, kind="text")
     array = gzip.compress(json.dumps([{"text": "a" * (2 << 20)}]).encode())
     assert "a document of more than 1 MB" in error(tmp_path / "x.gz", array)
+    array = gzip.compress(json.dumps([{"text": "a" * (1 << 19)}] * 11).encode())
+    assert "is a JSON array of more than 5 MB; make it JSON lines" in error(tmp_path / "x.gz", array)
 
 
 NESTED = '{"text": "a", "more": ' + "[" * 100_000 + "]" * 100_000 + "}"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from transformer_lm.errors import UserError, is_out_of_memory
 
 CAUSE_CHARS = 400
+MAX_DOCUMENT_BYTES = 1 << 27  # preparing one takes 23 times its bytes of memory; beyond is a file without line ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,13 @@ def library_errors(what: Callable[[], str]) -> Iterator[None]:
             cause = cause.__cause__
         words = textwrap.shorten(f"{type(cause).__name__}: {cause}", CAUSE_CHARS, placeholder=" ...")
         raise UserError(f"{what()}: {words}") from error
+
+
+def check_document_size(size: int, where: str):
+    """Raises UserError where a document has too many bytes, or characters, to be prepared."""
+    if size > MAX_DOCUMENT_BYTES:
+        most = f"{MAX_DOCUMENT_BYTES >> 20} MB"
+        raise UserError(f"{where} holds a document of more than {most}; cut it, in text: by blank lines.")
 
 
 class Source(abc.ABC):
@@ -89,6 +97,7 @@ class Source(abc.ABC):
 
         with library_errors(what):
             for document in self.read_shard(split, shard, start):
+                check_document_size(len(document), self.shard_name(split, shard))
                 yield document
                 number += 1
 

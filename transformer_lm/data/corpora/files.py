@@ -15,15 +15,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from transformer_lm.data.corpora import aozora, conversations
-from transformer_lm.data.corpora.base import Options, Source, library_errors
+from transformer_lm.data.corpora import aozora, base, conversations
+from transformer_lm.data.corpora.base import Options, Source, check_document_size, library_errors
 from transformer_lm.data.corpora.content import BUFFER_BYTES, check_encoding, check_text, decompressed
 from transformer_lm.data.corpora.listing import list_files
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
 
 PARQUET_ROWS = 256
-MAX_DOCUMENT_BYTES = 1 << 30  # beyond is a file without line ends, or a compressed nothing that would fill the memory
+MAX_ARRAY_BYTES = 1 << 30  # of a file that is one JSON array
 
 
 def read_text(file: io.BufferedReader, path: str, options: Options) -> Iterator[str]:
@@ -35,7 +35,8 @@ def read_text(file: io.BufferedReader, path: str, options: Options) -> Iterator[
     for number, line in _lines(file, path):
         if line.strip():
             lines.append(_decode(line, path, number))
-            size = _check_size(size + len(line), path)
+            size += len(line)
+            check_document_size(size, path)
         elif lines:
             yield "".join(lines).rstrip("\r\n")
             lines, size = [], 0
@@ -51,8 +52,9 @@ def read_jsonl(file: io.BufferedReader, path: str, options: Options) -> Iterator
     check_text(file.peek(), path)
     if re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{", file.peek()):
         with library_errors(lambda: f"{path} is not a JSON array"):
-            content = file.read(MAX_DOCUMENT_BYTES + 1)
-            _check_size(len(content), path)
+            content = file.read(MAX_ARRAY_BYTES + 1)
+            if len(content) > MAX_ARRAY_BYTES:
+                raise UserError(f"{path} is a JSON array of more than {MAX_ARRAY_BYTES >> 20} MB; make it JSON lines.")
             records = enumerate(json.loads(content.decode("utf-8-sig")), 1)
         yield from (_document(record, options, f"{path}, record {number}") for number, record in records)
         return
@@ -77,16 +79,9 @@ def _document(record, options: Options, where: str) -> str:
 
 def _lines(file: io.BufferedReader, path: str) -> Iterator[tuple[int, bytes]]:
     """The lines with their numbers, from 1."""
-    for number, line in enumerate(iter(functools.partial(file.readline, MAX_DOCUMENT_BYTES + 1), b""), 1):
-        _check_size(len(line), path)
+    for number, line in enumerate(iter(functools.partial(file.readline, base.MAX_DOCUMENT_BYTES + 1), b""), 1):
+        check_document_size(len(line), path)
         yield number, line
-
-
-def _check_size(size: int, path: str) -> int:
-    if size > MAX_DOCUMENT_BYTES:
-        most = f"{MAX_DOCUMENT_BYTES >> 20} MB"
-        raise UserError(f"{path} holds a document of more than {most}; cut it, in text: by blank lines.")
-    return size
 
 
 def read_parquet(file: io.BufferedReader, path: str, options: Options) -> Iterator[str]:
