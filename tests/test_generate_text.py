@@ -1,6 +1,8 @@
 """The command that generates: from a workdir of the original, as lines and as JSON."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -52,6 +54,16 @@ def test_streamed_greedy_texts_are_the_originals(original):
     done = generate("--interactive", *greedy, workdir=original.path, input="\n".join(["", *prompts, "長" * 99]))
     assert (done.returncode, done.stdout) == (0, expected), done.stderr
     assert "leaves no room to write" in done.stderr
+
+
+def test_typed_lines_that_are_no_utf_8(original):
+    """Of a Shift_JIS file, say: they get an answer like others, and the next line, too."""
+    command = [sys.executable, "-m", "transformer_lm.generate_text", "--interactive", f"--workdir={original.path}"]
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, input=b"\x94\x4c\n" + "猫".encode(), capture_output=True, env=strict, timeout=300)
+    assert done.returncode == 0, done.stderr
+    first, second, rest = done.stdout.decode().split("\n\n")
+    assert ("L" in first, second[:1], rest) == (True, "猫", "")
 
 
 NUMBERS = """

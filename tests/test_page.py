@@ -109,8 +109,15 @@ def test_a_text_streams_and_goes_on_from_another_token(page, server):
     odds = [float(text.removesuffix(" %")) for text in page.locator("#choices li span + span").all_text_contents()]
     assert odds == sorted(odds, reverse=True)
     other = page.locator("#choices li button:not([aria-current])").nth(1)
+    page.keyboard.press("Control+Enter")  # nothing is written under an open dialog
+    expect(page.locator("#choices")).to_be_visible()
+    assert page.locator("article").count() == 1
     other.click()
     expect(page.locator("article > .token.chosen")).to_have_count(1)
+    expect(page.locator("article > .token.chosen")).to_be_focused()
+    page.keyboard.press("Space")
+    expect(page.locator("#choices")).to_be_visible()
+    page.keyboard.press("Escape")
     finished(page)
     assert page.locator("article > .token").all_text_contents()[:2] == before
     assert page.locator("article > .token").count() > 3
@@ -129,6 +136,25 @@ def test_several_side_by_side_stop_and_errors(page, server):
     page.locator("#prompt").fill("猫")
     page.keyboard.press("Control+Enter")
     expect(page.locator("#error")).to_contain_text("The server does not answer")
+
+
+def test_keys_of_an_input_method_are_its_own(page):
+    """Enter and Escape settle what is being typed, also with Ctrl."""
+    for key in ("Enter", "Escape"):
+        page.locator("#prompt").evaluate(
+            "(node, key) => node.dispatchEvent(new KeyboardEvent('keydown', "
+            "{ key, ctrlKey: true, isComposing: true, bubbles: true }))", key
+        )  # fmt: skip
+    page.wait_for_timeout(200)
+    assert page.locator("article").count() == 0
+
+
+def test_settings_have_names_and_say_what_is_wrong(page):
+    """Also when they are folded away."""
+    for name in ("温度", "top_p", "長さ（トークン）"):
+        assert page.get_by_label(name).get_attribute("type") == "range"
+    write(page, seed=1.5)
+    expect(page.locator("#error")).to_contain_text("seed")
 
 
 def test_the_newest_text_alone_is_written(page, server):
@@ -217,6 +243,12 @@ class TestConversation:
         expect(talk.get_by_role("button", name="もう一度")).to_be_visible()
         assert self.said(talk)[:3] == said[:3]
         assert self.said(talk)[3] != said[3]
+        said = self.said(talk)
+        talk.route("**/v1/chat/completions", lambda route: route.abort())
+        talk.get_by_role("button", name="もう一度").click()
+        expect(talk.locator("#error")).to_contain_text("サーバーにつながりません")
+        assert self.said(talk) == said  # where no other comes the answer stays
+        expect(talk.locator("#prompt")).to_be_empty()
         talk.get_by_role("button", name="書き直す").nth(1).click()
         expect(talk.locator("#prompt")).to_have_value("誰が？")
         assert self.said(talk) == said[:2]

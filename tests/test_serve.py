@@ -30,7 +30,7 @@ uvicorn = pytest.importorskip("uvicorn", reason="the extra serve is not installe
 import pydantic  # noqa: E402
 from processes import Fork, run_fork  # noqa: E402
 
-from transformer_lm.serving import schema  # noqa: E402
+from transformer_lm.serving import completions, schema  # noqa: E402
 from transformer_lm.serving.app import ServerConfig, make_app  # noqa: E402
 from transformer_lm.serving.worker import Worker  # noqa: E402
 
@@ -180,6 +180,10 @@ class TestOthers:
     def test_models_health_metrics(self, server):
         [model] = server.openai.models.list().data
         assert (model.id, model.max_model_len) == (NAME, CONTEXT)
+        assert server.openai.models.retrieve(NAME) == model
+        with pytest.raises(openai.NotFoundError, match="The model 'other/one' does not exist") as caught:
+            server.openai.models.retrieve("other/one")
+        assert caught.value.code == "model_not_found"
         assert server.http.get("/health").json() == {"status": "ok"}
         server.post(prompt="昔", max_tokens=3)
         metrics = server.http.get("/metrics")
@@ -198,6 +202,8 @@ class TestOthers:
             "prompt": tokenizer.decode(found["tokens"])
         }
         assert server.post("/detokenize", tokens=[10**6]).status_code == 400
+        many = server.post("/tokenize", prompt="a b" * 40_000, return_token_strs=True)
+        assert (many.status_code, many.json()["error"]["param"]) == (400, "return_token_strs")
 
     def test_no_chat_with_a_base_model(self, server):
         with pytest.raises(openai.BadRequestError, match="has no turns") as caught:
@@ -244,6 +250,7 @@ class TestErrors:
             ({"prompt": [1000000]}, "prompt", "token 1000000"),
             ({"max_tokens": 64}, "prompt", "more than the context of 64"),
             ({"seed": 2**63}, "seed", "less"),
+            ({"seed": -(2**63) - 1}, "seed", "greater"),
             ({"prompt": ["昔"] * 10_000, "n": 128}, None, "1280000 texts at once are too many"),
         ],
     )
@@ -254,6 +261,22 @@ class TestErrors:
         assert error.keys() == {"message", "type", "param", "code"}
         assert (error["type"], error["param"]) == ("invalid_request_error", param)
         assert words in error["message"]
+
+    def test_more_log_probs_than_an_answer_holds(self, server, monkeypatch):
+        """A small request can ask for gigabytes of them."""
+        monkeypatch.setattr(completions, "MAX_TOLD", 60)
+        asked = {"prompt": [[5, 6], [7]], "n": 2, "max_tokens": 3, "echo": True}
+        assert server.post(**asked, logprobs=2).status_code == 200  # (2 + 3 + 1 + 3) * 2 * 3 = 54
+        refused = server.post(**asked, logprobs=3)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logprobs")
+        assert "72 log probabilities are too many for one answer" in refused.json()["error"]["message"]
+        assert server.post(**asked).status_code == 200
+
+    def test_seeds_as_clients_of_other_servers_send_them(self, server):
+        """Any number of 64 bits, and -1 for any seed."""
+        texts = [[server.post(prompt="昔", max_tokens=40, seed=seed).json()["choices"][0]["text"] for seed in (a, b)]
+                 for a, b in ((-7, -7), (-1, -1))]  # fmt: skip
+        assert [one == other for one, other in texts] == [True, False]
 
     def test_null_is_as_good_as_no_field(self, server):
         assert server.post(prompt="昔", max_tokens=1, suffix=None, logprobs=None, stop=None, n=None).status_code == 200

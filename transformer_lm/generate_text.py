@@ -18,7 +18,9 @@ A model that was trained on conversations answers prompts. With --interactive it
 which may fill the model's context, and max_predict_length counts the tokens of an answer.
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import sys
 from collections.abc import Iterable
@@ -137,15 +139,23 @@ def stream(scheduler: Scheduler, request: Request, turns: Turns | None) -> str:
 
 
 def typed_lines() -> Iterable[str]:
-    """Lines of standard input; a terminal shows a mark where one is awaited."""
+    """Lines of standard input; a terminal shows a mark where one is awaited, and lets a line be edited."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        with contextlib.suppress(io.UnsupportedOperation):  # somebody has read of it
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # what is no UTF-8 is read as U+FFFD
+    edited = sys.stdin.isatty() and sys.stdout.isatty()
+    if edited:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  without it a terminal cuts lines at 4,095 bytes
     while True:
-        if sys.stdin.isatty():
+        if sys.stdin.isatty() and not edited:
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
+        try:
+            line = input("> ") if edited else next(sys.stdin).rstrip("\n")
+        except (EOFError, StopIteration):
             return
-        if text := line.rstrip("\n"):
-            yield text
+        if line:
+            yield line
 
 
 if __name__ == "__main__":

@@ -111,18 +111,19 @@ def test_a_part_comes_as_soon_as_it_may(tokenizers):
 
 @pytest.mark.parametrize("text", ["", "鬱"])
 def test_prompts_of_control_pieces_and_bytes_cost_no_more_than_others(tokenizers, monkeypatch, text):
-    """A token is decoded behind a few others, however many there are and if none of them is a whole piece."""
-    tokenizer, longest = tokenizers["bytes"], 0
+    """They are decoded once, and a token behind a few others, if none of them is a whole piece, too."""
+    tokenizer, sizes = tokenizers["bytes"], []
     decode = Tokenizer.decode
 
     def watched(self, tokens):
-        nonlocal longest
-        longest = max(longest, len(tokens))
+        sizes.append(len(tokens))
         return decode(self, tokens)
 
     tokens = ([1] + [id for id in tokenizer.encode(text) if tokenizer.byte_of(id) is not None]) * 500
     assert len(tokens) >= 500
     monkeypatch.setattr(Tokenizer, "decode", watched)
     stream = Detokenizer(tokenizer, tokens)
+    assert sum(sizes) < 2 * len(tokens)
+    sizes.clear()
     assert ("".join(map(stream.push, tokenizer.encode("猫が"))) + stream.finish()).strip() == "猫が"
-    assert longest < 12
+    assert max(sizes) < 12

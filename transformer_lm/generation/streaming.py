@@ -20,26 +20,32 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int] = ()):
         """Begins behind a prompt, whose own last bytes wait, too, should they be no whole character."""
         self._tokenizer = tokenizer
-        self._before: list[int] = []  # one whole piece with text, if there is any text in front
-        self._waiting: list[int] = []  # tokens since then that may still change the text
         prompt = list(prompt)
-        start = next((i for i in reversed(range(len(prompt))) if self._is_anchor(prompt[i])), 0)
-        for token in prompt[start:]:
-            self.push(token)
+        start = next((i for i in reversed(range(len(prompt))) if tokenizer.has_text(prompt[i])), None)
+        # One whole piece with text, if there is any text in front.
+        self._before: list[int] = [] if start is None else [prompt[start]]
+        # Tokens since then that may still change the text.
+        self._waiting: list[int] = prompt if start is None else prompt[start + 1 :]
+        certain = self._waiting[: len(self._waiting) - self._unfinished_bytes()]
+        self._settle(certain, "" if self._before else self._decode(certain))
 
     def push(self, token: int) -> str:
         """The text that this token makes certain."""
         self._waiting.append(token)
         certain = self._waiting[: len(self._waiting) - self._unfinished_bytes()]
         text = self._decode(certain)
-        if self._is_anchor(token):
+        if self._tokenizer.has_text(token):
             self._before, self._waiting = [token], []
-        elif certain:
-            if text and not self._before:
-                self._before = self._any_anchor()
-            said_nothing = [] if self._before else list(dict.fromkeys(certain))  # control pieces: once is enough
-            self._waiting = said_nothing + self._waiting[len(certain) :]
+        else:
+            self._settle(certain, text)
         return text
+
+    def _settle(self, certain: list[int], text: str):
+        """Lets go of waiting tokens whose text is certain."""
+        if text and not self._before:
+            self._before = self._any_anchor()
+        said_nothing = [] if self._before else list(dict.fromkeys(certain))  # control pieces: once is enough
+        self._waiting = said_nothing + self._waiting[len(certain) :]
 
     def finish(self) -> str:
         """The text of what still waits: U+FFFD for each byte of a character that did not come."""
@@ -47,14 +53,11 @@ class Detokenizer:
 
     def _any_anchor(self) -> list[int]:
         """A whole piece with text, whichever: that something stands in front is all that matters."""
-        return [next(token for token in range(self._tokenizer.vocab_size) if self._is_anchor(token))]
+        return [next(token for token in range(self._tokenizer.vocab_size) if self._tokenizer.has_text(token))]
 
     def _decode(self, tokens: list[int]) -> str:
         before = len(self._tokenizer.decode(self._before))
         return self._tokenizer.decode(self._before + tokens)[before:]
-
-    def _is_anchor(self, token: int) -> bool:
-        return self._tokenizer.byte_of(token) is None and bool(self._tokenizer.decode([token]))
 
     def _unfinished_bytes(self) -> int:
         """How many of the last tokens are bytes that begin a character, and do not end it."""

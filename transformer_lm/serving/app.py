@@ -12,6 +12,7 @@ import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import prometheus_client
 from absl import logging
@@ -29,7 +30,7 @@ from transformer_lm.generation.sampler import SamplingConfig
 from transformer_lm.generation.scheduler import Part, Scheduler
 from transformer_lm.serving import schema
 from transformer_lm.serving.chat import ChatAnswer, conversation_ids, read_chat
-from transformer_lm.serving.completions import Answer, error_of, read_requests
+from transformer_lm.serving.completions import Answer, check_told, error_of, read_requests
 from transformer_lm.serving.schema import ApiError
 from transformer_lm.serving.worker import BusyError, Texts, Worker, WorkerError
 from transformer_lm.tokenizer import EOS_ID
@@ -40,6 +41,7 @@ NO_TURNS = (
     "Ask POST /v1/completions."
 )
 GONE = "The client has gone."
+MAX_TOKEN_STRS = 100_000  # tokens whose names /tokenize gives
 NOT_LOCAL = (
     "This server listens on this machine alone, and answers no name but those of this machine, so that no web page can "
     "reach it by another one. Ask for localhost, or begin it with --api_key or another --host."
@@ -111,11 +113,24 @@ class Server:
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
-        model = {
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/NAME."""
+        self._check_name(request.path_params["name"])
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        return {
             "id": self.config.name, "object": "model", "created": self.created, "owned_by": "transformer-lm-japanese",
             "max_model_len": self.scheduler.engine.context,
         }  # fmt: skip
-        return JSONResponse({"object": "list", "data": [model]})
+
+    def _check_name(self, name: str | None):
+        """Raises ApiError for another model than this server's."""
+        if name not in (None, self.config.name):
+            message = f"The model {name!r} does not exist; this server has {self.config.name!r}."
+            raise ApiError(404, message, param="model", code="model_not_found")
 
     async def page(self, request: Request) -> Response:
         """GET /."""
@@ -166,7 +181,9 @@ class Server:
         """The answer to a request for so many texts, which are read from it in another thread: prompts may be long."""
         try:
             self.worker.check_room(count)
-            texts = self.worker.submit(await run_in_threadpool(read))
+            requests = await run_in_threadpool(read)
+            check_told(asked, requests)
+            texts = self.worker.submit(requests)
         except UserError as error:
             raise error_of(error, asked) from error
         except BusyError as error:
@@ -198,16 +215,22 @@ class Server:
                 ids = await run_in_threadpool(self.tokenizer.encode, asked.prompt)
         except UserError as error:
             raise error_of(error, asked) from error
-        names = [self.tokenizer.piece_text(token) for token in ids] if asked.return_token_strs else None
-        return JSONResponse(
-            {"count": len(ids), "max_model_len": self.scheduler.engine.context, "tokens": ids, "token_strs": names}
-        )
+        if asked.return_token_strs and len(ids) > MAX_TOKEN_STRS:
+            message = f"return_token_strs: {len(ids)} tokens are more than the {MAX_TOKEN_STRS} that it names."
+            raise ApiError(400, message, param="return_token_strs")
+
+        def answer() -> Response:
+            names = [self.tokenizer.piece_text(token) for token in ids] if asked.return_token_strs else None
+            room = self.scheduler.engine.context
+            return JSONResponse({"count": len(ids), "max_model_len": room, "tokens": ids, "token_strs": names})
+
+        return await run_in_threadpool(answer)
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize."""
         asked = await self._read(request, schema.DetokenizeRequest)
         try:
-            return JSONResponse({"prompt": self.tokenizer.decode(asked.tokens)})
+            return JSONResponse({"prompt": await run_in_threadpool(self.tokenizer.decode, asked.tokens)})
         except UserError as error:
             raise ApiError(400, str(error), param="tokens") from error
 
@@ -233,9 +256,7 @@ class Server:
         if max(len(body), int(declared) if declared.isdigit() else 0) > limit:
             raise ApiError(413, f"The body has more than {limit} bytes.", code="body_too_large")
         asked = schema.parse(kind, bytes(body))
-        if asked.model not in (None, self.config.name):
-            message = f"The model {asked.model!r} does not exist; this server has {self.config.name!r}."
-            raise ApiError(404, message, param="model", code="model_not_found")
+        self._check_name(asked.model)
         return asked
 
 
@@ -302,6 +323,7 @@ def make_app(scheduler: Scheduler, worker: Worker, config: ServerConfig) -> Star
         Route("/health", server.health),
         Route("/metrics", guarded(server.show_metrics)),
         Route("/v1/models", guarded(server.models)),
+        Route("/v1/models/{name:path}", guarded(server.model)),
         Route("/v1/completions", guarded(server.complete), methods=["POST"]),
         Route("/v1/chat/completions", guarded(server.chat), methods=["POST"]),
         Route("/tokenize", guarded(server.tokenize), methods=["POST"]),

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 
 from transformer_lm.errors import UserError
-from transformer_lm.generation.choosing import Settings
+from transformer_lm.generation.choosing import LARGEST_SEED, Settings
 from transformer_lm.generation.scheduler import Part, Request, Token
 from transformer_lm.serving.schema import ApiError, ChatRequest, CompletionRequest
 from transformer_lm.serving.worker import Texts, WorkerError
@@ -27,6 +27,8 @@ SETTINGS = (
     "presence_penalty",
     "logit_bias",
 )
+ANY_SEED = -1  # as clients of other servers write it
+MAX_TOLD = 1 << 19  # log probabilities of an answer, some hundred bytes each
 
 
 def read_requests(asked: CompletionRequest, tokenizer: Tokenizer) -> list[Request]:
@@ -47,12 +49,26 @@ def requests_of(asked: CompletionRequest | ChatRequest, prompt: list[int], alter
     """The n texts that follow a prompt; `options` are more of `Request`'s fields."""
     if asked.stream_options is not None and not asked.stream:
         raise ApiError(400, "stream_options needs stream=true.", param="stream_options")
-    seed = secrets.randbits(63) if asked.seed is None else asked.seed
+    seed = secrets.randbits(63) if asked.seed in (None, ANY_SEED) else asked.seed & LARGEST_SEED
     values = {name: getattr(asked, name) for name in SETTINGS}
     settings = Settings(seed=seed, top_k=max(asked.top_k, 0), alternatives=alternatives, **values)
     stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop)
     options = {"ignore_eos": asked.ignore_eos} | options | {"stop": (*stop, *options.get("stop", ()))}
     return [Request(prompt, settings, number=number, **options) for number in range(asked.n)]
+
+
+def check_told(asked: CompletionRequest | ChatRequest, requests: list[Request]):
+    """Raises ApiError for more log probabilities than an answer should hold in memory."""
+    if asked.logprobs is None or asked.logprobs is False:
+        return
+    told = sum((len(one.prompt) * one.echo + one.max_tokens) * (1 + one.settings.alternatives) for one in requests)
+    if told > MAX_TOLD:
+        raise ApiError(
+            400,
+            f"logprobs: {told} log probabilities are too many for one answer, which holds {MAX_TOLD}; ask for fewer "
+            "texts, tokens or alternatives.",
+            param="logprobs",
+        )
 
 
 class Answer:

@@ -138,6 +138,16 @@ class Tokenizer:
         """The byte that a byte piece is; None of other pieces."""
         return self._bytes.get(token)
 
+    @functools.cached_property
+    def _with_text(self) -> dict[int, bool]:
+        return {}  # of the pieces that were asked for
+
+    def has_text(self, token: int) -> bool:
+        """Whether a piece alone is text; a byte piece is not."""
+        if (found := self._with_text.get(token)) is None:
+            found = self._with_text[token] = self.byte_of(token) is None and bool(self.decode([token]))
+        return found
+
     def piece_text(self, token: int) -> str:
         r"""What a single piece is called: its text with spaces as spaces, of a byte piece bytes:\xe3."""
         byte = self.byte_of(token)
