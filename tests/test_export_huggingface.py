@@ -22,6 +22,7 @@ from transformer_lm.checkpoints import loading
 from transformer_lm.data.corpora import mukashi
 from transformer_lm.errors import UserError
 from transformer_lm.generation.sampler import SamplingConfig
+from transformer_lm.huggingface import model_card
 
 safetensors = pytest.importorskip("safetensors")
 tokenizers = pytest.importorskip("tokenizers")
@@ -133,6 +134,31 @@ class TestModelCard:
         assert r"| jsonl:tales\udcff.jsonl | train | 60 |" in card
         assert card.count(r"昔々\udce3") == 4
         assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize(
+    ("dataset", "shown"),
+    [
+        ("huggingface:izumi-lab/wikipedia-ja", "huggingface:izumi-lab/wikipedia-ja"),
+        ("huggingface:/home/me/clients/acme/corpus", "huggingface:corpus"),
+        ("huggingface:~/clients/acme/corpus/", "huggingface:corpus"),
+        ("huggingface:../acme/corpus", "huggingface:corpus"),
+        ("jsonl:/home/me/*.jsonl", "jsonl:*.jsonl"),
+        ("wiki40b/ja", "wiki40b/ja"),
+    ],
+)
+def test_names_of_corpora(dataset, shown):
+    """Those of the hub are whole; of folders here the last part is told."""
+    assert model_card._public_name(dataset) == shown
+
+
+@pytest.mark.parametrize(("dataset", "language"), [("lm1b", "en"), ("wiki40b/ja", "ja"), (None, "ja")])
+def test_language_of_a_card(tiny, dataset, language):
+    counts = {"split": "train", "documents": 1, "characters": 2, "bytes": 3, "tokens": 4}
+    data = [{"dataset_name": dataset} | counts] if dataset else []
+    card = model_card.write("a", tiny, 1, {"recipe": {}, "data": data, "scores": {}, "prompt": None})
+    assert card.startswith(f"---\nlanguage: {language}\n")
+    assert ("A Japanese language model" in card) == ("日本語言語モデル" in card) == (language == "ja")
 
 
 def test_generates_the_same_text(workdir, exported):

@@ -109,6 +109,14 @@ def test_greedy_continuations_are_known_as_such(model):
     assert [greedy for _, greedy in found] == [True, False]
 
 
+def test_an_answer_longer_than_the_context(model):
+    """Which would have the log probability of its end alone."""
+    asked = harness.HarnessModel(model, max_length=16)
+    assert asked._loglikelihood_tokens([(None, [0], [5] * 16)])[0][0] < 0
+    with pytest.raises(UserError, match=r"An answer of 17 tokens cannot be scored: .* max_length=16"):
+        asked._loglikelihood_tokens([(None, [0], [5] * 17)])
+
+
 def test_rolling_log_likelihood(model):
     """A text that fits is its score; one that does not, the sum over windows, each token in one."""
     texts = ["吾輩は猫である。", "名前はまだ無い。" * 30]
@@ -204,6 +212,29 @@ def test_the_four_tasks(model, jglue):
             assert results["acc,none"] == pytest.approx(np.mean([self_scored(model, sample) for sample in of]))
     assert [sample["target"] for sample in samples["jnli-1.3-0.3"]] == [0, 1, 2]
     assert [sample["target"] for sample in samples["marc_ja-1.1-0.3"]] == [0, 1]
+
+
+def test_worked_examples(model, jglue):
+    """Of the task's other questions, before each; none where none are asked for."""
+    for number in (None, 2):
+        found = harness.run_tasks(model, ["jnli-1.3-0.3"], data_dir=str(jglue), num_fewshot=number, limit=1)
+        [sample] = found["samples"]["jnli-1.3-0.3"]
+        prompt = sample["arguments"][0][0]
+        assert prompt.count("### 指示:") == 1 + (number or 0)
+        assert prompt.count("### 応答:\n含意") + prompt.count("### 応答:\n矛盾") + prompt.count("### 応答:\n中立") == (
+            number or 0
+        )
+
+
+def test_a_tokenizer_that_cannot_be_exported(model, jglue, monkeypatch):
+    """Has its own answers, and no error after all other tasks are done."""
+    monkeypatch.setattr(harness.fast_tokenizer, "convert", refuse)
+    found = harness.run_tasks(model, ["jsquad-1.1-0.3"], data_dir=str(jglue), limit=1)
+    assert 0 <= found["results"]["jsquad-1.1-0.3"]["f1,none"] <= 1
+
+
+def refuse(*_):
+    raise UserError("model_type=char; unigram and bpe can be exported.")
 
 
 def self_scored(model, sample) -> bool:

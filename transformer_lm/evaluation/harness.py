@@ -6,7 +6,7 @@ model_args={"address": ...})` then finds it; `run_tasks` is that with the projec
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -88,6 +88,10 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(self, requests: Iterable, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
         """(texts, context ids, continuation ids) -> sum of log probabilities, and whether greedy decoding writes it."""
         requests = list(requests)
+        if (longest := max((len(continuation) for _, _, continuation in requests), default=0)) > self.max_length:
+            raise UserError(
+                f"An answer of {longest} tokens cannot be scored: the context has max_length={self.max_length}."
+            )
         sequences = [(context + continuation)[-self.max_length - 1 :] for _, context, continuation in requests]
         with tqdm.tqdm(total=len(requests), desc="Log probabilities", disable=disable_tqdm) as bar:
             scored = self.model.score_tokens(sequences, report=bar.update)
@@ -137,9 +141,12 @@ class HarnessModel(TemplateLM):
         return [answers[number] for number in range(len(requests))]
 
     @functools.cached_property
-    def _fast_tokenizer(self):
+    def _decode(self) -> Callable[[list[int]], str]:
         """Makes texts of tokens, also of bytes that are no whole character, as for users of the exported model."""
-        return fast_tokenizer.convert(self.model.tokenizer)
+        try:
+            return fast_tokenizer.convert(self.model.tokenizer).decode
+        except UserError:  # it cannot be exported
+            return self.model.tokenizer.decode
 
     def _prompt(self, text: str, settings: dict) -> list[int]:
         """Ids of a prompt without START_ID, shortened from the left to leave room for the answer."""
@@ -169,7 +176,7 @@ class HarnessModel(TemplateLM):
             for number, [more] in zip(list(tokens), written, strict=False):
                 tokens[number] = (tokens[number] + more.tokens)[:limit]
                 ended = self._end_turn(tokens[number]) or more.finished
-                text = self._fast_tokenizer.decode(tokens[number])
+                text = self._decode(tokens[number])
                 answer = postprocess_generated_text(text, until, None)
                 if ended or len(tokens[number]) == limit or answer != text:
                     answers[number] = answer

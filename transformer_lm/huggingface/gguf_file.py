@@ -86,7 +86,6 @@ def save(
     gguf = optional_import("gguf", "gguf", "The export")
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     writer.add_name(name)
-    writer.add_languages(["ja"])
     writer.add_file_type(gguf.LlamaFileType[TYPES[kind][1]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for setting, value in sampling.items():

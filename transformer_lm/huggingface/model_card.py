@@ -1,6 +1,7 @@
 """The model card of an exported model, Japanese and English: what the workdir knows of the recipe, data and scores."""
 
 import json
+import os
 from typing import Any
 
 from transformer_lm import models
@@ -10,6 +11,7 @@ from transformer_lm.version import __version__
 
 PROJECT = "transformer-lm-japanese"
 PROMPT = "夏目漱石は、"
+ENGLISH_DATASETS = {"lm1b"}
 DATA_FIELDS = ("documents", "characters", "bytes", "tokens")
 
 
@@ -22,12 +24,13 @@ def write(name: str, network: TransformerConfig, step: int, facts: dict[str, Any
     title = " ".join(name.encode(errors="replace").decode().split())
     prompt = json.dumps(facts["prompt"] or PROMPT, ensure_ascii=False)
     recipe = json.dumps(facts["recipe"], ensure_ascii=False, indent=1)
-    parts = [_FRONT_MATTER, f"# {title}\n"]
+    language = "en" if facts["data"] and {one["dataset_name"] for one in facts["data"]} <= ENGLISH_DATASETS else "ja"
+    parts = [_FRONT_MATTER.format(language=language), f"# {title}\n"]
     for words in (_JAPANESE, _ENGLISH):
         about = words["about"].format(
             project=PROJECT, version=__version__, parameters=f"{models.count_params(network) / 1e6:,.1f}",
             layers=network.num_layers, emb=network.emb_dim, vocab=f"{network.vocab_size:,}", step=f"{step:,}",
-            manner=words["answers" if turns else "continues"],
+            manner=words["answers" if turns else "continues"], language=words[language],
         )  # fmt: skip
         sections = {
             "scores": _score_table(facts["scores"]),
@@ -70,11 +73,12 @@ def _row(*cells: str) -> str:
 def _public_name(dataset: str) -> str:
     """A dataset's name without the folders of the machine that it lay on."""
     kind, colon, place = dataset.partition(":")
-    return f"{kind}:{place.rsplit('/', 1)[-1]}" if colon and kind != "huggingface" else dataset
+    is_of_the_hub = kind == "huggingface" and place[:1] not in ("/", "~", ".") and not os.path.isdir(place)
+    return dataset if is_of_the_hub or not colon else f"{kind}:{place.rstrip('/').rsplit('/', 1)[-1]}"
 
 
 _FRONT_MATTER = """---
-language: ja
+language: {language}
 library_name: transformers
 pipeline_tag: text-generation
 tags:
@@ -120,9 +124,11 @@ print(model.chat([{{"role": "user", "content": {prompt}}}]))
 
 _JAPANESE = {
     "about": "[日本語](#使い方) / [English](#how-to-use)\n\n"
-    "{project} の日本語言語モデルです（{version} で書き出し）。{layers} 層、幅 {emb}、語彙 {vocab}、"
+    "{project} の{language}言語モデルです（{version} で書き出し）。{layers} 層、幅 {emb}、語彙 {vocab}、"
     "パラメータ {parameters} 百万、学習 {step} ステップ。{manner}"
     "学習データにある誤りや偏りをそのまま書くことがあります。\n",
+    "ja": "日本語",
+    "en": "英語の",
     "continues": "指示には従わず、文章の続きを書きます。",
     "answers": "会話を学習していて、質問や指示に答えます。",
     "scores": "評価",
@@ -133,9 +139,11 @@ _JAPANESE = {
 }
 
 _ENGLISH = {
-    "about": "A Japanese language model of {project} (exported by {version}): {layers} layers of width {emb}, {vocab} "
+    "about": "{language} language model of {project} (exported by {version}): {layers} layers of width {emb}, {vocab} "
     "pieces, {parameters} million parameters, {step} steps. {manner}, and may repeat what is wrong or biased in its "
     "training data.\n",
+    "ja": "A Japanese",
+    "en": "An English",
     "continues": "It follows no instructions: it continues texts",
     "answers": "It was trained on conversations: it answers questions and instructions",
     "scores": "Evaluation",
