@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import FIXTURE, command, one_line_error, run
+from conftest import FIXTURE, ROOT, command, one_line_error, run
 from processes import run_fork
 from real_datasets import make_hub_cache, write_jsonl
 
@@ -143,16 +143,20 @@ class TestModelCard:
         ("huggingface:/home/me/clients/acme/corpus", "huggingface:corpus"),
         ("huggingface:~/clients/acme/corpus/", "huggingface:corpus"),
         ("huggingface:../acme/corpus", "huggingface:corpus"),
+        ("huggingface:tests/fixtures:validation", "huggingface:fixtures:validation"),
         ("jsonl:/home/me/*.jsonl", "jsonl:*.jsonl"),
         ("wiki40b/ja", "wiki40b/ja"),
     ],
 )
-def test_names_of_corpora(dataset, shown):
+def test_names_of_corpora(dataset, shown, monkeypatch):
     """Those of the hub are whole; of folders here the last part is told."""
+    monkeypatch.chdir(ROOT)
     assert model_card._public_name(dataset) == shown
 
 
-@pytest.mark.parametrize(("dataset", "language"), [("lm1b", "en"), ("wiki40b/ja", "ja"), (None, "ja")])
+@pytest.mark.parametrize(
+    ("dataset", "language"), [("lm1b", "en"), ("lm1b:1.1.0", "en"), ("wiki40b/ja", "ja"), (None, "ja")]
+)
 def test_language_of_a_card(tiny, dataset, language):
     counts = {"split": "train", "documents": 1, "characters": 2, "bytes": 3, "tokens": 4}
     data = [{"dataset_name": dataset} | counts] if dataset else []

@@ -147,12 +147,13 @@ def test_tasks_that_were_broken_off(gcs, tmp_path):
 def test_a_first_save_that_was_broken_off(gcs):
     """As Orbax leaves it in a bucket: under its final name, without its mark. The run begins as it began before."""
     url = gcs["STORAGE_EMULATOR_HOST"]
-    name = urllib.parse.quote("broken/checkpoints/2/params/manifest.ocdbt", safe="")
-    ask(f"{url}/upload/storage/v1/b/bucket/o?uploadType=media&name={name}", b"half")
+    for path in ("broken/checkpoints/2/params/manifest.ocdbt", "whole/checkpoints/2/commit_success.txt"):
+        name = urllib.parse.quote(path, safe="")
+        ask(f"{url}/upload/storage/v1/b/bucket/o?uploadType=media&name={name}", b"content")
     code = (
         "from etils import epath\n"
         "from transformer_lm.checkpoints import workdir\n"
-        "print([workdir.has_checkpoints(epath.Path('gs://bucket') / name) for name in ('broken', 'run')])"
+        "print([workdir.has_checkpoints(epath.Path('gs://bucket') / name) for name in ('broken', 'whole')])"
     )
     done = run([sys.executable, "-c", code], env=gcs)
     assert done.stdout == "[False, True]\n", done.stderr

@@ -20,6 +20,13 @@ def test_scores_against_explicit_distributions():
     np.testing.assert_array_equal(likeliest, probabilities.argmax(axis=-1) == targets)
 
 
+def test_where_all_are_alike_none_is_likeliest():
+    """As before the first step of networks whose logits begin at zero; nor is what is no number."""
+    for values in (np.zeros((5, 9), np.float32), np.full((5, 9), np.nan, np.float32)):
+        _, likeliest = logits.score(values, np.arange(5))
+        assert not np.any(likeliest)
+
+
 def test_the_gradient_of_what_is_picked_scatters_nothing():
     rng = np.random.default_rng(0)
     values, targets = rng.normal(size=(2, 3, 7)).astype(np.float32), rng.integers(0, 7, (2, 3))

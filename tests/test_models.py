@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import batch_of, call, init
+from flax import nnx
 
 from transformer_lm import models
 from transformer_lm.checkpoints import loading
@@ -173,6 +174,28 @@ class TestNetwork:
         rough = call(dataclasses.replace(either, dtype="bfloat16"), params, batch)
         assert rough.dtype == jnp.float32
         assert 0 < np.max(np.abs(rough - exact)) < 0.1
+
+    @pytest.mark.parametrize("kind", ["layer", "rms"])
+    def test_scales_are_not_rounded(self, tiny, kind):
+        """To bfloat16, in which there is nothing between 1 and 1.008."""
+        config = dataclasses.replace(tiny, dtype="bfloat16")
+        norm = models.make_norm(kind, 64, config, nnx.Rngs(0))
+        norm.scale[...] = jnp.full(64, 1.003)
+        x = np.random.default_rng(0).normal(size=(4096, 64)).astype(np.float32)
+        centred = x - x.mean(axis=-1, keepdims=True) * (kind == "layer")
+        expected = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + models.NORM_EPSILON)
+        found = norm(jnp.asarray(x))
+        assert found.dtype == jnp.bfloat16
+        gain = (np.asarray(found, np.float64) * expected).sum() / (expected**2).sum()
+        assert gain == pytest.approx(1.003, abs=3e-4)
+
+    def test_the_bias_of_logits_is_not_rounded(self, tiny):
+        config = dataclasses.replace(tiny, dtype="bfloat16", zero_init=True)
+        params = init(config)
+        bias = np.linspace(-14, -4, tiny.vocab_size, dtype=np.float32)
+        params = params | {"logits": params["logits"] | {"bias": bias}}
+        found = call(config, params, batch_of([[3, 4]], 4))
+        np.testing.assert_allclose(found[0, 0], bias, atol=1e-6)
 
     def test_layers_run_under_scan(self, tiny):
         """One layer is traced, however many there are."""

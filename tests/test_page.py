@@ -139,14 +139,17 @@ def test_several_side_by_side_stop_and_errors(page, server):
 
 
 def test_keys_of_an_input_method_are_its_own(page):
-    """Enter and Escape settle what is being typed, also with Ctrl."""
-    for key in ("Enter", "Escape"):
-        page.locator("#prompt").evaluate(
-            "(node, key) => node.dispatchEvent(new KeyboardEvent('keydown', "
-            "{ key, ctrlKey: true, isComposing: true, bubbles: true }))", key
-        )  # fmt: skip
+    """Enter settles what is being typed, also with Ctrl."""
+    press_composing(page, "Enter")
     page.wait_for_timeout(200)
     assert page.locator("article").count() == 0
+
+
+def press_composing(page, key: str):
+    page.locator("#prompt").evaluate(
+        "(node, key) => node.dispatchEvent(new KeyboardEvent('keydown', "
+        "{ key, ctrlKey: true, isComposing: true, bubbles: true }))", key
+    )  # fmt: skip
 
 
 def test_settings_have_names_and_say_what_is_wrong(page):
@@ -179,6 +182,9 @@ def test_a_text_is_stopped(page, server, monkeypatch):
     monkeypatch.setattr(engine, "step", lambda: time.sleep(0.2) or step())
     write(page, max_tokens=50)
     expect(page.locator("article > .token").first).to_be_visible()
+    press_composing(page, "Escape")  # of an input method, which takes back what is being typed
+    page.wait_for_timeout(200)
+    expect(page.locator("#stop")).to_be_enabled()
     page.keyboard.press("Escape")
     expect(page.locator("article > .how")).to_have_text("— 止めました")
     wait_until(lambda: not server.worker.open)

@@ -32,6 +32,7 @@ from ml_collections import ConfigDict
 
 from transformer_lm import cli, files, recipe
 from transformer_lm.checkpoints import hub
+from transformer_lm.checkpoints import workdir as contract
 from transformer_lm.data import preparation
 from transformer_lm.data.rows import PreparedRows
 from transformer_lm.errors import UserError, stage
@@ -101,7 +102,7 @@ def _without_nan(values):
 
 def evaluate_corpus(model: language_model.LanguageModel, chosen: Recipe, workdir: str) -> dict[str, float]:
     """Prepares the rows, unless they are there, and evaluates on them."""
-    rows = _rows(model.tokenizer, chosen.data, workdir)
+    rows = _rows(model.tokenizer, chosen, workdir)
     network = dataclasses.replace(model.network, max_len=max(model.network.max_len, rows.row_length))
     layout = _layout(chosen.train, network)
     batch_size, max_rows = batching.plan_evaluation(chosen.train, layout)
@@ -118,18 +119,23 @@ def _layout(train: TrainConfig, network: TransformerConfig) -> sharding.Layout:
     return sharding.make_layout(1, 1)
 
 
-def _rows(tokenizer: Tokenizer, data: preparation.DataConfig, workdir: str) -> PreparedRows:
+def _rows(tokenizer: Tokenizer, chosen: Recipe, workdir: str) -> PreparedRows:
     """The evaluation rows.
 
     A workdir's own recipe, which may be a stranger's, says where they may lie already, but not where they are made: to
     its corpus, which could be any file here, it could else add a place that others read.
     """
+    data = chosen.data
     if data.prepared_dir and cli.is_said("prepared_dir"):
         return preparation.prepare_evaluation(data, tokenizer, files.absolute(data.prepared_dir))
-    beside = None if hub.is_address(workdir) else epath.Path(workdir) / "prepared"
-    for place in filter(None, (data.prepared_dir, beside)):
-        if found := preparation.find_evaluation(data, tokenizer, files.absolute(place)):
-            return found
+    of_hub = hub.is_address(workdir)
+    kept = () if of_hub else contract.remembered_rows(epath.Path(workdir), chosen.fields)
+    for place in filter(None, (data.prepared_dir, None if of_hub else epath.Path(workdir) / "prepared")):
+        try:
+            if found := preparation.find_evaluation(data, tokenizer, files.absolute(place), kept):
+                return found
+        except OSError as error:
+            logging.info("%s cannot be looked into: %s", place, error)
     return preparation.prepare_evaluation(data, tokenizer, files.absolute(files.cache_folder() / "prepared"))
 
 

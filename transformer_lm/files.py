@@ -203,10 +203,13 @@ def cache_place() -> Path:
 
 def allow_open_files() -> float:
     """Lets this process have as many files and connections open as it may at all; returns how many."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_FILES if most == resource.RLIM_INFINITY else most, most))
-    return math.inf if most == resource.RLIM_INFINITY else most
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if now != resource.RLIM_INFINITY:
+        with contextlib.suppress(ValueError, OSError):
+            wanted = max(now, MAX_FILES) if most == resource.RLIM_INFINITY else most
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+    now, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return math.inf if now == resource.RLIM_INFINITY else now
 
 
 def utf8_name(folder: os.PathLike | str) -> str:
@@ -253,7 +256,9 @@ def sizes_in(folder: epath.Path) -> dict[str, int]:
         files, path = fsspec.core.url_to_fs(os.fspath(folder))
         files.invalidate_cache()
         found = files.ls(path, detail=True) if files.exists(path) else []
-        return {info["name"].rstrip("/").rpartition("/")[2]: info["size"] for info in found}
+        names = {info["name"].rstrip("/"): info["size"] for info in found}
+        names.pop(path.rstrip("/"), None)  # a mark that the folder is there
+        return {name.rpartition("/")[2]: size for name, size in names.items()}
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         return {entry.name: entry.stat().st_size for entry in entries}
     return {}

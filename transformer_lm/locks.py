@@ -99,7 +99,7 @@ class _FileLock:
             content = os.read(self._file, 4096).decode(errors="replace")
             os.close(self._file)
             if error.errno in NO_LOCKS:
-                self._instead = _HeartbeatLock(self._path)
+                self._instead = self._instead or _HeartbeatLock(self._path)
                 return self._instead.acquire()
             if isinstance(error, BlockingIOError):
                 return _describe(content)

@@ -12,13 +12,18 @@ from transformer_lm import axes
 
 AT_ONCE = 2**26  # logits that a device makes at a time: 256 MB in float32
 MOST, BYTES = 2**30, 64  # on a GPU with room for more: how many at most, and bytes of its memory for each of them
+ALIKE = 1e-5  # nats above the log probability that each of all would have
 
 
 def score(logits, targets):
-    """How likely targets are: logits [..., V], ids [...] -> log probabilities, and whether none is likelier, [...]."""
+    """How likely targets are: logits [..., V], ids [...] -> log probabilities, and whether none is likelier, [...].
+
+    Where all are alike, as in the first step of a network whose logits begin at zero, no target is the likeliest.
+    """
     target_logits = pick(logits, targets)
     best_logits = jax.lax.stop_gradient(logits).max(axis=-1)  # argmax is slow on CPU
-    return target_logits - jax.nn.logsumexp(logits, axis=-1), target_logits >= best_logits
+    log_probs = target_logits - jax.nn.logsumexp(logits, axis=-1)
+    return log_probs, (target_logits >= best_logits) & (log_probs > ALIKE - jnp.log(logits.shape[-1]))
 
 
 @jax.custom_vjp

@@ -119,10 +119,10 @@ class Dense(nnx.Linear):
     def __call__(self, x):
         """[..., in] -> [..., out]."""
         bias = None if self.bias is None else self.bias[...]
-        x, kernel, bias = self.promote_dtype((x, self.kernel[...], bias), dtype=self.dtype)
+        x, kernel = self.promote_dtype((x, self.kernel[...]), dtype=self.dtype)
         last = (((x.ndim - 1,), (0,)), ((), ()))
         product = self.dot_general(x, kernel, last, preferred_element_type=self.preferred_element_type)
-        return product if bias is None else add_bias(product, bias)
+        return product if bias is None else add_bias(product, bias.astype(product.dtype))
 
 
 class Attention(nnx.Module):
@@ -140,8 +140,7 @@ class Attention(nnx.Module):
         self.out = dense(heads, config.emb_dim, axis=(-2, -1), kernel_init=kernel_init(config, last=True))
         self.qk_norm = config.qk_norm
         if config.qk_norm:
-            norm = functools.partial(nnx.RMSNorm, config.head_size, epsilon=NORM_EPSILON, dtype=DTYPES[config.dtype])
-            self.query_norm, self.key_norm = norm(rngs=rngs), norm(rngs=rngs)
+            self.query_norm, self.key_norm = (make_norm("rms", config.head_size, config, rngs) for _ in range(2))
 
     def __call__(self, x, attend, *, rotation=None, dropout_keys: Keys = None, cache=None):
         """x [B, T, D] -> [B, T, D] and the (keys, values) attended to.
@@ -197,10 +196,15 @@ class MlpBlock(nnx.Module):
         return self.wo(dropout(hidden, self.dropout_rate, dropout_keys))
 
 
-def make_norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:
-    """The normalization of the residual stream."""
-    norm = nnx.LayerNorm if config.norm == "layer" else nnx.RMSNorm
-    return norm(config.emb_dim, epsilon=NORM_EPSILON, dtype=DTYPES[config.dtype], rngs=rngs)
+def make_norm(kind: str, width: int, config: TransformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:
+    """A normalization of activations [..., width], whose scale and bias stay float32, as the original's do."""
+    norm = nnx.LayerNorm if kind == "layer" else nnx.RMSNorm
+    return norm(width, epsilon=NORM_EPSILON, dtype=DTYPES[config.dtype], promote_dtype=_as_they_are, rngs=rngs)
+
+
+def _as_they_are(arrays: tuple, *, dtype: Any) -> tuple:
+    del dtype  # of the result alone
+    return arrays
 
 
 class Block(nnx.Module):
@@ -208,9 +212,9 @@ class Block(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.dropout_rate = config.dropout_rate
-        self.attention_norm = make_norm(config, rngs)
+        self.attention_norm = make_norm(config.norm, config.emb_dim, config, rngs)
         self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = make_norm(config, rngs)
+        self.mlp_norm = make_norm(config.norm, config.emb_dim, config, rngs)
         self.mlp = MlpBlock(config, rngs=rngs)
 
     def __call__(self, x, attend, *, rotation=None, dropout_keys: Keys = None, cache=None):
@@ -234,7 +238,7 @@ class TransformerLM(nnx.Module):
         )
         make_block = nnx.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))
         self.blocks = make_block(jax.random.split(rngs.params(), config.num_layers))  # parameters stacked: [L, ...]
-        self.norm = make_norm(config, rngs)
+        self.norm = make_norm(config.norm, config.emb_dim, config, rngs)
         if not config.logits_via_embedding:
             self.logits = Dense(
                 config.emb_dim,

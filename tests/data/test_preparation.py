@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from conftest import command
+from etils import epath
 from real_datasets import write_jsonl
 
 from transformer_lm import tokenizer
@@ -383,9 +384,21 @@ def test_a_run_needs_its_sources_no_more(tmp_path, caplog, rules):
     (tmp_path / "a.jsonl").unlink()
     assert preparation.rows_named(preparation.prepare(config, str(tmp_path / "w"), kept=kept)) == names
     assert caplog.text.count("The run goes on with the rows of") == 2
-    for wanted, names in ((config, []), (dataclasses.replace(config, max_target_length=32), kept)):
-        with pytest.raises(UserError, match="No file matches"):
-            preparation.prepare(wanted, str(tmp_path / "w"), kept=names)
+    spm = tokenizer.Tokenizer.load(tmp_path / "w" / "sentencepiece_model")
+    found = preparation.find_evaluation(config, spm, epath.Path(tmp_path / "w" / "prepared"), kept)
+    assert [found.directory.name] == names["eval"]
+    assert preparation.find_evaluation(config, spm, epath.Path(tmp_path / "elsewhere"), kept) is None
+    other = dataclasses.replace(config, eval_dataset_name="nosuch:x")
+    for wanted, rows_kept, words in (
+        (config, [], "No file matches"),
+        (dataclasses.replace(config, max_target_length=32), kept, "No file matches"),
+        (other, kept, "^eval_dataset_name='nosuch:x' must be"),
+    ):
+        with pytest.raises(UserError, match=words):
+            preparation.prepare(wanted, str(tmp_path / "w"), kept=rows_kept)
+    (tmp_path / "w" / "sentencepiece_model").unlink()
+    with pytest.raises(UserError, match="No file matches"):
+        preparation.prepare(config, str(tmp_path / "w"), kept=kept)
 
 
 def test_an_error_names_the_field(tmp_path):

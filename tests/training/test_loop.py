@@ -161,6 +161,7 @@ def test_told_to_stop_while_it_restores(tmp_path, prepared, monkeypatch, caplog)
     monkeypatch.setattr(loop, "restore_or_init", never)
     with caplog.at_level("INFO", logger="absl"):
         assert not train(tmp_path, prepared)
+    assert not (tmp_path / "config.json").exists()
     assert "Stopped by SIGTERM before the first step" in caplog.text
 
 
@@ -195,6 +196,24 @@ def test_what_makes_a_nan_is_named(tmp_path, prepared, monkeypatch):
         jax.config.update("jax_debug_nans", False)
 
 
+def test_without_jit(tmp_path, prepared, monkeypatch):
+    """With JAX's own flag for that."""
+    called = []
+
+    def step(state, batch, key):
+        called.append(batch)
+        return dataclasses.replace(state, step=state.step + 1), {"loss": jnp.ones(()), "grad_norm": jnp.ones(())}
+
+    monkeypatch.setattr(training_step, "make_train_step", lambda *_, **__: step)
+    monkeypatch.setattr(loop.language_model, "generate_texts", lambda *_, **__: [])
+    jax.config.update("jax_disable_jit", True)
+    try:
+        train(tmp_path, prepared, num_train_steps=2, log_every_steps=10, num_eval_steps=1)
+    finally:
+        jax.config.update("jax_disable_jit", False)
+    assert len(called) == 2
+
+
 def test_any_kind_of_random_numbers(tmp_path, prepared):
     """JAX's default may be another, as on TPUs it often is; dropout takes keys of its own kind."""
     jax.config.update("jax_default_prng_impl", "rbg")
@@ -211,9 +230,11 @@ def test_checkpoints_by_the_clock(tmp_path, prepared):
 
 def test_a_run_that_is_done(tmp_path, prepared, caplog, monkeypatch):
     train(tmp_path, prepared, num_train_steps=1)
-    monkeypatch.setattr(loop, "jit_train_step", fail)  # it compiles nothing
+    compiled = []
+    monkeypatch.setattr(loop, "begun", compiled.append)
     with caplog.at_level("INFO", logger="absl"):
         train(tmp_path, prepared, num_train_steps=1)
+    assert not compiled
     assert "Already trained to step 1 of num_train_steps=1" in caplog.text
     assert steps_in(tmp_path) == [1]
 

@@ -1,6 +1,7 @@
 """What a workdir knows of its model: recipe, data, scores. For the model card."""
 
 import contextlib
+import re
 from typing import Any
 
 from etils import epath
@@ -40,8 +41,10 @@ def read_facts(address: str, step: int, tokenizer: Tokenizer) -> dict[str, Any]:
     if not recipe:
         return {"recipe": {}, "data": [], "texts": [], "scores": {}, "prompt": None}
     corpora = _corpora(workdir, recipe, contract.names_of_rows(content), tokenizer)
+    options = re.sub(r"(--normalization_rule_tsv=)\S*/", r"\1", str(recipe.get("spm_train_options", "")))
+    shown = recipe | {"spm_train_options": options}  # without the folder of a file
     return {
-        "recipe": {name: value for name, value in recipe.items() if name not in UNSHOWN_FIELDS},
+        "recipe": {name: value for name, value in shown.items() if name not in UNSHOWN_FIELDS and name in recipe},
         "data": [corpus.manifest for corpus in corpora],
         "texts": [text for corpus in corpora for text in _texts(corpus, tokenizer)],
         "scores": _last_scores(workdir / METRICS_FILE, step),

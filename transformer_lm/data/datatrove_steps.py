@@ -87,7 +87,8 @@ def make_blocks(plan: RowsPlan, launcher: Launcher) -> list[str]:
             return all(read_block(plan.directory, name) for name in names(rank))
         return False
 
-    if not all(is_whole(int(mark.name)) for mark in children(logs / "completions")):
+    marks = [mark.name for mark in children(logs / "completions") if mark.name.isdigit()]
+    if not all(is_whole(int(mark)) for mark in marks):
         logs.rmtree()  # a task that is marked as done is done again; its whole blocks are left as they are
     pack = functools.partial(pack_rows, str(plan.directory), plan.write_block)
     launcher.run("pack", [ReadDocuments(documents), pack], logs)

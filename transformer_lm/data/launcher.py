@@ -83,8 +83,11 @@ class Launcher:
             if self.executor == "slurm":
                 _run_on_slurm(executor, folder / "slurm_job")
             else:
-                with console.only_our_lines():
-                    executor.run()
+                try:
+                    with console.only_our_lines():
+                        executor.run()
+                finally:
+                    console.quiet_datatrove()  # which has put its own way in place again
         except UserError:
             raise
         except Exception as error:  # whatever a task raises; the others' marks stay

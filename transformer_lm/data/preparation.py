@@ -97,7 +97,7 @@ def prepare(
       UserError: a dataset or split does not exist (before any long work), or its content cannot be used.
     """
     root = _root(config, workdir)
-    kept_rows = tuple(found for name in kept if (found := PreparedCorpus.find(root / name)))
+    kept_rows = _found(root, kept)
     work = _Preparation(config, root, launcher, kept_rows)
     opened: dict[str, corpora.Source] = {}
     may_be_gone = bool(kept_rows)
@@ -113,6 +113,11 @@ def prepare(
         _warn_of_overlaps(train, evaluation)  # which may read all documents
     rows_of_both = work.complete(train_parts, train), work.complete(eval_parts, evaluation)
     return PreparedData(spm, *rows_of_both, _judged(evaluation))
+
+
+def _found(root: epath.Path, names: Collection[str]) -> tuple[PreparedCorpus, ...]:
+    """Those of the named rows that are there."""
+    return tuple(found for name in names if (found := PreparedCorpus.find(root / name)))
 
 
 def rows_named(data: PreparedData) -> dict[str, list[str]]:
@@ -156,10 +161,16 @@ def prepare_evaluation(config: DataConfig, spm: Tokenizer, root: epath.Path) -> 
     return work.complete(work.find(evaluation, spm, config.max_eval_target_length), evaluation)
 
 
-def find_evaluation(config: DataConfig, spm: Tokenizer, root: epath.Path) -> PreparedRows | None:
-    """As `prepare_evaluation`, where all of it is there already; else None. Nothing is written."""
-    evaluation = _open_evaluation(config)
-    work = _Preparation(config, root, makes=False)
+def find_evaluation(
+    config: DataConfig, spm: Tokenizer, root: epath.Path, kept: Collection[str] = ()
+) -> PreparedRows | None:
+    """As `prepare_evaluation`, where all of it is there already; else None. Nothing is written.
+
+    `kept` names rows that a run began with, which are taken where their source is gone.
+    """
+    evaluation = _open_evaluation(config, may_be_gone=bool(kept))
+    is_gone = any(isinstance(corpus.documents.source, Gone) for corpus in evaluation)
+    work = _Preparation(config, root, kept=_found(root, kept) if is_gone else (), makes=False)
     try:
         return work.complete(work.find(evaluation, spm, config.max_eval_target_length), evaluation)
     except _Missing:
@@ -181,13 +192,20 @@ def _spm_path(config: DataConfig, workdir: str) -> epath.Path:
 
 def _open_evaluation(config: DataConfig, opened: dict | None = None, may_be_gone: bool = False) -> list[Corpus]:
     """What a recipe evaluates on; an error names the field that has it."""
+
+    def of_field(error: UserError) -> UserError:
+        is_named = config.eval_dataset_name and str(error).startswith("dataset_name=")
+        return UserError(f"eval_{error}") if is_named else error
+
+    name = config.eval_dataset_name or config.dataset_name
     try:
-        name = config.eval_dataset_name or config.dataset_name
-        return open_corpora(name, config.eval_split, config, opened, may_be_gone)
+        found = open_corpora(name, config.eval_split, config, opened, may_be_gone)
     except UserError as error:
-        if config.eval_dataset_name and str(error).startswith("dataset_name="):
-            raise UserError(f"eval_{error}") from error
-        raise
+        raise of_field(error) from error
+    for source in (corpus.documents.source for corpus in found):
+        if isinstance(source, Gone):
+            source.error = of_field(source.error)
+    return found
 
 
 def _warn_of_overlaps(train: list[Corpus], evaluation: list[Corpus]):
@@ -256,7 +274,7 @@ def open_corpora(
         except UserError as error:
             if not may_be_gone:
                 raise
-            return Corpus.open(corpora.Documents(part, split, Gone(error), ()), preprocessing, weight)
+            return Corpus.open(corpora.gone_documents(part, split, error), preprocessing, weight)
 
     return [open_one(part, weight) for part, weight in _parts_of(name)]
 
@@ -323,6 +341,7 @@ class _Preparation:
                     )  # fmt: skip
                 return found
         if gone:
+            self._check_makes()
             raise gone
         plan = dataclasses.replace(plan, corpus=self.cleaned(corpus))
         return PreparedCorpus.find(plan.directory) or plan

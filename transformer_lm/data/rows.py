@@ -67,8 +67,8 @@ REPORTED = {
     "nul_characters": "left out %(nul_characters)d NUL characters",
     "lone_surrogates": "replaced %(lone_surrogates)d halves of surrogate pairs by U+FFFD",
     "unknown_tokens": "%(unknown_tokens)d tokens are unknown pieces, which lose what they stand for",
-    "lost_characters": "%(lost_percent).2g %% of the characters do not come back from tokens: bits a character leave "
-    "them out",
+    "lost_characters": "%(lost_percent).2g %% of the characters do not come back from tokens: they count, but are not "
+    "predicted, so that bits a character are too low by about as much",
 }
 
 

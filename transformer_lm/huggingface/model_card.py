@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from typing import Any
 
 from transformer_lm import models
@@ -24,7 +25,11 @@ def write(name: str, network: TransformerConfig, step: int, facts: dict[str, Any
     title = " ".join(name.encode(errors="replace").decode().split())
     prompt = json.dumps(facts["prompt"] or PROMPT, ensure_ascii=False)
     recipe = json.dumps(facts["recipe"], ensure_ascii=False, indent=1)
-    language = "en" if facts["data"] and {one["dataset_name"] for one in facts["data"]} <= ENGLISH_DATASETS else "ja"
+    language = (
+        "en"
+        if facts["data"] and {re.split("[/:]", one["dataset_name"])[0] for one in facts["data"]} <= ENGLISH_DATASETS
+        else "ja"
+    )
     parts = [_FRONT_MATTER.format(language=language), f"# {title}\n"]
     for words in (_JAPANESE, _ENGLISH):
         about = words["about"].format(
@@ -73,7 +78,8 @@ def _row(*cells: str) -> str:
 def _public_name(dataset: str) -> str:
     """A dataset's name without the folders of the machine that it lay on."""
     kind, colon, place = dataset.partition(":")
-    is_of_the_hub = kind == "huggingface" and place[:1] not in ("/", "~", ".") and not os.path.isdir(place)
+    is_folder = place[:1] in ("/", "~", ".") or os.path.isdir(place.rpartition(":")[0] or place)
+    is_of_the_hub = kind == "huggingface" and not is_folder
     return dataset if is_of_the_hub or not colon else f"{kind}:{place.rstrip('/').rsplit('/', 1)[-1]}"
 
 

@@ -182,7 +182,7 @@ class Server:
         try:
             self.worker.check_room(count)
             requests = await run_in_threadpool(read)
-            check_told(asked, requests)
+            check_told(asked, requests, self.scheduler.engine.context)
             texts = self.worker.submit(requests)
         except UserError as error:
             raise error_of(error, asked) from error

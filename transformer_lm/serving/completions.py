@@ -57,11 +57,14 @@ def requests_of(asked: CompletionRequest | ChatRequest, prompt: list[int], alter
     return [Request(prompt, settings, number=number, **options) for number in range(asked.n)]
 
 
-def check_told(asked: CompletionRequest | ChatRequest, requests: list[Request]):
+def check_told(asked: CompletionRequest | ChatRequest, requests: list[Request], context: int):
     """Raises ApiError for more log probabilities than an answer should hold in memory."""
     if asked.logprobs is None or asked.logprobs is False:
         return
-    told = sum((len(one.prompt) * one.echo + one.max_tokens) * (1 + one.settings.alternatives) for one in requests)
+    told = sum(
+        (len(one.prompt) * one.echo + min(one.max_tokens, context)) * (1 + one.settings.alternatives)
+        for one in requests
+    )
     if told > MAX_TOLD:
         raise ApiError(
             400,

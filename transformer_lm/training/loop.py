@@ -74,6 +74,8 @@ def train_and_evaluate(
             logging.info("Stopped by %s before the first step; run the same command to go on.", signals.caught)
             return False
         stack.enter_context(contextlib.closing(run.saved))
+        if distributed.is_first():  # now that what the workdir holds was found to be this run's
+            _write_config(workdir, run)
         writer = stack.enter_context(contextlib.closing(_make_writer(stack, workdir, run)))
         profile = stack.enter_context(contextlib.closing(Profile(workdir, profiled)))
         _Loop(run, writer, signals, profile).run()
@@ -148,11 +150,10 @@ def _prepare_run(recipe: Recipe, data: preparation.PreparedData, workdir: str, t
     layout = sharding.make_layout(recipe.train.mesh_fsdp, recipe.train.mesh_tensor)
     layout.check(network)
     attention.check_rows(network.attention, network.head_size, (data.train.row_length, data.eval.row_length))
-    rows = [part.directory.name for corpus in (data.train, data.eval) for part in corpus.parts]
-    place, described = epath.Path(workdir), (recipe.fields, network, data.tokenizer, rows)
+    place = epath.Path(workdir)
 
     def claim() -> dict[str, int]:
-        run_folder.check_workdir(place, *described)
+        run_folder.check_workdir(place, recipe.fields, network, data.tokenizer, _names_of_rows(data))
         remembered = run_folder.remembered_batch(place, recipe.fields)
         return dataclasses.asdict(batching.plan(recipe.train, layout, **remembered))
 
@@ -165,8 +166,8 @@ def _prepare_run(recipe: Recipe, data: preparation.PreparedData, workdir: str, t
         step = jit_train_step(
             network, optimizer, recipe.train.label_smoothing, target, layout=layout, accumulation=batches.accumulation
         )
-        if jax.config.jax_debug_nans or jax.config.jax_debug_infs:
-            return step  # which looks for what makes one, as a compiled one does not
+        if jax.config.jax_debug_nans or jax.config.jax_debug_infs or jax.config.jax_disable_jit:
+            return step  # which these flags of JAX are for, as a compiled one is not
         return step.lower(*abstract_arguments(target, layout, batches.rows, data.train.row_length)).compile()
 
     compiling = functools.cache(lambda: begun(compile_step))
@@ -177,10 +178,19 @@ def _prepare_run(recipe: Recipe, data: preparation.PreparedData, workdir: str, t
         saved, recipe, network, optimizer, layout, target,
         initial=find_initial(recipe, network, data.tokenizer, workdir), key=init_key, batch_size=batches.rows,
     )  # fmt: skip
-    if distributed.is_first():  # now that what the workdir holds was found to be this run's
-        run_folder.write_config(place, *described, {"rows": batches.rows, "eval_rows": batches.counted_eval_rows})
     return _Run(recipe, network, data, turns, layout, batches, saved, compiling, dropout_key, state,
                 step=int(state.step), rows_read=rows_read, seconds=time.monotonic() - began)  # fmt: skip
+
+
+def _write_config(workdir: str, run: _Run):
+    """Says in the workdir what it holds."""
+    batch = {"rows": run.batching.rows, "eval_rows": run.batching.counted_eval_rows}
+    described = run.recipe.fields, run.network, run.data.tokenizer, _names_of_rows(run.data)
+    run_folder.write_config(epath.Path(workdir), *described, batch)
+
+
+def _names_of_rows(data: preparation.PreparedData) -> list[str]:
+    return [part.directory.name for corpus in (data.train, data.eval) for part in corpus.parts]
 
 
 def _keys(seed: int, layout: sharding.Layout) -> tuple[jax.Array, jax.Array]:

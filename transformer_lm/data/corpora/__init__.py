@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 
 from transformer_lm.data.corpora import files, huggingface, mukashi, mukashi_chat, splits, tfds
-from transformer_lm.data.corpora.base import Options, Source, library_errors
+from transformer_lm.data.corpora.base import Gone, Options, Source, library_errors
 from transformer_lm.errors import UserError
 
 CONVERSATIONS = ("jsonl", "parquet", "huggingface", "mukashi_chat")  # kinds of sources that may hold some
@@ -133,3 +133,8 @@ def open_documents(name: str, split: str, options: Options = Options(), opened: 
         if part.name not in source.splits:
             raise UserError(f"Dataset {name!r} has no split {part.name!r}; it has {', '.join(source.splits)}.")
     return Documents(name, split, source, slices)
+
+
+def gone_documents(name: str, split: str, error: UserError) -> Documents:
+    """Stands for documents that cannot be opened any more; whoever reads them is told why."""
+    return Documents(name, split, Gone(error), (splits.Slice(split),))
