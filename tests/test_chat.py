@@ -139,6 +139,14 @@ def test_export(trained_chat, model, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"), [({"seed": 2**32}, "seed"), ({"seed": None}, "seed"), ({"max_length": 0}, "max_")]
+)
+def test_impossible_settings(model, settings, words):
+    with pytest.raises(UserError, match=words):
+        model.chat([{"role": "user", "content": ASKED[0]}], **settings)
+
+
 def test_gguf(trained_chat, model, tmp_path):
     gguf = pytest.importorskip("gguf")
     output = tmp_path / "chat.gguf"

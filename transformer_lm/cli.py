@@ -71,7 +71,7 @@ from ml_collections import ConfigDict, config_flags  # noqa: E402
 from transformer_lm import console, errors, recipe  # noqa: E402
 from transformer_lm.checkpoints import hub  # noqa: E402
 from transformer_lm.errors import UserError  # noqa: E402
-from transformer_lm.files import cache_folder, forget_unused  # noqa: E402
+from transformer_lm.files import cache_folder, forget_unused, path_of  # noqa: E402
 
 DAYS_OF_COMPILATIONS = 90  # that nobody has asked for: of an earlier JAX, say, or of networks that were tried once
 
@@ -129,6 +129,8 @@ def run(main: Callable[[ConfigDict, str], None], *, needs_config: bool = True, n
         workdir = os.path.expanduser(_WORKDIR.value or "")
         if needs_config and hub.is_address(workdir):
             raise UserError(f"--workdir={workdir}: a run cannot be written to the hub; name a folder.")
+        if not hub.is_address(workdir):
+            path_of(workdir)
         main(_config(workdir), workdir)
 
     run_to_exit(lambda: app.run(start, flags_parser=_parse_flags))

@@ -74,6 +74,11 @@ def read_at_most(path: epath.Path, limit: int) -> bytes | None:
     return content if len(content) <= limit else None
 
 
+def is_file(path: epath.Path) -> bool:
+    """Whether a path is a file's: not a folder's, nor that of a pipe or a device, of which a reader finds no end."""
+    return path.exists() and not path.is_dir() if is_remote(path) else os.path.isfile(path)
+
+
 def read_json(path: epath.Path) -> dict:
     """The object in a JSON file that may be anybody's; raises UserError if it is none."""
     content = read_at_most(path, MAX_JSON_BYTES)
@@ -245,7 +250,7 @@ def children(folder: epath.Path) -> list[epath.Path]:
     """What lies in a folder; nothing where there is none, as in an object store before its first object."""
     if is_remote(folder):
         return [folder / name for name in sizes_in(folder)]  # as it is now
-    return list(folder.iterdir()) if folder.exists() else []
+    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def sizes_in(folder: epath.Path) -> dict[str, int]:
@@ -264,9 +269,17 @@ def sizes_in(folder: epath.Path) -> dict[str, int]:
     return {}
 
 
+def path_of(path: os.PathLike | str) -> epath.Path:
+    """A path as somebody wrote it; raises UserError where it is on a kind of storage that nobody here knows."""
+    try:
+        return epath.Path(path)
+    except KeyError as error:
+        raise UserError(f"{path}: {error} is not known here; name a folder, or gs:// or s3://.") from error
+
+
 def absolute(path: os.PathLike | str) -> epath.Path:
     """A path that means the same to every process; ~ is the user's home."""
-    return epath.Path(path) if is_remote(path) else epath.Path(os.path.abspath(os.path.expanduser(path)))
+    return path_of(path) if is_remote(path) else epath.Path(os.path.abspath(os.path.expanduser(path)))
 
 
 def is_remote(path: os.PathLike | str) -> bool:

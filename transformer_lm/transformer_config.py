@@ -115,7 +115,8 @@ class TransformerConfig:
             raise UserError(f"{source}: {min(unknown)[:80]!r} is no field of the network in this version.")
         if "vocab_size" not in values:
             raise UserError(f"{source}: the network has no vocab_size.")
+        own = {name: value for name, value in values.items() if name not in MANNER}
         try:
-            return cls(**values)
+            return cls(**own)
         except UserError as error:
             raise UserError(f"{source}: {error}") from error

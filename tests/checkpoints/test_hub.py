@@ -10,6 +10,8 @@ from processes import run_fork
 from real_datasets import make_hub_cache
 
 from transformer_lm import tokenizer
+from transformer_lm.checkpoints import hub
+from transformer_lm.errors import UserError
 
 pytest.importorskip("huggingface_hub")
 REPOSITORY = "fukugawa/transformer-lm-japanese-0.1b"
@@ -81,3 +83,34 @@ def test_a_run_is_not_written_there(environment):
     done = run(command, env=environment)
     assert done.returncode == 1
     assert "cannot be written to the hub" in done.stderr
+
+
+def test_nothing_but_the_models_own_files(monkeypatch, tmp_path):
+    """Not what lies in folders of a repository, as other systems' checkpoints do."""
+    import huggingface_hub
+
+    asked = []
+
+    def fetch(repository, **options):
+        asked.append(options)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(UserError, match="is no model of this project"):
+        hub.fetch("hf://a/b")
+    names = ["checkpoint_5", "sentencepiece_model", "checkpoint_1000000/target/0.0", "old/sentencepiece_model"]
+    [options] = asked
+    patterns = {name: options[name] for name in ("allow_patterns", "ignore_patterns")}
+    assert list(huggingface_hub.utils.filter_repo_objects(names, **patterns)) == names[:2]
+
+
+def test_whatever_a_network_makes_of_it(monkeypatch):
+    """Libraries' errors of proxies, say, are of no common kind."""
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise type("ProxyError", (Exception,), {})("407 Proxy Authentication Required")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match=r"hf://a/b cannot be fetched: 407 .* HF_HUB_OFFLINE=1"):
+        hub.fetch("hf://a/b")

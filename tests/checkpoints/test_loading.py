@@ -38,6 +38,20 @@ def test_a_run_does_not_begin_beside_the_originals_weights(tiny, tmp_path, init_
         loading.find_initial(init_from, tiny, str(tmp_path))
 
 
+def test_pipes_are_no_files(folder):
+    """A reader would wait for who writes."""
+    os.mkfifo(folder / "checkpoint_900000")
+    for address in (folder, folder / "checkpoint_900000"):
+        with pytest.raises(UserError):
+            loading.load_model(address)
+
+
+@pytest.mark.parametrize("address", ["file:///home/me/model", "HF://a/b", "ftp://there/model"])
+def test_addresses_that_nobody_knows(address):
+    with pytest.raises(UserError, match=rf"{address}: '\w+://' is not known here; name a folder"):
+        loading.find_model(address)
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="of Linux and the like")
 def test_devices_are_no_files(tmp_path):
     """Of size 0, and without end."""

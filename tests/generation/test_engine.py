@@ -237,7 +237,7 @@ class TestNetwork:
         prompt = np.random.default_rng(0).integers(3, 50, CHUNK + 22).tolist()
         expected = jax.nn.log_softmax(call(config, params, batch_of([prompt], 2 * CHUNK)))[0]
         for given, skip in ((prompt[:22], 0), ([0, *prompt[:22]], 1), (prompt, 0), ([0, *prompt], 1), ([], 0)):
-            engine.begin(0, given, Settings(), scored=True)
+            engine.begin(0, given, Settings(), has_start=skip == 1, scored=True)
             while not engine.is_read(0):
                 engine.read(0)
             scores, size = engine.scores(0), len(given) - skip
@@ -245,6 +245,16 @@ class TestNetwork:
             assert np.isnan(scores.log_probs[:skip]).all()
             np.testing.assert_allclose(scores.log_probs[skip:], expected[np.arange(size), prompt[:size]], atol=1e-5)
             np.testing.assert_array_equal(scores.alternatives[skip:, 0], expected[:size].argmax(-1))
+
+    def test_a_text_that_begins_with_an_unknown_piece(self, network, engine, tokenizer):
+        """Whose id is that of a text's start: it has both."""
+        prompt, params = [0, 455, 907], init(network)
+        for has_start, tokens in ((False, prompt), (True, prompt[1:])):
+            request = Request(prompt, Settings(temperature=0.0), max_tokens=1, has_start=has_start)
+            [(_, [written], _)] = write(Scheduler(engine, tokenizer), [request])
+            expected = jax.nn.log_softmax(call(network, params, batch_of([[*tokens, 5]], 8))[0, len(tokens)])
+            assert written.id == np.argmax(expected)
+            assert written.log_prob == pytest.approx(float(expected[written.id]), abs=1e-5)
 
     def test_a_full_context(self, engine, tokenizer):
         n = engine.context - 18

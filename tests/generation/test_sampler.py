@@ -103,6 +103,16 @@ class TestGenerate:
         many = generate(tiny, params, [[3, 4], [5], []], num_samples=6)
         assert generate(tiny, params, [[3, 4]], num_samples=4)[0] == many[0][:4]
 
+    def test_every_prompt_has_numbers_of_its_own(self, tiny):
+        """Also of more than 65,536 of them."""
+        params, prompts = without_eos(tiny, init(tiny)), [[], [], []]
+        sampling = SamplingConfig(temperature=1.0, max_length=24)
+        texts = [
+            str(sampler.generate(tiny, params, prompts, num_samples=2, sampling=sampling, seed=0, first=first))
+            for first in (0, 2**16, 2**17)
+        ]
+        assert len(set(texts)) == 3
+
     def test_ends_at_eos(self, tiny):
         params = with_eos(tiny, init(tiny))
         texts = [text for seed in range(10) for text in generate(tiny, params, [[3, 4]], num_samples=4, seed=seed)[0]]

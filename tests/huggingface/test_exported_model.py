@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import random
 import struct
 
@@ -324,6 +325,22 @@ def test_files_that_are_no_safetensors(exported, content):
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="is damaged or not a safetensors file"):
         exported_model.load(folder)
+
+
+def test_a_pipe_for_a_file(exported):
+    """Which nobody writes to, and which a reader would wait for."""
+    folder, _, _ = exported
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    with pytest.raises(UserError, match="is missing, or no file"):
+        exported_model.load(folder)
+
+
+def test_how_it_is_computed_is_not_the_folders_to_say(exported):
+    """An edited one, or that of an earlier version, which kept it."""
+    folder, config, _ = exported
+    change_config(folder, model_field("attention", "cudnn"))
+    assert exported_model.load(folder)[0].attention == config.attention
 
 
 @pytest.mark.parametrize("kind", ["missing", "shape", "dtype", "extra"])

@@ -32,14 +32,17 @@ def fetch(address: str) -> str:
     hub = optional_import("huggingface_hub", "hf", f"The address {address}")
     repository, _, revision = address.removeprefix(SCHEME).partition("@")
     try:
-        fetch = functools.partial(hub.snapshot_download, repository, revision=revision or None)
+        here = {"ignore_patterns": ["*/*"]}  # what lies in folders of the repository is no part of the model
+        fetch = functools.partial(hub.snapshot_download, repository, revision=revision or None, **here)
         folder = fetch(allow_patterns=ORIGINAL_FILES)
         if list(Path(folder).glob("checkpoint_*")):
             return folder
         if not (Path(folder) / "sentencepiece_model").exists():
             raise UserError(f"{address} is no model of this project: it has no sentencepiece_model.")
         return fetch(allow_patterns=EXPORTED_FILES)
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever the hub's library, and the network's of its version, raise
         raise UserError(
             f"{address} cannot be fetched: {error} (addresses are hf://OWNER/NAME[@REVISION]; without a network, "
             "HF_HUB_OFFLINE=1 takes what the cache has)"

@@ -16,6 +16,7 @@ from transformer_lm.checkpoints import hub, original, store
 from transformer_lm.checkpoints import workdir as contract
 from transformer_lm.checkpoints.workdir import CHECKPOINTS_DIR, CONFIG_FILE, TOKENIZER_FILE
 from transformer_lm.errors import UserError
+from transformer_lm.files import is_file, path_of
 from transformer_lm.huggingface import exported_model
 from transformer_lm.tokenizer import Tokenizer
 from transformer_lm.tokenizer.turns import Turns
@@ -106,15 +107,15 @@ def find_model(address: os.PathLike | str) -> FoundModel:
         raise UserError(f"{address!r} is no address of a model: give a folder or a file, or hf://OWNER/NAME.")
     if str(address).startswith(("http://", "https://")):
         raise UserError(f"{address} is a web page: name a model of the hub as hf://OWNER/NAME, or download it.")
-    path = epath.Path(hub.fetch(address) if hub.is_address(address) else address).expanduser()
+    path = path_of(hub.fetch(address) if hub.is_address(address) else address).expanduser()
     if not path.exists():
         raise UserError(f"No model at {path}: no such file or folder.")
-    if path.is_file():
+    if is_file(path):
         return _found(path, original.describe, original.load, folder=path.parent)
     if (path / CONFIG_FILE).exists() and (path / CHECKPOINTS_DIR).exists():
         return _found(path, _describe_workdir, _load_workdir, folder=path, has_turns=contract.has_turns(path))
     numbered = original.checkpoints_in(path)
-    if single := [child for child in numbered if child.is_file()]:
+    if single := [child for child in numbered if is_file(child)]:
         return _found(single[-1], original.describe, original.load, folder=path)
     if exported_model.is_model(path):
         has_turns = exported_model.has_turns(path)

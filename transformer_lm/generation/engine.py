@@ -93,9 +93,9 @@ class _Prompt:
     scores: list[tuple] | None = None
 
     @classmethod
-    def of(cls, prompt: list[int], *, scored: bool = False) -> "_Prompt":
+    def of(cls, prompt: list[int], *, has_start: bool = False, scored: bool = False) -> "_Prompt":
         """A prompt of token ids, of which nothing has been read."""
-        tokens = prompt if prompt and prompt[0] == START_ID else [START_ID, *prompt]  # as in training
+        tokens = prompt if has_start else [START_ID, *prompt]  # as in training
         return cls(np.array(tokens, np.int32), len(prompt), scores=[] if scored else None)
 
     @property
@@ -145,9 +145,9 @@ class Engine:
                 f"{self.context}; shorten one of the two."
             )
 
-    def best_slot(self, free: Iterable[int], prompt: list[int]) -> int:
+    def best_slot(self, free: Iterable[int], prompt: list[int], *, has_start: bool = False) -> int:
         """Of free slots that where most of a prompt has been read already, else the first."""
-        wanted = _Prompt.of(prompt)
+        wanted = _Prompt.of(prompt, has_start=has_start)
         return max(free, key=lambda slot: wanted.shares(self._prompts[slot]))
 
     def prefill(self, slot: int, prompt: list[int], settings: Settings, number: int = 0):
@@ -156,21 +156,31 @@ class Engine:
         while not self.is_read(slot):
             self.read(slot)
 
-    def begin(self, slot: int, prompt: list[int], settings: Settings, number: int = 0, *, scored: bool = False):
+    def begin(
+        self,
+        slot: int,
+        prompt: list[int],
+        settings: Settings,
+        number: int = 0,
+        *,
+        has_start: bool = False,
+        scored: bool = False,
+    ):
         """Gives a slot to a text, whose prompt is to be read.
 
         Args:
           slot: which.
-          prompt: token ids; START_ID is put in front unless it is there.
+          prompt: token ids.
           settings: how the text's tokens are chosen.
           number: texts of one prompt, with one seed, differ by it.
+          has_start: whether the prompt begins with START_ID, which is else put in front; its value is UNK_ID's, too.
           scored: whether `scores` will be asked for.
 
         Raises:
           UserError: the prompt is longer than the context, or has ids that are none.
         """
         self.check(prompt, 0, settings)
-        asked = _Prompt.of(prompt, scored=scored)
+        asked = _Prompt.of(prompt, has_start=has_start, scored=scored)
         if not scored and (shared := asked.shares(self._prompts[slot])):  # it was here that it was read
             asked.read, asked.logits = shared, self._prompts[slot].logits
         self._prompts[slot] = asked

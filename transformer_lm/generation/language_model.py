@@ -137,7 +137,9 @@ class LanguageModel:
         if self.turns is None:
             raise UserError("This model continues texts; it was not trained on conversations, and cannot answer.")
         ids, _ = self.turns.encode(messages, add_generation_prompt=True)
-        sampling = sampler.SamplingConfig(temperature, top_k, top_p, max_length or self.network.context)
+        most = self.network.context if max_length is None else max_length
+        sampling = sampler.SamplingConfig(temperature, top_k, top_p, most)
+        check_value("seed", seed, Seed)
         sampler.check_room(len(ids), sampling, "The conversation")
         [[answer]] = sampler.generate(
             self.network, self.decoding_params, [ids], num_samples=1, sampling=sampling, seed=seed

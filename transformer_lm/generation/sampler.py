@@ -128,10 +128,11 @@ def _generate(network, sampling, num_samples, params, inputs, lengths, limits, f
 
     logits, cache = jax.tree.map(repeat, (logits, cache))  # [B, V], B = P * num_samples
     lengths, limits = repeat(lengths), repeat(limits)
-    rows = (
-        jnp.arange(num_samples, dtype=jnp.uint32) + (first + jnp.arange(num_prompts, dtype=jnp.uint32))[:, None] * 2**16
-    )
+    numbers = first + jnp.arange(num_prompts, dtype=jnp.uint32)[:, None]  # [P, 1]
+    rows = jnp.arange(num_samples, dtype=jnp.uint32) + numbers * 2**16
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows.reshape(-1))  # [B]
+    high = repeat(numbers[:, 0] >> 16)  # [B], what has no room in a row's number
+    keys = jnp.where(high > 0, jax.vmap(jax.random.fold_in)(keys, high), keys)
 
     def unfinished(state):
         return ~jnp.all(state[-1])

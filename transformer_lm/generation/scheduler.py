@@ -28,6 +28,7 @@ class Request:
     stop: tuple[str, ...] = ()  # the text ends before the first of them
     end_ids: tuple[int, ...] = ()  # tokens that end the text as EOS does
     number: int = 0  # texts of one prompt, with one seed, differ by it
+    has_start: bool = False  # whether the prompt begins with START_ID, which is else put in front
     echo: bool = False  # whether the text begins with the prompt
     log_probs: bool = False  # whether tokens of the prompt are scored, where it is echoed
     ignore_eos: bool = False  # whether a text goes on behind an EOS, as benchmarks want it
@@ -191,9 +192,9 @@ class Scheduler:
         while self._waiting and self._free:
             job = self._waiting.popleft()
             request = job.request
-            slot = self.engine.best_slot(self._free, request.prompt)
-            scored = request.echo and request.log_probs
-            self.engine.begin(slot, request.prompt, request.settings, request.number, scored=scored)
+            start, scored = request.has_start, request.echo and request.log_probs
+            slot = self.engine.best_slot(self._free, request.prompt, has_start=start)
+            self.engine.begin(slot, request.prompt, request.settings, request.number, has_start=start, scored=scored)
             self._free.remove(slot)
             self._running[slot] = job
             self._unread.append(slot)

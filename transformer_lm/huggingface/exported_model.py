@@ -25,10 +25,10 @@ from flax import traverse_util
 from transformer_lm import models
 from transformer_lm.errors import UserError
 from transformer_lm.extras import optional_import
-from transformer_lm.files import local_copy, read_json, write_json
+from transformer_lm.files import is_file, local_copy, read_json, write_json
 from transformer_lm.huggingface.architectures import NAMES, table_of
 from transformer_lm.huggingface.tensor_tables import Sizes, Table, Tensor
-from transformer_lm.transformer_config import TransformerConfig
+from transformer_lm.transformer_config import MANNER, TransformerConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -84,7 +84,8 @@ def save(
         filename_pattern=WEIGHTS_FILE.replace(".safetensors", "{suffix}.safetensors"),
         max_shard_size=max_shard,
     )
-    source = {"model": dataclasses.asdict(network), "step": step, "has_turns": has_turns}
+    model = {name: value for name, value in dataclasses.asdict(network).items() if name not in MANNER}
+    source = {"model": model, "step": step, "has_turns": has_turns}
     write_json(folder / CONFIG_FILE, {**table.settings, "dtype": "float32", OURS: source})
     for file, names in split.filename_to_tensors.items():
         tensors, metadata = {}, {"format": "pt"}  # which transformers 4 asks for
@@ -205,8 +206,8 @@ def _open(folder: epath.Path) -> dict[str, Any]:
     found = {}
     for file in files:
         path = folder / file
-        if not path.exists():
-            raise UserError(f"{path} is missing; copy or download the model again.")
+        if not is_file(path):
+            raise UserError(f"{path} is missing, or no file; copy or download the model again.")
         try:
             opened = safetensors.safe_open(os.fspath(local_copy(path)), framework="np", backend="pread")
             found |= dict.fromkeys(opened.keys(), opened)

@@ -16,7 +16,7 @@ from transformer_lm.generation.choosing import LARGEST_SEED, Settings
 from transformer_lm.generation.scheduler import Part, Request, Token
 from transformer_lm.serving.schema import ApiError, ChatRequest, CompletionRequest
 from transformer_lm.serving.worker import Texts, WorkerError
-from transformer_lm.tokenizer import Tokenizer
+from transformer_lm.tokenizer import START_ID, Tokenizer
 
 SETTINGS = (
     "temperature",
@@ -40,9 +40,13 @@ def read_requests(asked: CompletionRequest, tokenizer: Tokenizer) -> list[Reques
     """
     if not asked.prompt and not isinstance(asked.prompt, str):
         raise ApiError(400, "prompt is an empty list.", param="prompt")
-    ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts]
     options = {"max_tokens": asked.max_tokens, "echo": asked.echo, "log_probs": asked.logprobs is not None}
-    return [request for prompt in ids for request in requests_of(asked, prompt, asked.logprobs or 0, **options)]
+    found = []
+    for prompt in asked.prompts:
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        has_start = ids is prompt and ids[:1] == [START_ID]  # in a text it would be an unknown piece
+        found += requests_of(asked, ids, asked.logprobs or 0, has_start=has_start, **options)
+    return found
 
 
 def requests_of(asked: CompletionRequest | ChatRequest, prompt: list[int], alternatives: int, **options):
