@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import jax
 
+from transformer_lm.errors import UserError
+
 Names = tuple[str | None, ...]  # of an array's axes, from the first on; None for one that is never cut
 
 
@@ -42,6 +44,17 @@ def laid_out(layout: Layout | None) -> Iterator[None]:
         yield
     finally:
         _LAYOUT.reset(token)
+
+
+def check_devices():
+    """Raises UserError where JAX has none, as when JAX_PLATFORMS asks for what is not there."""
+    try:
+        jax.devices()
+    except Exception as error:  # of every kind
+        raise UserError(
+            f"JAX finds no devices (JAX_PLATFORMS={jax.config.jax_platforms}): {type(error).__name__} "
+            f"{' '.join(str(error).split())}. Install what they need (the extra cuda or tpu), or unset it."
+        ) from error
 
 
 def device() -> jax.Device:

@@ -162,6 +162,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
         jax.config.config_with_absl()  # as the original did
     try:
         rest = flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        name = error.flagname.removeprefix("no")
+        hint = f"; did you mean --config.{name}?" if name in recipe.NAMES else ""
+        raise UserError(f"{error}{hint}" if not hint else f"Unknown flag --{error.flagname}{hint}") from error
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(str(error)) from error
     if len(rest) > 1:

@@ -120,6 +120,7 @@ def read(config: ConfigDict) -> "Recipe":
     from transformer_lm.transformer_config import TransformerConfig
 
     check_names(config)
+    config = _with_none(config)
     for name, kind in (("prompts", str), ("use_bfloat16", bool)):
         fields.check_value(name, config[name], kind)
     data, sampling = read_data(config), _pick(SamplingConfig, config, SAMPLING_NAMES)
@@ -140,7 +141,13 @@ def read(config: ConfigDict) -> "Recipe":
 
 def read_data(config: ConfigDict) -> DataConfig:
     """The part of a recipe that says which data are prepared, and how."""
-    return _pick(DataConfig, config)
+    return _pick(DataConfig, _with_none(config))
+
+
+def _with_none(config: ConfigDict) -> ConfigDict:
+    """The recipe with None for the text "None", as a command line gives it, in fields that are None at first."""
+    nones = [name for name, value in base.get_config().items() if value is None and config.get(name) == "None"]
+    return ConfigDict(config.to_dict() | dict.fromkeys(nones)) if nones else config
 
 
 def read_saved(path: epath.Path) -> dict:

@@ -85,6 +85,8 @@ def main(config: ConfigDict, workdir: str):
 
 def _listen(host: str, port: int) -> socket.socket:
     """A socket that connections wait at; raises UserError if the port is taken."""
+    if not host:
+        raise UserError("--host= names no address: 127.0.0.1 for this machine alone, 0.0.0.0 for all networks.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=1024)

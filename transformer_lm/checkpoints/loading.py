@@ -16,7 +16,7 @@ from transformer_lm.checkpoints import hub, original, store
 from transformer_lm.checkpoints import workdir as contract
 from transformer_lm.checkpoints.workdir import CHECKPOINTS_DIR, CONFIG_FILE, TOKENIZER_FILE
 from transformer_lm.errors import UserError
-from transformer_lm.files import is_file, path_of
+from transformer_lm.files import is_file, path_of, read_json
 from transformer_lm.huggingface import exported_model
 from transformer_lm.tokenizer import Tokenizer
 from transformer_lm.tokenizer.turns import Turns
@@ -135,11 +135,20 @@ def find_initial(address: str | None, network: models.TransformerConfig, workdir
     """The model that a run begins with; None without an address, or where the workdir has checkpoints to go on from.
 
     Raises:
-      UserError: there is no such model, it is another network than the run's, or the workdir holds a model of the
-        original's, which a run beside it would hide.
+      UserError: there is no such model, it is another network than the run's, or the workdir holds another's model,
+        which a run beside it would hide or write over.
     """
-    if contract.has_checkpoints(epath.Path(workdir)):
+    place = epath.Path(workdir)
+    if contract.has_checkpoints(place):
+        if (place / CONFIG_FILE).exists():
+            before, _ = contract.read_run_config(place)
+            contract.check_same_network(workdir, before, dataclasses.replace(network, vocab_size=before.vocab_size))
         return None
+    if (place / CONFIG_FILE).exists() and "tokenizer_sha256" not in read_json(place / CONFIG_FILE):
+        raise UserError(
+            f"{workdir} holds a {CONFIG_FILE} that is no run's, and would be written over; use another --workdir "
+            f"(to begin with an exported model: --config.init_from={workdir})."
+        )
     if originals := original.checkpoints_in(epath.Path(workdir)):
         raise UserError(
             f"{workdir} holds {originals[-1].name} of the original system, which trains no further; to begin with its "
@@ -147,7 +156,10 @@ def find_initial(address: str | None, network: models.TransformerConfig, workdir
         )
     if not address:
         return None
-    found = find_model(address)
+    try:
+        found = find_model(address)
+    except UserError as error:
+        raise UserError(f"init_from={address}: {error}") from error
     wanted = dataclasses.replace(network, vocab_size=found.network.vocab_size)  # which the tokenizer decides
     contract.check_same_network(f"init_from={address}", found.network, wanted)
     return found

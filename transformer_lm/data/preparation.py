@@ -104,12 +104,16 @@ def prepare(
     train = open_corpora(config.dataset_name, config.train_split, config, opened, may_be_gone)
     evaluation = _open_evaluation(config, opened, may_be_gone)
     spm_path = _spm_path(config, workdir)
-    if tokenizer_source is None and not spm_path.exists():
+    had_tokenizer = spm_path.exists()
+    if tokenizer_source is None and not had_tokenizer:
         tokenizer_training.check_options(config.spm_train_options, config.vocab_size)  # before the corpus is read
     spm = _tokenizer(spm_path, tokenizer_source, lambda: list(map(work.cleaned, train)), config)
     train_parts = work.find(train, spm, config.max_target_length)
     eval_parts = work.find(evaluation, spm, config.max_eval_target_length)
     if any(isinstance(part, RowsPlan) for part in (*train_parts, *eval_parts)):
+        if had_tokenizer and not config.vocab_path:
+            logging.info("Rows are made with the tokenizer that is there, %s; remove it, or use another --workdir, for "
+                         "one of this corpus and these options.", spm_path)  # fmt: skip
         _warn_of_overlaps(train, evaluation)  # which may read all documents
     rows_of_both = work.complete(train_parts, train), work.complete(eval_parts, evaluation)
     return PreparedData(spm, *rows_of_both, _judged(evaluation))
@@ -225,7 +229,12 @@ def _tokenizer(
                 model = Tokenizer.load(source).model if source else _train_tokenizer(train(), config)
                 write_atomically(path, model)
                 logging.info("Wrote the tokenizer to %s.", path)
-    spm = Tokenizer.load(path)
+    try:
+        spm = Tokenizer.load(path)
+    except UserError as error:
+        if config.vocab_path:
+            raise
+        raise UserError(f"{error} Delete it to train a new one.") from error
     if spm.vocab_size != config.vocab_size:
         logging.info("The tokenizer at %s has %d pieces; so has the model.", path, spm.vocab_size)
     return spm

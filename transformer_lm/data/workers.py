@@ -72,7 +72,10 @@ def _pool(processes: int) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
             "with a smaller prepare_processes it needs less."
         ) from error
     finally:
+        left = list((pool._processes or {}).values())  # none, but after an error
         pool.shutdown(wait=False, cancel_futures=True)
+        for process in left:  # for which Python would wait at its end
+            process.kill()
 
 
 def _begin():

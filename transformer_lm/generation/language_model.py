@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer_lm import logits, models
+from transformer_lm import axes, logits, models
 from transformer_lm.checkpoints import loading
 from transformer_lm.errors import UserError, stage
 from transformer_lm.fields import Range, Seed, check_value
@@ -216,6 +216,7 @@ def load(address: os.PathLike | str, *, dtype: str = "float32") -> LanguageModel
       UserError: there is no model, or it cannot be read.
     """
     check_dtype(dtype)
+    axes.check_devices()
     with stage("loading the model", lower="the size of the model"):
         loaded = loading.load_model(address)
         tokenizer, turns = loaded.tokenizer()

@@ -256,7 +256,7 @@ def _pre_tokenizer(tokenizers: ModuleType, proto: Any) -> Any:
 def _decoder(tokenizers: ModuleType, spec: Any) -> Any:
     """Pieces to text: bytes to characters, U+2581 to spaces, without the space that was put in front."""
     d = tokenizers.decoders
-    steps = [d.Replace(NAME_MARK, ""), d.Replace(SPACE, " "), d.ByteFallback(), d.Fuse()]
+    steps = [d.Replace(NAME_MARK, ""), d.ByteFallback(), d.Fuse(), d.Replace(SPACE, " ")]
     if spec.remove_extra_whitespaces:
         steps += [d.Strip(" ", 2**31 - 1, 0)]
     elif spec.add_dummy_prefix:

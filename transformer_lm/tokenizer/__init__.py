@@ -39,9 +39,9 @@ class Tokenizer:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError, MemoryError) as error:
-            raise UserError(f"{source} is not a SentencePiece model; delete it to train a new one.") from error
+            raise UserError(f"{source} is not a SentencePiece model.") from error
         if not model:  # SentencePiece takes no bytes for an empty model
-            raise UserError(f"{source} is empty; delete it to train a new one.")
+            raise UserError(f"{source} is empty, and no SentencePiece model.")
         ids = (self._processor.unk_id(), self._processor.bos_id(), self._processor.eos_id())
         if ids != (UNK_ID, BOS_ID, EOS_ID):
             raise UserError(f"{source} has the ids (unk, bos, eos) = {ids}; {(UNK_ID, BOS_ID, EOS_ID)} are needed.")
@@ -122,7 +122,7 @@ class Tokenizer:
         numbers = [int(i) for i in ids]
         if wrong := [i for i in numbers if not 0 <= i < self.vocab_size]:
             raise UserError(f"{self.source} has the ids 0 to {self.vocab_size - 1}; {wrong[0]} is none of them.")
-        return self._processor.decode(numbers)
+        return self._processor.decode(numbers).replace(SPACE, " ")  # of an alphabet without it, it comes in bytes
 
     def control_id(self, piece: str) -> int | None:
         """The id of a control piece, which no text becomes; None if there is none of this name."""

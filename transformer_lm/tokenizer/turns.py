@@ -73,7 +73,8 @@ class Turns:
         raise UserError(
             f"{tokenizer.source} cannot hold conversations: it has neither the control pieces "
             f"{', '.join(CONTROL_NAMES)} and --add_dummy_prefix=false, nor one of the signs {SIGNS} and white space "
-            "between words that no piece reaches across. Train one with the spm_train_options of the v2 recipes."
+            "between words that no piece reaches across. Remove it, or use another --workdir, to train one with the "
+            "spm_train_options of the v2 recipes."
         )
 
     @property

@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from transformer_lm import attention, console, locks, models
+from transformer_lm import attention, axes, console, locks, models
 from transformer_lm.checkpoints import store
 from transformer_lm.checkpoints import workdir as run_folder
 from transformer_lm.data import input_pipeline, preparation
@@ -88,11 +88,16 @@ def check_devices(recipe: Recipe, workdir: str):
     Where the recipe leaves both to the devices at hand nothing can be wrong, and JAX does not take them yet. What the
     size of the tokenizer has to divide by is found later.
     """
-    train = recipe.train
+    train, network = recipe.train, recipe.network
+    if jax.config.jax_platforms:
+        axes.check_devices()
+    if network.attention != "auto":
+        lengths = recipe.data.max_target_length, recipe.data.max_eval_target_length
+        attention.check_rows(network.attention, network.head_size, lengths)
     if train.mesh_fsdp * train.mesh_tensor == 1 and not (train.global_batch_size or train.gradient_accumulation_steps):
         return
     layout = sharding.make_layout(train.mesh_fsdp, train.mesh_tensor)
-    layout.check(dataclasses.replace(recipe.network, vocab_size=layout.mesh.size))
+    layout.check(dataclasses.replace(network, vocab_size=layout.mesh.size))
     batching.plan(train, layout, **run_folder.remembered_batch(epath.Path(workdir), recipe.fields))
 
 

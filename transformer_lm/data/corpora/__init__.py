@@ -67,7 +67,8 @@ class Documents:
                 if bounded and not count and (num_tasks == 1 or (stop is not None and stop <= start)):
                     raise UserError(
                         f"Split {self.split!r} of dataset {self.name!r}: no document is in {part.name!r} from number "
-                        f"{start} on{'' if stop is None else f' and before number {stop}'}."
+                        f"{start} on{'' if stop is None else f' and before number {stop}'}"
+                        f"{'; in text: they are separated by blank lines' if self.name.startswith('text:') else ''}."
                     )
 
     def overlaps(self, other: "Documents") -> bool:

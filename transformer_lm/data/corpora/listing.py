@@ -5,6 +5,7 @@ what it may not read; here nothing but folders is left out. A path that exists i
 and the name of a folder that exists means that folder.
 """
 
+import contextlib
 import errno
 import fnmatch
 import glob
@@ -44,6 +45,9 @@ def list_files(pattern: str) -> tuple[fsspec.AbstractFileSystem, list[dict]]:
             raise UserError(f"{pattern}: {error}") from error
         command = f"in the checkout, pip install -c constraints.txt -e '.[{EXTRAS[protocol]}]'"
         raise UserError(f"Reading {pattern} needs another package: {command}.") from error
+    if not re.search(r"[*?\[]", path):
+        with contextlib.suppress(FileNotFoundError):
+            files.info(path)  # raises what is in the way, if anything is: no network, no permission
     # The full name of a file may look like a pattern.
     found = {path: files.info(path)} if files.isfile(path) else files.glob(pattern, detail=True)
     return files, [found[path] for path in sorted(found) if found[path]["type"] != "directory"]
