@@ -45,6 +45,11 @@ def test_wrong_fields(tmp_path, fields, words):
         (["--workdir=x", "--config=configs/lm1b_default.py", "more"], ["Unexpected argument 'more'"]),
         (["--work=x"], ["work"]),
         (["--workdir=x", "--jax_platformz=cpu"], ["Unknown command line flag 'jax_platformz'", "jax_platforms"]),
+        (["--workdir=x", "--num_train_steps=3"], ["--num_train_steps; did you mean --config.num_train_steps?"]),
+        (
+            ["--workdir=file:///tmp/x", "--config=configs/lm1b_default.py"],
+            ["file:///tmp/x: 'file://' is not known here"],
+        ),
     ],
 )
 def test_wrong_arguments(tmp_path, arguments, words):

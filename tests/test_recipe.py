@@ -147,6 +147,16 @@ def test_broken_config_json(tmp_path, content):
         recipe.read_saved(epath.Path(tmp_path / "config.json"))
 
 
+def test_none_as_a_command_line_writes_it():
+    """In fields that are None at first, and in no others."""
+    config = base.get_config()
+    config.update(vocab_path="None", init_from="None", eval_dataset_name="None", prompts="None")
+    chosen = recipe.read(config)
+    assert (chosen.data.vocab_path, chosen.init_from, chosen.data.eval_dataset_name) == (None, None, None)
+    assert chosen.prompts == ("None",)
+    assert recipe.read_data(config) == chosen.data
+
+
 def test_config_json_of_an_exported_model(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     assert recipe.read_saved(epath.Path(tmp_path / "config.json")) == {}

@@ -477,6 +477,8 @@ class TestCommand:
         assert f"Cannot listen on 127.0.0.1:{port}" in one_line_error(done)
         done = run([sys.executable, "-m", "transformer_lm.serve", "--workdir=/no/such/folder", "--port=0"])
         assert "No model at /no/such/folder" in one_line_error(done)
+        done = run([sys.executable, "-m", "transformer_lm.serve", f"--workdir={FIXTURE}", "--host="])
+        assert "--host= names no address" in one_line_error(done)
 
 
 UNREAD = """

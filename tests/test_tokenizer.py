@@ -225,6 +225,21 @@ def test_a_long_line_is_cut_anywhere():
     assert list(tokenizer.split_text("ab\ncdefgh\n\ni", 4)) == ["ab\n", "cdef", "gh\n\n", "i"]
 
 
+def test_spaces_that_no_piece_has(tmp_path):
+    """In an alphabet without them they come in bytes, and go the same way, in an exported tokenizer, too."""
+    model = tokenizer_training.train(
+        [(["猫がいた。犬もいた。"] * 20, 1.0)], 268, 10**6,
+        "--byte_fallback=true --normalization_rule_name=identity --remove_extra_whitespaces=false "
+        "--add_dummy_prefix=false --model_type=bpe",
+    )  # fmt: skip
+    spm = tokenizer.Tokenizer(model)
+    text = "猫 犬  猫"
+    assert tokenizer.SPACE not in "".join(spm.pieces(text))
+    assert spm.decode(spm.encode(text)) == text
+    fast_tokenizer = pytest.importorskip("transformer_lm.huggingface.fast_tokenizer")
+    assert fast_tokenizer.convert(spm).decode(spm.encode(text)) == text
+
+
 def test_inspect(tmp_path, originals):
     (tmp_path / "sentencepiece_model").write_bytes(originals.model)
     command = [sys.executable, "-m", "transformer_lm.tokenizer", f"--workdir={tmp_path}", "--inspect", "昔々、ﾊﾞﾅﾅ"]

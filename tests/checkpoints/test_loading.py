@@ -1,5 +1,7 @@
 """From an address to a model, where today's Flax has been at work: its checkpoints are folders."""
 
+import dataclasses
+import json
 import os
 
 import pytest
@@ -36,6 +38,24 @@ def test_a_run_does_not_begin_beside_the_originals_weights(tiny, tmp_path, init_
     (tmp_path / "checkpoint_499999").write_bytes((FIXTURE / "checkpoint_499999").read_bytes())
     with pytest.raises(UserError, match=r"holds checkpoint_499999 of the original system, .* --config.init_from="):
         loading.find_initial(init_from, tiny, str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ['{"architectures": ["LlamaForCausalLM"]}', '{"my": "settings"}'])
+def test_a_run_does_not_begin_in_somebody_elses_folder(tiny, tmp_path, content):
+    """It would write over what is there, an exported model, say."""
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"holds a config\.json that is no run's, .* --config\.init_from="):
+        loading.find_initial(None, tiny, str(tmp_path))
+
+
+def test_a_run_of_another_network_is_refused_at_once(tiny, tmp_path):
+    """Before data are prepared; how many pieces its tokenizer has is not known by then."""
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    config = {"model": dataclasses.asdict(tiny), "tokenizer_sha256": "0"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert loading.find_initial(None, dataclasses.replace(tiny, vocab_size=7), str(tmp_path)) is None
+    with pytest.raises(UserError, match="holds a model with mlp_dim="):
+        loading.find_initial(None, dataclasses.replace(tiny, mlp_dim=tiny.mlp_dim + 8), str(tmp_path))
 
 
 def test_pipes_are_no_files(folder):
