@@ -65,7 +65,6 @@ from collections.abc import Callable  # noqa: E402
 from typing import NoReturn  # noqa: E402
 
 from absl import app, flags  # noqa: E402
-from etils import epath  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 from transformer_lm import console, errors, recipe  # noqa: E402
@@ -129,8 +128,6 @@ def run(main: Callable[[ConfigDict, str], None], *, needs_config: bool = True, n
         workdir = os.path.expanduser(_WORKDIR.value or "")
         if needs_config and hub.is_address(workdir):
             raise UserError(f"--workdir={workdir}: a run cannot be written to the hub; name a folder.")
-        if not hub.is_address(workdir):
-            path_of(workdir)
         main(_config(workdir), workdir)
 
     run_to_exit(lambda: app.run(start, flags_parser=_parse_flags))
@@ -139,7 +136,7 @@ def run(main: Callable[[ConfigDict, str], None], *, needs_config: bool = True, n
 def _config(workdir: str) -> ConfigDict:
     """The recipe of the command line, or else the workdir's with the command line's overrides."""
     config, flag = _CONFIG.value, flags.FLAGS["config"]
-    saved = epath.Path(workdir) / "config.json"
+    saved = path_of(workdir) / "config.json"
     if not flag.present and not hub.is_address(workdir) and saved.exists():
         recipe.update(config, recipe.read_saved(saved), str(saved))
         config.update(flag.override_values)
@@ -164,8 +161,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
         name = error.flagname.removeprefix("no")
-        hint = f"; did you mean --config.{name}?" if name in recipe.NAMES else ""
-        raise UserError(f"{error}{hint}" if not hint else f"Unknown flag --{error.flagname}{hint}") from error
+        of_recipe = f"Unknown flag --{error.flagname}; did you mean --config.{name}?"
+        raise UserError(of_recipe if name in recipe.NAMES else str(error)) from error
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(str(error)) from error
     if len(rest) > 1:

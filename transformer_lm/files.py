@@ -22,6 +22,7 @@ from transformer_lm.errors import UserError
 CACHE_GB = 100.0  # of copies of remote files, unless TRANSFORMER_LM_CACHE_GB says otherwise
 CACHE_SECONDS = 24 * 3600  # a copy that was used since then is not removed
 MAX_FILES = 10_240  # open at once, where the system names no limit but has one, as macOS
+APPEAR_SECONDS = 0.2  # between two looks for what another machine has written
 MAX_JSON_BYTES = 64 << 20  # the longest that is written here, an index of a hundred thousand tensors, has 10 MB
 
 
@@ -267,6 +268,16 @@ def sizes_in(folder: epath.Path) -> dict[str, int]:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         return {entry.name: entry.stat().st_size for entry in entries}
     return {}
+
+
+def appears(path: epath.Path, seconds: float) -> bool:
+    """Whether a path is there, or comes within so many seconds: file systems may show late what others have written."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(APPEAR_SECONDS)
+    return True
 
 
 def path_of(path: os.PathLike | str) -> epath.Path:

@@ -123,7 +123,7 @@ def read(config: ConfigDict) -> "Recipe":
     config = _with_none(config)
     for name, kind in (("prompts", str), ("use_bfloat16", bool)):
         fields.check_value(name, config[name], kind)
-    data, sampling = read_data(config), _pick(SamplingConfig, config, SAMPLING_NAMES)
+    data, sampling = _pick(DataConfig, config), _pick(SamplingConfig, config, SAMPLING_NAMES)
     max_len = max(config.max_target_length, config.max_eval_target_length, config.max_predict_length)
     dtype = "bfloat16" if config.use_bfloat16 else "float32"
     return Recipe(

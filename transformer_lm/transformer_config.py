@@ -102,6 +102,10 @@ class TransformerConfig:
         """G."""
         return self.num_kv_heads or self.num_heads
 
+    def to_json(self) -> dict[str, Any]:
+        """What JSON says of the network: all but the manner in which a machine computes it."""
+        return {name: value for name, value in vars(self).items() if name not in MANNER}
+
     @classmethod
     def from_json(cls, values: Any, source: str) -> "TransformerConfig":
         """The network that somebody else's JSON describes; `source` is named in errors.

@@ -41,10 +41,11 @@ def read_facts(address: str, step: int, tokenizer: Tokenizer) -> dict[str, Any]:
     if not recipe:
         return {"recipe": {}, "data": [], "texts": [], "scores": {}, "prompt": None}
     corpora = _corpora(workdir, recipe, contract.names_of_rows(content), tokenizer)
-    options = re.sub(r"(--normalization_rule_tsv=)\S*/", r"\1", str(recipe.get("spm_train_options", "")))
-    shown = recipe | {"spm_train_options": options}  # without the folder of a file
+    shown = {name: value for name, value in recipe.items() if name not in UNSHOWN_FIELDS}
+    if options := shown.get("spm_train_options"):  # without the folder of a file
+        shown["spm_train_options"] = re.sub(r"(--normalization_rule_tsv=)\S*/", r"\1", str(options))
     return {
-        "recipe": {name: value for name, value in shown.items() if name not in UNSHOWN_FIELDS and name in recipe},
+        "recipe": shown,
         "data": [corpus.manifest for corpus in corpora],
         "texts": [text for corpus in corpora for text in _texts(corpus, tokenizer)],
         "scores": _last_scores(workdir / METRICS_FILE, step),

@@ -32,8 +32,10 @@ def fetch(address: str) -> str:
     hub = optional_import("huggingface_hub", "hf", f"The address {address}")
     repository, _, revision = address.removeprefix(SCHEME).partition("@")
     try:
-        here = {"ignore_patterns": ["*/*"]}  # what lies in folders of the repository is no part of the model
-        fetch = functools.partial(hub.snapshot_download, repository, revision=revision or None, **here)
+        fetch = functools.partial(
+            hub.snapshot_download, repository, revision=revision or None,
+            ignore_patterns=["*/*"],  # what lies in folders of the repository is no part of the model
+        )  # fmt: skip
         folder = fetch(allow_patterns=ORIGINAL_FILES)
         if list(Path(folder).glob("checkpoint_*")):
             return folder

@@ -149,7 +149,7 @@ def find_initial(address: str | None, network: models.TransformerConfig, workdir
             f"{workdir} holds a {CONFIG_FILE} that is no run's, and would be written over; use another --workdir "
             f"(to begin with an exported model: --config.init_from={workdir})."
         )
-    if originals := original.checkpoints_in(epath.Path(workdir)):
+    if originals := original.checkpoints_in(place):
         raise UserError(
             f"{workdir} holds {originals[-1].name} of the original system, which trains no further; to begin with its "
             f"weights: --config.init_from={workdir} --workdir=ANOTHER."

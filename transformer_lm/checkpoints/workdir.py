@@ -73,7 +73,7 @@ def write_config(
     """
     content = {
         "recipe": recipe,
-        "model": {name: value for name, value in vars(network).items() if name not in MANNER},
+        "model": network.to_json(),
         "tokenizer_sha256": tokenizer.fingerprint,
         "rows": rows,
         "batch": batch,

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformer_lm.data.dataset_preprocessor import Preprocessing
 from transformer_lm.data.launcher import Launcher
 from transformer_lm.data.rows import RowsPlan, blocks_of, read_block
 from transformer_lm.errors import UserError
-from transformer_lm.files import allow_open_files, children, write_atomically
+from transformer_lm.files import allow_open_files, appears, children, write_atomically
 
 EXAMPLES = 3  # removed texts that each task keeps of each rule, for the report
 EXAMPLE_CHARS = 200
@@ -92,7 +91,12 @@ def make_blocks(plan: RowsPlan, launcher: Launcher) -> list[str]:
         logs.rmtree()  # a task that is marked as done is done again; its whole blocks are left as they are
     pack = functools.partial(pack_rows, str(plan.directory), plan.write_block)
     launcher.run("pack", [ReadDocuments(documents), pack], logs)
-    _wait_for(_count_file(plan.directory, launcher.tasks, rank) for rank in range(launcher.tasks))
+    for rank in range(launcher.tasks):
+        if not appears(file := _count_file(plan.directory, launcher.tasks, rank), PATIENCE_SECONDS):
+            raise UserError(
+                f"{file} was written by a task, but is not to be seen here: the folder has to be on a file system or "
+                "in a bucket that all machines share. The same command goes on from what is there."
+            )
     return [name for rank in range(launcher.tasks) for name in names(rank)]
 
 
@@ -103,19 +107,6 @@ def _block_name(tasks: int, rank: int, number: int) -> str:
 def _count_file(folder: epath.Path, tasks: int, rank: int) -> epath.Path:
     """Holds how many blocks a task has made."""
     return folder / f"rows-{tasks:05d}-{rank:05d}.count"
-
-
-def _wait_for(files: Iterable[epath.Path]):
-    """Returns when this machine sees files that others have written: a network file system may take a while."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    for file in files:
-        while not file.exists():
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"{file} was written by a task, but is not to be seen here: the folder has to be on a file system "
-                    "or in a bucket that all machines share. The same command goes on from what is there."
-                )
-            time.sleep(1)
 
 
 def opening_many_files(data: Any, rank: int, world_size: int) -> Any:

@@ -28,7 +28,7 @@ from transformer_lm.extras import optional_import
 from transformer_lm.files import is_file, local_copy, read_json, write_json
 from transformer_lm.huggingface.architectures import NAMES, table_of
 from transformer_lm.huggingface.tensor_tables import Sizes, Table, Tensor
-from transformer_lm.transformer_config import MANNER, TransformerConfig
+from transformer_lm.transformer_config import TransformerConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -84,8 +84,7 @@ def save(
         filename_pattern=WEIGHTS_FILE.replace(".safetensors", "{suffix}.safetensors"),
         max_shard_size=max_shard,
     )
-    model = {name: value for name, value in dataclasses.asdict(network).items() if name not in MANNER}
-    source = {"model": model, "step": step, "has_turns": has_turns}
+    source = {"model": network.to_json(), "step": step, "has_turns": has_turns}
     write_json(folder / CONFIG_FILE, {**table.settings, "dtype": "float32", OURS: source})
     for file, names in split.filename_to_tensors.items():
         tensors, metadata = {}, {"format": "pt"}  # which transformers 4 asks for

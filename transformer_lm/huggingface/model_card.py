@@ -25,11 +25,8 @@ def write(name: str, network: TransformerConfig, step: int, facts: dict[str, Any
     title = " ".join(name.encode(errors="replace").decode().split())
     prompt = json.dumps(facts["prompt"] or PROMPT, ensure_ascii=False)
     recipe = json.dumps(facts["recipe"], ensure_ascii=False, indent=1)
-    language = (
-        "en"
-        if facts["data"] and {re.split("[/:]", one["dataset_name"])[0] for one in facts["data"]} <= ENGLISH_DATASETS
-        else "ja"
-    )
+    datasets = {re.split("[/:]", manifest["dataset_name"])[0] for manifest in facts["data"]}
+    language = "en" if datasets and datasets <= ENGLISH_DATASETS else "ja"
     parts = [_FRONT_MATTER.format(language=language), f"# {title}\n"]
     for words in (_JAPANESE, _ENGLISH):
         about = words["about"].format(

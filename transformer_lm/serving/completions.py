@@ -63,7 +63,7 @@ def requests_of(asked: CompletionRequest | ChatRequest, prompt: list[int], alter
 
 def check_told(asked: CompletionRequest | ChatRequest, requests: list[Request], context: int):
     """Raises ApiError for more log probabilities than an answer should hold in memory."""
-    if asked.logprobs is None or asked.logprobs is False:
+    if not _asks_log_probs(asked):
         return
     told = sum(
         (len(one.prompt) * one.echo + min(one.max_tokens, context)) * (1 + one.settings.alternatives)
@@ -76,6 +76,10 @@ def check_told(asked: CompletionRequest | ChatRequest, requests: list[Request], 
             "texts, tokens or alternatives.",
             param="logprobs",
         )
+
+
+def _asks_log_probs(asked: CompletionRequest | ChatRequest) -> bool:
+    return asked.logprobs is not None and asked.logprobs is not False  # 0 is without alternatives
 
 
 class Answer:
@@ -152,9 +156,8 @@ class Answer:
 
     def _base(self, number: int, part: Part) -> dict[str, Any]:
         """What all kinds of answers tell of a text or a part of it."""
-        asks = self._asked.logprobs is not None and self._asked.logprobs is not False  # 0 is without alternatives
         ids = {"token_ids": [token.id for token in part.tokens]} if self._asked.return_token_ids else {}
-        log_probs = self._log_probs(part.tokens) if asks else None
+        log_probs = self._log_probs(part.tokens) if _asks_log_probs(self._asked) else None
         return {"index": number, "finish_reason": part.finish_reason or None, "logprobs": log_probs, **ids}
 
     def _first(self) -> list[dict[str, Any]]:

@@ -46,6 +46,7 @@ class Tokenizer:
         if ids != (UNK_ID, BOS_ID, EOS_ID):
             raise UserError(f"{source} has the ids (unk, bos, eos) = {ids}; {(UNK_ID, BOS_ID, EOS_ID)} are needed.")
         self.model, self.source = model, source
+        self._with_text: dict[int, bool] = {}  # of the pieces that were asked for
         self.fingerprint = hashlib.sha256(model).hexdigest()
 
     @classmethod
@@ -137,10 +138,6 @@ class Tokenizer:
     def byte_of(self, token: int) -> int | None:
         """The byte that a byte piece is; None of other pieces."""
         return self._bytes.get(token)
-
-    @functools.cached_property
-    def _with_text(self) -> dict[int, bool]:
-        return {}  # of the pieces that were asked for
 
     def has_text(self, token: int) -> bool:
         """Whether a piece alone is text; a byte piece is not."""

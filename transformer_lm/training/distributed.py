@@ -22,7 +22,7 @@ from etils import epath
 from jax._src.distributed import global_state  # as Orbax does: the store of keys and values has no public name
 
 from transformer_lm.errors import UserError, may_not_be_written, one_line
-from transformer_lm.files import cache_place, write_atomically
+from transformer_lm.files import appears, cache_place, write_atomically
 
 HEARTBEAT_SECONDS = 30  # a process that was not heard of for so long has gone
 POLL_SECONDS = 0.2
@@ -157,14 +157,11 @@ def _mark(file: epath.Path) -> bool:
 
 
 def _wait_for(file: epath.Path):
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not file.exists():
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"{file.parent} is not the folder that the first process of the run has under this name: it has to be "
-                "on a file system or in a bucket that all of them share."
-            )
-        time.sleep(POLL_SECONDS)
+    if not appears(file, PATIENCE_SECONDS):
+        raise UserError(
+            f"{file.parent} is not the folder that the first process of the run has under this name: it has to be on a "
+            "file system or in a bucket that all of them share."
+        )
 
 
 def together(name: str):

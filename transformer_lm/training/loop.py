@@ -195,7 +195,7 @@ def _write_config(workdir: str, run: _Run):
 
 
 def _names_of_rows(data: preparation.PreparedData) -> list[str]:
-    return [part.directory.name for corpus in (data.train, data.eval) for part in corpus.parts]
+    return [name for names in preparation.rows_named(data).values() for name in names]
 
 
 def _keys(seed: int, layout: sharding.Layout) -> tuple[jax.Array, jax.Array]:

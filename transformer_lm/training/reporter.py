@@ -33,9 +33,8 @@ class Reporter:
         self._learning_rate = jax.jit(schedule)  # one program, not one for each operation
         self._flops, self.peak = flops, math.inf
         self.pending: tuple | None = None
-        self._began = time.perf_counter() - seconds
-        self._first_step: float | None = None  # seconds until it was done
-        self._told_first = False
+        self._began: float | None = time.perf_counter() - seconds  # None when the first step is done
+        self._untold: dict[str, float] = {}  # how long that took, until it has been told
         self._waited = 0.0  # seconds that the devices waited for data, in the steps now counted
         self._clock: float | None = None  # when the steps now counted began; None before the first is done
         self._timed_steps = 0
@@ -53,8 +52,8 @@ class Reporter:
                 f"{step_metrics['grad_norm']}. The last good checkpoint is kept; start again with a lower "
                 "learning_rate or more warmup_steps."
             )
-        if self._first_step is None:
-            self._first_step = time.perf_counter() - self._began
+        if self._began is not None:
+            self._untold, self._began = {"first_step_seconds": time.perf_counter() - self._began}, None
         if self._clock is None:
             self._clock, self._waited = time.perf_counter(), 0.0
         else:
@@ -92,10 +91,8 @@ class Reporter:
 
     def _speeds(self) -> dict[str, float]:
         """How fast the steps since the last report were."""
-        values: dict[str, float] = {}
+        values, self._untold = self._untold, {}
         now = time.perf_counter()
-        if not self._told_first:
-            values["first_step_seconds"], self._told_first = self._first_step, True
         if self._timed_steps:
             seconds = now - self._clock
             self._tokens_per_second = self._tokens * self._timed_steps / seconds

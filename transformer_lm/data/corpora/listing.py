@@ -45,11 +45,12 @@ def list_files(pattern: str) -> tuple[fsspec.AbstractFileSystem, list[dict]]:
             raise UserError(f"{pattern}: {error}") from error
         command = f"in the checkout, pip install -c constraints.txt -e '.[{EXTRAS[protocol]}]'"
         raise UserError(f"Reading {pattern} needs another package: {command}.") from error
-    if not re.search(r"[*?\[]", path):
-        with contextlib.suppress(FileNotFoundError):
-            files.info(path)  # raises what is in the way, if anything is: no network, no permission
-    # The full name of a file may look like a pattern.
-    found = {path: files.info(path)} if files.isfile(path) else files.glob(pattern, detail=True)
+    if re.search(r"[*?\[]", path) and not files.isfile(path):  # the full name of a file may look like a pattern
+        found = files.glob(pattern, detail=True)
+    else:
+        found = {}
+        with contextlib.suppress(FileNotFoundError):  # but not what is in the way: no network, no permission
+            found = {path: files.info(path)}
     return files, [found[path] for path in sorted(found) if found[path]["type"] != "directory"]
 
 
